@@ -1,0 +1,88 @@
+"""Gemma 4's own drafter as the engine sees it: one hidden state a row, keys and values read in place from the cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from mlx_mtp.cache import Cache
+from mlx_mtp.models.gemma4 import Gemma4
+from mlx_mtp.models.gemma4_assistant import Assistant
+from mlx_mtp.rows import Candidates, Draft, Forward
+from mlx_mtp.sampling import Sampler
+
+
+@dataclass(frozen=True)
+class Convention:
+    """Where the drafter's query stands and how far it sees; nothing in the checkpoints decides it.
+
+    position_offset: 0 puts the query at the bonus token's own index n (transformers, LiteRT-LM), -1 at that of the
+    hidden state (vLLM, mlx-vlm). extra_keys: sliding layers show the last window + extra_keys committed positions.
+    """
+
+    position_offset: int = 0
+    extra_keys: int = 1
+
+
+class MtpDrafter:
+    """Drafts with an assistant. All rows of a step run in one call, whatever their lengths."""
+
+    taps: tuple[int, ...] = ()
+
+    def __init__(
+        self, target: Gemma4, assistant: Assistant, cache: Cache, convention: Convention | None = None
+    ) -> None:
+        """cache: the target's, which the drafter reads and never writes."""
+        self._target, self._assistant, self._cache = target, assistant, cache
+        self._convention = convention or Convention()
+        self._hidden: mx.array | None = None  # [R, 1, T]: what produced each row's newest token
+
+    def propose(self, rows: slice, bonus: mx.array, sampler: Sampler, width: int) -> Draft:
+        length = self._cache.lengths[rows]
+        position, views = length + self._convention.position_offset, self._views(rows)
+        token, hidden = bonus, self._hidden[rows]
+        tokens, logits, ids = [], [], []
+        for i in range(width):
+            y, hidden = self._assistant.step(self._target.embed(token[:, None]), hidden, position, views)
+            scores, which = self._assistant.logits(y)
+            token, kept = sampler.draw(scores, which, length + 1 + i)
+            tokens.append(token)
+            logits.append(kept)
+            ids.append(which)
+        source = None
+        if sampler.keep_logits:
+            source = Candidates(mx.stack(logits, axis=1), None if ids[0] is None else mx.stack(ids, axis=1))
+        return Draft(mx.stack(tokens, axis=1), source)
+
+    def _views(self, rows: slice):
+        """(sliding, full) committed keys and values; the same in all steps of a round."""
+        sliding, full = self._target.drafter_slots
+        reach = self._cache.specs[sliding].window + self._convention.extra_keys
+        return self._cache.committed(sliding, rows, reach), self._cache.committed(full, rows, None)
+
+    def observe(self, fwd: Forward, kept: mx.array) -> None:
+        skipped = fwd.tokens.shape[1] - fwd.hidden.shape[1]
+        column = mx.maximum(kept - 1 - skipped, 0)[:, None, None]
+        picked = mx.take_along_axis(fwd.hidden, column, axis=1)
+        have = 0 if self._hidden is None else self._hidden.shape[0]
+        if have < fwd.rows.stop:
+            pad = mx.zeros((fwd.rows.stop - have, *picked.shape[1:]), picked.dtype)
+            self._hidden = pad if have == 0 else mx.concatenate([self._hidden, pad])
+        moved = (kept > 0)[:, None, None]
+        hidden = mx.array(self._hidden)  # a new handle: `state` may hold the old one
+        hidden[fwd.rows] = mx.where(moved, picked, hidden[fwd.rows])
+        self._hidden = hidden
+
+    def leave(self, row: int, last: int) -> None:
+        if self._hidden is not None and last < self._hidden.shape[0] and row != last:
+            hidden = mx.array(self._hidden)
+            hidden[row] = hidden[last]
+            self._hidden = hidden
+        self._hidden = self._hidden[:last] if last and self._hidden is not None else None
+
+    def state(self) -> mx.array | None:
+        return self._hidden
+
+    def restore(self, state: mx.array | None) -> None:
+        self._hidden = state

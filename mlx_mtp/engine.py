@@ -1,0 +1,303 @@
+"""The round: draft, verify, commit, for any number of rows. One loop serves every drafter, batch size and width.
+
+While one pass runs on the device the graph of the next is built, for shapes do not depend on what will be kept. The
+host then reads the finished pass once (`read`, the only place where it waits), and at once dispatches the next. So
+nothing is in flight when a pass is dispatched, which is what lets MLX write the cache in place, and the device waits
+for a read and a dispatch but never for Python to build or emit anything.
+
+The price: a row's end is seen one pass late, and its last pass is wasted, unless no row is left that needs the pass;
+then the pass is undone before it was ever dispatched.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_mtp.accept import Verdict, verdict
+from mlx_mtp.cache import Cache, Snapshot
+from mlx_mtp.depth import Depth
+from mlx_mtp.drafters import Drafter
+from mlx_mtp.models.gemma4 import ALL, LAST, Gemma4
+from mlx_mtp.rows import Draft, Event, Forward, Request, Stats
+from mlx_mtp.sampling import RowSampler, Sampler
+from mlx_mtp.scheduler import Chunk, Limits, Row, Scheduler
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one dispatch computes, and for whom.
+
+    decoded: the rows of the round, in cache order; `active` are those of them whose verdict counts.
+    chunks: prompt chunks beside it. draft: evaluated first, so that the device starts on it while the rest is
+    still being dispatched. out: int32, everything the host will read: per decoded row its width + 1 tokens, then
+    every decoded row's kept count, then the first token of every prompt that ends here.
+    """
+
+    decoded: list[Row]
+    active: list[Row]
+    width: int
+    chunks: list[Chunk]
+    draft: mx.array | None
+    out: mx.array
+
+    @property
+    def rows(self) -> list[Row]:
+        return [*self.active, *(c.row for c in self.chunks)]
+
+
+class Engine:
+    """Runs requests to their end, a pass at a time. All calls come from one thread."""
+
+    def __init__(self, target: Gemma4, cache: Cache, drafter: Drafter, depth: Depth, limits: Limits) -> None:
+        self.target, self.cache, self.drafter, self.depth = target, cache, drafter, depth
+        self.scheduler = Scheduler(limits)
+        self.host_reads = 0
+        self._ids = itertools.count()
+        self._bonus = mx.zeros((0,), mx.int32)  # [R] newest token of every row
+        self._running: Pass | None = None
+        self._samplers: dict[tuple, Sampler] = {}
+        self._kept: dict[int, Snapshot] = {}
+        self._last: tuple[float, int, int] = (0.0, -1, -1)  # when the last round was read, its width and rows
+
+    # requests ---------------------------------------------------------------------------------------------------
+
+    def submit(self, request: Request, begin: Snapshot | None = None, keep: bool = False) -> int:
+        """Queue a request; returns its id. Its tokens come as events of `step`.
+
+        begin: a snapshot whose tokens the prompt begins with; only the rest is computed. keep: when the request
+        ends, `take` has a snapshot of its prompt and text.
+        """
+        row = Row(next(self._ids), request, RowSampler.of(request.sampling), begin=begin, keep=keep)
+        row.stats.prompt_tokens = len(request.prompt)
+        if begin is not None:
+            assert begin.tokens == request.prompt[: begin.length] and begin.length < len(request.prompt)
+            row.prefilled = row.stats.cached_tokens = begin.length
+        self.scheduler.submit(row)
+        return row.id
+
+    def cancel(self, request: int) -> Stats | None:
+        """Forget a request, waiting or live; it gets no further events. Returns what it had cost."""
+        row = self.scheduler.find(request)
+        if row is None:
+            return None
+        if row.index < 0:
+            self.scheduler.waiting.remove(row)
+        else:
+            self._end(row, time.perf_counter())
+            self._drop_done()
+        return row.stats
+
+    def take(self, request: int) -> Snapshot | None:
+        """The snapshot that a request submitted with keep=True has left; None if it never finished its prompt."""
+        return self._kept.pop(request, None)
+
+    @property
+    def idle(self) -> bool:
+        return not self.scheduler.waiting and not self.scheduler.rows
+
+    def step(self) -> list[Event]:
+        """Finish the pass under way, start the next, and return what the finished one brought."""
+        if self._running is None:
+            built = self._build()
+            if built is None:
+                return []
+            self._dispatch(built)
+        running, undo = self._running, self._state()
+        ahead = self._build()
+        events = self._read(running)
+        if ahead is not None and any(not r.done for r in ahead.rows):
+            del undo  # MLX copies a buffer that is still referred to instead of writing into it
+            self._dispatch(ahead)
+        else:
+            self._undo(ahead, undo)
+        self._drop_done()
+        return events
+
+    # building ---------------------------------------------------------------------------------------------------
+
+    def _build(self) -> Pass | None:
+        """The graph of the next pass, on top of whatever has been dispatched; nothing runs yet."""
+        for row in self.scheduler.admit():
+            self._join(row)
+        decoded = self.scheduler.decoding()
+        if not any(r.room > 0 for r in decoded if r.decoding):
+            decoded = []  # what is under way brings every row to its limit
+        chunks = self.scheduler.chunks()
+        if not decoded and not chunks:
+            return None
+        outs, draft, width, active = [], None, 0, []
+        if decoded:
+            active = [r for r in decoded if r.decoding and not r.done]
+            width = self._width(active)
+            draft, judged = self._round(decoded, active, width)
+            outs += [judged.tokens.reshape(-1), judged.kept]
+        for chunk in chunks:
+            outs.append(self._chunk(chunk))
+        return Pass(decoded, active, width, chunks, draft, mx.concatenate(outs))
+
+    def _join(self, row: Row) -> None:
+        request = row.request
+        self.cache.join(len(request.prompt) + min(request.max_tokens, 256), row.begin)
+        row.begin = None
+        self._bonus = mx.concatenate([self._bonus, mx.zeros((1,), mx.int32)])
+
+    def _width(self, active: list[Row]) -> int:
+        """The depth policy's width, but no wider than the longest row can still use."""
+        useful = max((r.room for r in active), default=1) - 1
+        return max(0, min(self.depth.choose(len(active)), useful))
+
+    def _round(self, decoded: list[Row], active: list[Row], width: int) -> tuple[mx.array | None, Verdict]:
+        rows, sampler = slice(0, len(decoded)), self._sampler(decoded)
+        bonus = self._bonus[rows]
+        draft = Draft(mx.zeros((len(decoded), 0), mx.int32))
+        if width:
+            draft = self.drafter.propose(rows, bonus, sampler, width)
+        width = draft.width
+        tokens = mx.concatenate([bonus[:, None], draft.tokens], axis=1)
+        pass_ = self.cache.open(rows, width + 1)
+        hidden, taps = self.target.forward(tokens, pass_, self.drafter.taps)
+        logits = self.target.logits(hidden, capped=not sampler.greedy)
+        judged = verdict(draft, logits, pass_.start, sampler)
+        kept = judged.kept
+        if len(active) < len(decoded):  # rows still feeding their prompt stand still
+            kept = kept * mx.array([int(r.decoding and not r.done) for r in decoded], mx.int32)
+        self.cache.commit(rows, kept, width + 1)
+        self.drafter.observe(Forward(rows, tokens, hidden, taps, width), kept)
+        newest = mx.where(kept > 0, judged.bonus, bonus)
+        self._bonus = mx.concatenate([newest, self._bonus[len(decoded) :]])
+        for row in active:
+            row.pending += 1
+        return (draft.tokens if width else None), Verdict(judged.tokens, kept)
+
+    def _chunk(self, chunk: Chunk) -> mx.array:
+        """A prompt chunk; returns the token after it, [1] int32, which counts only at the prompt's end."""
+        row, count = chunk.row, chunk.count
+        rows = slice(row.index, row.index + 1)
+        tokens = mx.array([row.request.prompt[row.prefilled : row.prefilled + count]], mx.int32)
+        pass_ = self.cache.open(rows, count)
+        keep = ALL if self.drafter.taps else LAST
+        hidden, taps = self.target.forward(tokens, pass_, self.drafter.taps, keep)
+        kept = mx.array([count], mx.int32)
+        self.cache.commit(rows, kept, count)
+        self.drafter.observe(Forward(rows, tokens, hidden, taps, 0), kept)
+        row.prefilled += count
+        if not chunk.last:
+            return self.cache.lengths[rows]  # something to wait for
+        row.pending += 1
+        sampler = self._sampler([row])
+        nothing = Draft(mx.zeros((1, 0), mx.int32))
+        logits = self.target.logits(hidden[:, LAST], capped=not sampler.greedy)
+        first = verdict(nothing, logits, pass_.start + (count - 1), sampler).tokens[:, 0]
+        bonus = mx.array(self._bonus)
+        bonus[row.index] = first[0]
+        self._bonus = bonus
+        return first
+
+    def _sampler(self, rows: list[Row]) -> Sampler:
+        """The rows' settings as arrays, built once for a set of rows."""
+        key = tuple(r.id for r in rows)
+        if key not in self._samplers:
+            if len(self._samplers) > 64:
+                self._samplers.clear()
+            self._samplers[key] = Sampler([r.sampler for r in rows])
+        return self._samplers[key]
+
+    # running ----------------------------------------------------------------------------------------------------
+
+    def _state(self) -> tuple[Any, ...]:
+        return self.cache.state(), self.drafter.state(), self._bonus
+
+    def _dispatch(self, built: Pass) -> None:
+        if built.draft is not None:
+            mx.async_eval(built.draft)
+        mx.async_eval(built.out, self._state())
+        self._running = built
+
+    def _undo(self, built: Pass | None, state: tuple[Any, ...]) -> None:
+        """Take back a pass that nobody needs; rows that it admitted stay, as if new."""
+        self._running = None
+        if built is None:
+            return
+        cache, drafter, self._bonus = state
+        self.cache.restore(cache)
+        self.drafter.restore(drafter)
+        for row in built.decoded:
+            if row.index >= 0:
+                self.cache.settle(row.index, built.width + 1)
+        for row in built.active:
+            row.pending -= 1
+
+    def _read(self, done: Pass) -> list[Event]:
+        """Wait for a pass, and turn what it brought into events."""
+        values = done.out.tolist()
+        self.host_reads += 1
+        now = time.perf_counter()
+        rows, columns = len(done.decoded), done.width + 1
+        kept = values[rows * columns : rows * (columns + 1)]
+        events = []
+        for i, row in enumerate(done.decoded):
+            if row.index >= 0:
+                self.cache.settle(row.index, columns - kept[i])
+            if row in done.active and not row.done:
+                row.stats.host_reads += 1
+                events.append(self._emit(row, values[i * columns :][: kept[i]], done.width, now))
+        for chunk, first in zip(done.chunks, values[rows * (columns + 1) :], strict=True):
+            chunk.row.stats.host_reads += 1
+            if chunk.last and not chunk.row.done:
+                chunk.row.first_token_s = now
+                chunk.row.stats.prefill_s = now - chunk.row.started_s
+                events.append(self._emit(chunk.row, [first], None, now))
+        self._report(done, kept, now)
+        return events
+
+    def _emit(self, row: Row, tokens: list[int], width: int | None, now: float) -> Event:
+        """Append new text to a row; ends it at an end token or at its limit. width is None for the first token."""
+        row.pending -= 1
+        kept, request = len(tokens), row.request
+        tokens = tokens[: request.max_tokens - len(row.tokens)]
+        end = next((i for i, t in enumerate(tokens) if t in request.eos), None)
+        if end is not None:
+            tokens = tokens[: end + 1]
+        row.tokens += tokens
+        stats, reason = row.stats, None
+        stats.generated_tokens = len(row.tokens)
+        if width is not None:
+            stats.count_round(width, kept, len(tokens))
+        if end is not None or len(row.tokens) == request.max_tokens:
+            reason = "stop" if end is not None else "length"
+            self._end(row, now)
+        return Event(row.id, tuple(tokens), "", reason, stats if reason else None)
+
+    def _end(self, row: Row, now: float) -> None:
+        row.done = True
+        row.stats.decode_s = now - row.first_token_s if row.tokens else 0.0
+        row.stats.peak_memory_bytes = mx.get_peak_memory()
+
+    def _report(self, done: Pass, kept: list[int], now: float) -> None:
+        """Tell the depth policy what a round kept, and what it took if nothing else changed beside it."""
+        if not done.decoded:
+            self._last = (now, -1, -1)
+            return
+        counts = [k for k, row in zip(kept, done.decoded, strict=True) if row in done.active]
+        before, width, rows = self._last
+        same = (width, rows) == (done.width, len(done.decoded)) and not done.chunks
+        self.depth.record(done.width, counts, now - before if same else None)
+        self._last = (now, done.width, -1 if done.chunks else len(done.decoded))
+
+    def _drop_done(self) -> None:
+        for row in [r for r in self.scheduler.rows if r.done]:
+            index = row.index
+            if row.keep and row.tokens:
+                self._kept[row.id] = self.cache.snapshot(index, (*row.request.prompt, *row.tokens[:-1]))
+            last = self.scheduler.leave(row)
+            self.cache.leave(index)
+            self.drafter.leave(index, last)
+            order = list(range(last))
+            if index != last:
+                order[index] = last
+            self._bonus = self._bonus[mx.array(order, mx.int32)] if order else self._bonus[:0]

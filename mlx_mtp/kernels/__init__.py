@@ -1,0 +1,1 @@
+"""One file a kernel: Metal source, reference in plain mlx, dispatcher."""

@@ -1,0 +1,1 @@
+"""Networks: weights in, arrays out. They know no rows, requests or samplers."""

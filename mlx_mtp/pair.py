@@ -1,0 +1,369 @@
+"""A target with its drafter, ready for prompts: the public Python API over the engine.
+
+    pair = mlx_mtp.load("google/gemma-4-E2B-it")
+    for event in pair.stream([{"role": "user", "content": "Hello"}]):
+        print(event.text, end="")
+
+One thread loads, runs and frees a pair: MLX's streams belong to the thread that made them.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from importlib import resources
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_mtp.cache import Cache, Snapshot
+from mlx_mtp.depth import MAX_WIDTH, Depth, depth_of
+from mlx_mtp.drafters import Drafter
+from mlx_mtp.drafters.mtp import MtpDrafter
+from mlx_mtp.drafters.plain import PlainDrafter
+from mlx_mtp.engine import Engine
+from mlx_mtp.load import LoadedPair, load_pair
+from mlx_mtp.rows import GREEDY, Completion, Event, FinishReason, Forward, Request, RequestError, Sampling, Stats
+from mlx_mtp.sampling import RowSampler, Sampler
+from mlx_mtp.scheduler import Limits
+from mlx_mtp.text import Detokenizer, StopStrings, Text
+
+Prompt = str | Sequence[int] | Sequence[dict]
+"""Text to continue, token ids, or a conversation as [{"role": ..., "content": ...}, ...]."""
+
+TINY = "tiny"  # names the embedded pair
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+
+
+def load(
+    target: str,
+    drafter: str | None = "auto",
+    *,
+    quantize_drafter: int | None = None,
+    dtype: str | None = None,
+    report: Callable[[str, int, int], None] | None = None,
+) -> Pair:
+    """Load a target and its drafter.
+
+    target: a checkpoint folder, a hub id, or "tiny", the small pair that comes with this package.
+    drafter: a folder or hub id; "auto" finds the one made for the target; None decodes plainly.
+    quantize_drafter: 4 or 8 bits, at load. dtype: "float32", "bfloat16" or "float16"; None takes the checkpoint's
+    on a GPU and float32 on a CPU. report: called with (stage, done bytes, total bytes) while weights are read.
+    Raises CheckpointError, DownloadError, PairingError or RequestError, before weights are read where possible.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise RequestError(f"dtype is {dtype!r}; expected {', '.join(DTYPES)}")
+    if target == TINY:
+        target = str(resources.files("mlx_mtp") / "data" / "tiny" / "target")
+    loaded = load_pair(
+        target, drafter, dtype=DTYPES[dtype] if dtype else None, quantize=quantize_drafter, report=report
+    )
+    return Pair(loaded, Text.from_dir(loaded.target.path))
+
+
+class Pair:
+    """A loaded target with its drafter (or none), its tokenizer, and one engine for all requests."""
+
+    def __init__(self, loaded: LoadedPair, text: Text, limits: Limits | None = None) -> None:
+        target = loaded.target
+        self.text, self.warnings, self.default_sampling = text, loaded.notes, target.sampling
+        self.target_name, self.drafter_name = target.name, loaded.drafter.name if loaded.drafter else None
+        self.context_tok = target.model.config.max_positions
+        self._model, self._dtype, self._eos = target.model, target.dtype, target.eos
+        self._assistant = loaded.drafter.model if loaded.drafter else None
+        cache = Cache(self._model.specs, MAX_WIDTH, self._dtype)
+        self._depths: dict[int | str, Depth] = {}
+        self._engine = Engine(self._model, cache, self._drafter(cache), depth_of(0), limits or Limits())
+        self._inbox: dict[int, deque[Event]] = {}
+
+    def _drafter(self, cache: Cache) -> Drafter:
+        if self._assistant is None:
+            return PlainDrafter()
+        return MtpDrafter(self._model, self._assistant, cache)
+
+    # generating -------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling: Sampling | None = None,
+        width: int | str = "auto",
+        max_tokens: int | None = None,
+        stop: Sequence[str] = (),
+    ) -> list[Completion]:
+        """Complete one or several prompts, up to eight at a time; one Completion each, in order.
+
+        sampling: None takes the checkpoint's own defaults (`default_sampling`).
+        width: tokens drafted per round, 0 (plain decoding) to 15, "heuristic", or "auto": what pays. All requests
+        that run at the same time share one width. max_tokens: None takes what the context leaves.
+        stop: strings that end the text (they are not part of it). Raises RequestError before anything runs.
+        """
+        runs = [_Run(self, p, sampling, width, max_tokens, stop) for p in _as_list(prompts)]
+        try:
+            for run in runs:
+                run.submit()
+            while not all(run.reason for run in runs):
+                for run in runs:
+                    run.collect()
+                self._pump()
+            return [run.completion() for run in runs]
+        finally:
+            for run in runs:
+                run.close()
+
+    def stream(
+        self,
+        prompt: Prompt,
+        sampling: Sampling | None = None,
+        width: int | str = "auto",
+        max_tokens: int | None = None,
+        stop: Sequence[str] = (),
+    ) -> Iterator[Event]:
+        """Complete one prompt as a stream of events; arguments as in `generate`.
+
+        The last event carries finish_reason and stats. Closing the iterator cancels the request. Several streams
+        may be open at once; their requests then share every pass.
+        """
+        return self._events(_Run(self, prompt, sampling, width, max_tokens, stop))
+
+    def chat(self, system: str | None = None) -> Chat:
+        """A conversation that keeps its cache from turn to turn."""
+        return Chat(self, system)
+
+    def _events(self, run: _Run) -> Iterator[Event]:
+        try:
+            run.submit()
+            while True:
+                yield from run.collect()
+                if run.reason:
+                    return
+                self._pump()
+        finally:
+            run.close()
+
+    def _pump(self) -> None:
+        """One step of the engine; events wait for whoever reads their request."""
+        for event in self._engine.step():
+            if event.request in self._inbox:
+                self._inbox[event.request].append(event)
+
+    def _tokens(self, prompt: Prompt) -> tuple[int, ...]:
+        """Token ids of a prompt of any kind. Raises RequestError."""
+        if isinstance(prompt, str):
+            return tuple(self.text.encode(prompt))
+        if len(prompt) == 0:
+            raise RequestError("the prompt is empty; expected at least one token")
+        if isinstance(prompt[0], dict):
+            return tuple(self.text.chat(list(prompt)))
+        ids = np.asarray(prompt)
+        size = self._model.config.vocab_size
+        if ids.ndim != 1 or ids.dtype.kind not in "iu":
+            raise RequestError("the prompt is neither text, token ids nor messages; expected one of them")
+        if ids.min() < 0 or ids.max() >= size:
+            bad = int(ids[(ids < 0) | (ids >= size)][0])
+            raise RequestError(f"token id {bad} is out of range; the vocabulary has {size} tokens, 0 to {size - 1}")
+        return tuple(ids.tolist())
+
+    # looking inside ---------------------------------------------------------------------------------------------
+
+    def logits(self, tokens: Sequence) -> mx.array:
+        """The target's logits after every position, by a plain full pass: tokens [L] or [B, L] -> [B, L, V] float32."""
+        ids = self._batch(tokens)
+        cache, rows = self._fresh(ids)
+        pass_ = cache.open(rows, ids.shape[1])
+        logits = self._model.logits(self._model.forward(ids, pass_)[0])
+        mx.eval(logits)
+        return logits
+
+    def draft(self, tokens: Sequence, width: int) -> tuple[mx.array, mx.array]:
+        """What the drafter proposes, greedily, to follow the target's own greedy token after a prompt.
+
+        tokens [L] or [B, L] -> (tokens [B, K] int32, logits [B, K, V] float32). A clustered head scores few tokens;
+        the others get the least of a row's scores minus 1, as in transformers. Raises RequestError without a drafter.
+        """
+        if self._assistant is None:
+            raise RequestError("this pair has no drafter; load it with drafter='auto' or a path")
+        if not isinstance(width, int) or not 1 <= width <= MAX_WIDTH:
+            raise RequestError(f"width is {width!r}; expected 1 to {MAX_WIDTH}")
+        ids = self._batch(tokens)
+        cache, rows = self._fresh(ids)
+        pass_, drafter = cache.open(rows, ids.shape[1]), self._drafter(cache)
+        hidden, taps = self._model.forward(ids, pass_, drafter.taps)
+        kept = mx.full((ids.shape[0],), ids.shape[1], mx.int32)
+        cache.commit(rows, kept, ids.shape[1])
+        drafter.observe(Forward(rows, ids, hidden, taps, 0), kept)
+        bonus = mx.argmax(self._model.logits(hidden[:, -1]), axis=-1).astype(mx.int32)
+        sampler = Sampler([RowSampler.of(GREEDY)] * ids.shape[0], keep_logits=True)
+        draft = drafter.propose(rows, bonus, sampler, width)
+        logits, which = draft.source.logits, draft.source.ids
+        if which is not None:
+            filler = mx.min(logits, axis=-1, keepdims=True) - 1
+            full = mx.broadcast_to(filler, (*logits.shape[:2], self._model.config.vocab_size))
+            logits = mx.put_along_axis(full, which, logits, axis=-1)
+        mx.eval(draft.tokens, logits)
+        return draft.tokens, logits
+
+    def _batch(self, tokens: Sequence) -> mx.array:
+        """[B, L] int32 of checked token ids."""
+        rows = np.asarray(tokens)
+        rows = [self._tokens(row) for row in (rows[None] if rows.ndim == 1 else rows)]
+        if len(rows[0]) > self.context_tok:
+            raise RequestError(f"{len(rows[0])} tokens given; the model's context is {self.context_tok}")
+        return mx.array(rows, mx.int32)
+
+    def _fresh(self, ids: mx.array) -> tuple[Cache, slice]:
+        cache = Cache(self._model.specs, MAX_WIDTH, self._dtype)
+        for _ in range(ids.shape[0]):
+            cache.join(ids.shape[1])
+        return cache, slice(0, ids.shape[0])
+
+
+class _Run:
+    """One request from prompt to completion: tokens in, text out, stop strings cut."""
+
+    def __init__(
+        self,
+        pair: Pair,
+        prompt: Prompt,
+        sampling: Sampling | None,
+        width: int | str,
+        max_tokens: int | None,
+        stop: Sequence[str],
+    ) -> None:
+        ids, room = pair._tokens(prompt), pair.context_tok
+        if len(ids) >= room:
+            raise RequestError(f"the prompt has {len(ids)} tokens; the model's context is {room}, text included")
+        if max_tokens is not None and (not isinstance(max_tokens, int) or isinstance(max_tokens, bool) or max_tokens < 1):
+            raise RequestError(f"max_tokens is {max_tokens!r}; expected an integer of at least 1")
+        if max_tokens is not None and len(ids) + max_tokens > room:
+            raise RequestError(
+                f"the prompt has {len(ids)} tokens and max_tokens is {max_tokens}; the model's context is {room}"
+            )
+        if isinstance(stop, str):
+            stop = (stop,)
+        self.request = Request(
+            ids, max_tokens or room - len(ids), sampling or pair.default_sampling, pair._eos
+        )
+        self.tokens: list[int] = []
+        self.pieces: list[str] = []
+        self.reason: FinishReason | None = None
+        self.stats: Stats | None = None
+        self._pair, self._width, self._id = pair, width, -1
+        if width not in pair._depths:
+            pair._depths[width] = depth_of(width)
+        self._decoder, self._stops = Detokenizer(pair.text), StopStrings(tuple(stop))
+
+    def submit(self, begin: Snapshot | None = None, keep: bool = False) -> None:
+        pair = self._pair
+        pair._engine.depth = pair._depths[self._width]
+        self._id = pair._engine.submit(self.request, begin, keep)
+        pair._inbox[self._id] = deque()
+
+    def collect(self) -> list[Event]:
+        """Events that have arrived, with their text."""
+        out, inbox = [], self._pair._inbox[self._id]
+        while inbox and not self.reason:
+            out.append(self._finish(inbox.popleft()))
+        return out
+
+    def _finish(self, event: Event) -> Event:
+        """Add text to an event, or end the request where a stop string is complete."""
+        shown, taken, reason, stats = [], [], event.finish_reason, event.stats
+        for token in event.tokens:
+            taken.append(token)
+            text, stopped = self._stops.push(self._decoder.push([token]))
+            shown.append(text)
+            if stopped:
+                stats = self._pair._engine.cancel(self._id) or stats
+                reason = "stop"
+                break
+        else:
+            if reason:
+                text, stopped = self._stops.push(self._decoder.finish())
+                shown += [text] if stopped else [text, self._stops.finish()]
+        self.tokens += taken
+        self.pieces += shown
+        if reason and stats:
+            stats.generated_tokens = len(self.tokens)
+        self.reason, self.stats = reason, stats if reason else None
+        return Event(self._id, tuple(taken), "".join(shown), reason, self.stats)
+
+    def completion(self) -> Completion:
+        return Completion(self.tokens, "".join(self.pieces), self.reason, self.stats)
+
+    def snapshot(self) -> Snapshot | None:
+        return self._pair._engine.take(self._id)
+
+    def close(self) -> None:
+        """Cancel the request if it still runs, and forget it."""
+        if self._id >= 0 and not self.reason:
+            self._pair._engine.cancel(self._id)
+        self._pair._inbox.pop(self._id, None)
+
+
+class Chat:
+    """A conversation. Each turn continues the cache of the one before; only what is new is computed.
+
+    messages: the conversation so far, as the chat template takes it.
+    """
+
+    def __init__(self, pair: Pair, system: str | None) -> None:
+        self._pair, self._system = pair, system
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the conversation, except for its system message."""
+        self.messages = [{"role": "system", "content": self._system}] if self._system else []
+        self._kept: Snapshot | None = None
+        self._said: tuple[int, ...] = ()  # token ids of prompt and reply so far
+        self._shown = ""  # and the text they render as
+
+    def send(
+        self, text: str, sampling: Sampling | None = None, width: int | str = "auto", max_tokens: int | None = None
+    ) -> Iterator[Event]:
+        """Say something; the reply comes as events. Closing the iterator ends the reply and keeps what was said."""
+        if not text.strip():
+            raise RequestError("the message is empty; expected some text")
+        messages = [*self.messages, {"role": "user", "content": text}]
+        rendered = self._pair.text.render(messages)
+        ids = self._continue(rendered)
+        run = _Run(self._pair, ids, sampling, width, max_tokens, ())
+        return self._reply(run, messages, rendered, ids)
+
+    def _continue(self, rendered: str) -> list[int]:
+        """Token ids of the conversation: those it already has and the new text's, or all anew if the template
+        renders earlier turns otherwise than they were said."""
+        if self._said and rendered.startswith(self._shown):
+            bos = self._pair.text.encode("x")[:1]
+            new = self._pair.text.encode(rendered[len(self._shown) :])
+            return [*self._said, *(new[1:] if new[:1] == bos else new)]
+        return self._pair.text.encode(rendered)
+
+    def _reply(self, run: _Run, messages: list[dict], rendered: str, ids: list[int]) -> Iterator[Event]:
+        begin, self._kept = self._kept, None
+        if begin is not None and tuple(ids[: begin.length]) != begin.tokens:
+            begin = None
+        try:
+            run.submit(begin, keep=True)
+            while True:
+                yield from run.collect()
+                if run.reason:
+                    return
+                self._pair._pump()
+        finally:
+            run.close()
+            reply = "".join(run.pieces)
+            self.messages = [*messages, {"role": "assistant", "content": reply}]
+            self._kept = run.snapshot()
+            spoken = [t for t in run.tokens if t not in self._pair._eos]
+            self._said, self._shown = (*ids, *spoken), rendered + reply
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or several as a list of prompts. Raises RequestError."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if len(prompts) == 0:
+        raise RequestError("no prompt given; expected at least one")
+    one = not isinstance(prompts[0], (str, list, tuple, np.ndarray, mx.array))
+    return [prompts] if one else list(prompts)

@@ -1,0 +1,251 @@
+"""The nouns every module shares: requests, rows, passes, drafts, events, errors. Imports nothing of ours.
+
+Shapes: B rows, L columns, K width, H hidden size, V vocabulary. Positions are absolute token indices.
+
+    MlxMtpError
+    ├── CheckpointError    a file or folder that cannot be what it claims
+    ├── DownloadError      a hub id that cannot be fetched
+    ├── PairingError       target and drafter do not fit each other
+    └── RequestError       a prompt, sampling value or limit that cannot be honoured
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+import mlx.core as mx
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+class MlxMtpError(Exception):
+    """A mistake that the user can mend. One line: what, got, expected, do this."""
+
+
+class CheckpointError(MlxMtpError):
+    """A checkpoint that is missing, broken, or of a kind that is not supported."""
+
+
+class DownloadError(MlxMtpError):
+    """A hub repository that could not be fetched."""
+
+
+class PairingError(MlxMtpError):
+    """A drafter that was not made for this target."""
+
+
+class RequestError(MlxMtpError):
+    """A request that cannot be honoured as written."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen from the target's logits.
+
+    temperature: 0 is greedy (arg-max); otherwise logits are divided by it.
+    top_k: keep the k most probable tokens; 0 keeps all.
+    top_p: keep the smallest set whose probability reaches p; 1 keeps all.
+    min_p: drop tokens below min_p times the most probable one; 0 drops none.
+    seed: with a seed the text depends on (weights, prompt, seed) alone, at any width and in any
+        batch; without one every request draws a fresh seed and the rule with the highest acceptance.
+    Filters apply in the order temperature, top_k, top_p, min_p, as in transformers.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _require_number("temperature", self.temperature, 0.0, 100.0)
+        _require_number("top_p", self.top_p, 0.0, 1.0)
+        _require_number("min_p", self.min_p, 0.0, 1.0)
+        _require_integer("top_k", self.top_k, 0, 2**31 - 1)
+        if self.top_p == 0.0:
+            raise RequestError("top_p is 0, which keeps no token; use temperature 0 for greedy decoding")
+        if self.seed is not None:
+            _require_integer("seed", self.seed, 0, 2**64 - 1)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether one token is certain, so that no randomness is needed."""
+        return self.temperature == 0.0 or self.top_k == 1
+
+
+def _require_number(name: str, value: float, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise RequestError(f"{name} is {value!r}; expected a number from {low:g} to {high:g}")
+    if not low <= value <= high:
+        raise RequestError(f"{name} is {value:g}; expected {low:g} to {high:g}")
+
+
+def _require_integer(name: str, value: int, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise RequestError(f"{name} is {value!r}; expected an integer")
+    if not low <= value <= high:
+        raise RequestError(f"{name} is {value}; expected {low} to {high}")
+
+
+GREEDY = Sampling(temperature=0.0)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What came in. Token ids and limits, checked before it reaches the engine."""
+
+    prompt: tuple[int, ...]
+    max_tokens: int
+    sampling: Sampling = GREEDY
+    eos: frozenset[int] = frozenset()
+
+
+@dataclass
+class Stats:
+    """Counts and times of one request.
+
+    rounds: passes of the target after the prompt.
+    drafted_at[i], kept_at[i]: how often position i was drafted, and how often the draft there was kept.
+        Drafts behind the end of the text (end token, max_tokens) are not counted.
+    widths: width -> rounds of that width.
+    decode_s: from the first token to the last.
+    """
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    rounds: int = 0
+    drafted_at: list[int] = field(default_factory=list)
+    kept_at: list[int] = field(default_factory=list)
+    widths: dict[int, int] = field(default_factory=dict)
+    host_reads: int = 0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    peak_memory_bytes: int = 0
+
+    def count_round(self, width: int, kept: int, emitted: int) -> None:
+        """Add a round: `width` tokens drafted, `kept` columns committed, `emitted` of them in the text."""
+        self.rounds += 1
+        self.widths[width] = self.widths.get(width, 0) + 1
+        counted = width if emitted == kept else min(width, emitted)
+        self.drafted_at += [0] * (counted - len(self.drafted_at))
+        self.kept_at += [0] * (counted - len(self.kept_at))
+        for i in range(counted):
+            self.drafted_at[i] += 1
+            self.kept_at[i] += i < kept - 1
+
+    @property
+    def drafted(self) -> int:
+        return sum(self.drafted_at)
+
+    @property
+    def kept(self) -> int:
+        """Drafted tokens that the target kept (the target's own token of every round is not counted)."""
+        return sum(self.kept_at)
+
+    @property
+    def tokens_per_round(self) -> float:
+        return (self.generated_tokens - 1) / self.rounds if self.rounds else 0.0
+
+    @property
+    def acceptance_by_position(self) -> list[float]:
+        """Share of rounds with a draft at position i in which that draft was kept (cumulative, so falling)."""
+        return [k / d if d else 0.0 for k, d in zip(self.kept_at, self.drafted_at, strict=True)]
+
+    @property
+    def decode_tok_s(self) -> float:
+        return (self.generated_tokens - 1) / self.decode_s if self.decode_s > 0 else 0.0
+
+    @property
+    def prefill_tok_s(self) -> float:
+        return (self.prompt_tokens - self.cached_tokens) / self.prefill_s if self.prefill_s > 0 else 0.0
+
+    def to_json(self) -> dict:
+        """The statistics as plain JSON values."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "cached_tokens": self.cached_tokens,
+            "generated_tokens": self.generated_tokens,
+            "rounds": self.rounds,
+            "drafted": self.drafted,
+            "kept": self.kept,
+            "kept_per_round": self.kept / self.rounds if self.rounds else 0.0,
+            "tokens_per_round": self.tokens_per_round,
+            "acceptance": self.kept / self.drafted if self.drafted else 0.0,
+            "acceptance_by_position": self.acceptance_by_position,
+            "widths": {str(k): v for k, v in sorted(self.widths.items())},
+            "prefill_tok_s": self.prefill_tok_s,
+            "decode_tok_s": self.decode_tok_s,
+            "prefill_s": self.prefill_s,
+            "decode_s": self.decode_s,
+            "host_reads": self.host_reads,
+            "peak_memory_bytes": self.peak_memory_bytes,
+        }
+
+
+@dataclass(frozen=True)
+class Event:
+    """New tokens of one request; the last event of a request carries its finish reason and statistics.
+
+    text: what these tokens add to the text. It may lag behind the tokens by an unfinished character or
+        a possible stop string; all events of a request together hold all tokens and all text.
+    """
+
+    request: int
+    tokens: tuple[int, ...]
+    text: str = ""
+    finish_reason: FinishReason | None = None
+    stats: Stats | None = None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A finished request. `tokens` end with the end token where there is one; `text` leaves it out."""
+
+    tokens: list[int]
+    text: str
+    finish_reason: FinishReason
+    stats: Stats
+
+
+@dataclass(frozen=True)
+class Forward:
+    """One target pass.
+
+    rows: the dense slice of rows it ran over. tokens: [B, L] int32.
+    hidden: [B, C, H] after the final norm, for the last C of the L columns.
+    taps: outputs of the layers the drafter asked for, [B, L, H] each.
+    drafted: how many trailing columns the drafter proposed; 0 for a prompt chunk.
+    """
+
+    rows: slice
+    tokens: mx.array
+    hidden: mx.array
+    taps: dict[int, mx.array]
+    drafted: int
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The distribution a draft was drawn from.
+
+    logits: [B, K, C] float32, filtered as the row's sampling asks (-inf = impossible).
+    ids: [B, K, C] int32 token ids of the columns, or None where column c is token c.
+    """
+
+    logits: mx.array
+    ids: mx.array | None
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Proposed tokens [B, K] int32, and what they were drawn from (None: each is its drafter's only choice)."""
+
+    tokens: mx.array
+    source: Candidates | None = None
+
+    @property
+    def width(self) -> int:
+        return self.tokens.shape[1]

@@ -1,0 +1,143 @@
+"""From logits to a row's distribution, and from a distribution to a token. Knows rows' settings, not rows.
+
+All randomness is noise keyed by (seed, position, token id), see `kernels/noise.py`: a token drawn at a position never
+depends on batch order, width, or on how often the position was visited.
+Shapes: B rows, L columns, V vocabulary, C candidate tokens.
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from mlx_mtp.kernels.noise import gumbel
+from mlx_mtp.rows import Sampling
+
+# Streams of noise for unseeded rows, whose draft, acceptance test and correction must be independent.
+DRAFT_STREAM, ACCEPT_STREAM, RESIDUAL_STREAM = 0x6A09E667, 0xBB67AE85, 0x3C6EF372
+
+
+@dataclass(frozen=True)
+class RowSampler:
+    """One row's settings with its seed resolved: the request's own, or a fresh one.
+
+    coupled: the drafter and the target use the same noise, so the text is a function of the seed; otherwise drafts
+    are drawn independently and rejection sampling decides.
+    """
+
+    sampling: Sampling
+    seed: int
+    coupled: bool
+
+    @staticmethod
+    def of(sampling: Sampling) -> RowSampler:
+        if sampling.seed is not None or sampling.greedy:
+            return RowSampler(sampling, sampling.seed or 0, True)
+        return RowSampler(sampling, secrets.randbits(64), False)
+
+
+class Sampler:
+    """The settings of the B rows of a pass, as arrays."""
+
+    def __init__(self, rows: list[RowSampler], keep_logits: bool = False) -> None:
+        """keep_logits: `draw` returns its logits even where no row needs them (to inspect a drafter)."""
+        self._rows = rows
+        self.greedy = all(r.sampling.greedy for r in rows)
+        self.rejecting = any(not r.coupled for r in rows)
+        self.keep_logits = keep_logits or self.rejecting
+        if self.greedy:
+            return
+        column = [1.0 if r.sampling.greedy else 1.0 / r.sampling.temperature for r in rows]
+        self._scale = mx.array(column)[:, None, None]
+        self._certain = mx.array([r.sampling.greedy for r in rows])[:, None, None]
+        self.coupled = mx.array([r.coupled for r in rows])[:, None]
+        self._seed = mx.array([[r.seed & 0xFFFFFFFF, r.seed >> 32] for r in rows], dtype=mx.uint32)
+        drawn = [r.sampling for r in rows if not r.sampling.greedy]
+        self._filtered = any(s.top_k or s.top_p < 1 or s.min_p for s in drawn)
+        self._need_all = any(s.top_p < 1 and not s.top_k for s in drawn)
+        self._most = max(s.top_k for s in drawn)
+        if self._filtered:
+            self._filters = _Filters([r.sampling for r in rows])
+
+    def filter(self, logits: mx.array) -> mx.array:
+        """logits [B, L, C] float32 -> the same over temperature, with what the filters drop at -inf."""
+        z = logits * self._scale
+        if not self._filtered:
+            return z
+        count = z.shape[-1]
+        take = count if self._need_all else min(max(self._most, 1), count)  # min_p alone needs only the maximum
+        top = z if take == count else mx.topk(z, take, axis=-1)
+        top = -mx.sort(-top, axis=-1)
+        return mx.where(z >= self._filters.threshold(top), z, -mx.inf)
+
+    def noise(self, position: mx.array, ids: mx.array | None, count: int, stream: mx.array) -> mx.array:
+        """Gumbel noise [B, L, C] at position [B, L] for tokens `ids` [B, 1, C], or 0 .. count-1.
+
+        stream [B, 1] or scalar uint32 is mixed into the seed; rows whose token is certain get none.
+        """
+        seed = self._seed[:, None]
+        seed = mx.stack([seed[..., 0], seed[..., 1] ^ stream], axis=-1)
+        tokens = mx.arange(count, dtype=mx.uint32) if ids is None else ids
+        return mx.where(self._certain, 0.0, gumbel(seed, position, tokens))
+
+    def _stream(self, value: int) -> mx.array:
+        """[B, 1] uint32: 0 where the row is coupled, `value` where it draws independently."""
+        return mx.where(self.coupled, mx.array(0, mx.uint32), mx.array(value, mx.uint32))
+
+    def draw(
+        self, logits: mx.array, ids: mx.array | None, position: mx.array
+    ) -> tuple[mx.array, mx.array | None]:
+        """A draft: logits [B, C] of tokens `ids` [B, C] (None: column c is token c), position [B] int32.
+
+        Returns tokens [B] int32 and, where rejection sampling will ask, the filtered logits [B, C] they came from.
+        """
+        if self.greedy:
+            column, kept = mx.argmax(logits, axis=-1), logits if self.keep_logits else None
+        else:
+            z = self.filter(logits[:, None])
+            shown = None if ids is None else ids[:, None]
+            noise = self.noise(position[:, None], shown, z.shape[-1], self._stream(DRAFT_STREAM))
+            column, kept = mx.argmax(z + noise, axis=-1)[:, 0], z[:, 0] if self.keep_logits else None
+        if ids is not None:
+            column = mx.take_along_axis(ids, column[:, None], axis=-1)[:, 0]
+        return column.astype(mx.int32), kept
+
+    def choose(self, filtered: mx.array, position: mx.array) -> mx.array:
+        """The target's own choice at every column: filtered [B, L, V] from `filter`, position [B, L] -> [B, L] int32."""
+        noise = self.noise(position, None, filtered.shape[-1], self._stream(RESIDUAL_STREAM))
+        return mx.argmax(filtered + noise, axis=-1).astype(mx.int32)
+
+    def uniform(self, position: mx.array) -> mx.array:
+        """Numbers in (0, 1), [B, K], for the acceptance tests at position [B, K]."""
+        g = self.noise(position, mx.zeros((position.shape[0], 1, 1), mx.uint32), 1, mx.array(ACCEPT_STREAM, mx.uint32))
+        return mx.exp(-mx.exp(-g[..., 0]))  # the distribution function of Gumbel noise, at the noise
+
+
+class _Filters:
+    """top_k, top_p and min_p of B rows, as one threshold per distribution."""
+
+    def __init__(self, rows: list[Sampling]) -> None:
+        def column(values: list) -> mx.array:
+            return mx.array(values)[:, None, None]
+
+        off = [s.greedy for s in rows]
+        self.top_k = column([2**31 - 1 if o or not s.top_k else s.top_k for o, s in zip(off, rows, strict=True)])
+        self.top_p = column([2.0 if o or s.top_p == 1 else s.top_p for o, s in zip(off, rows, strict=True)])
+        self.log_min_p = mx.log(column([0.0 if o else s.min_p for o, s in zip(off, rows, strict=True)]))
+        self.ranked = column([not o and bool(s.top_k or s.top_p < 1) for o, s in zip(off, rows, strict=True)])
+
+    def threshold(self, top: mx.array) -> mx.array:
+        """top [B, L, n] the n greatest values, falling -> [B, L, 1] the least value that is kept.
+
+        As in transformers: a token stays in top_p while the probability before it, among those top_k left, is
+        below p; ties with the last one kept stay.
+        """
+        rank = mx.arange(top.shape[-1])
+        kept = rank < self.top_k
+        share = mx.softmax(mx.where(kept, top, -mx.inf), axis=-1, precise=True)
+        before = mx.cumsum(share, axis=-1) - share
+        kept = kept & ((before < self.top_p) | (rank == 0))
+        least = mx.min(mx.where(kept, top, mx.inf), axis=-1, keepdims=True)
+        return mx.maximum(mx.where(self.ranked, least, -mx.inf), top[..., :1] + self.log_min_p)
