@@ -195,6 +195,8 @@ def _token_ids(r: _Reader, value: Any) -> tuple[int, ...]:
 
 def _layers(r: _Reader, unified: bool, drafter: bool) -> tuple[LayerConfig, ...]:
     count = r.integer("num_hidden_layers")
+    if count > 1000:
+        raise r.fail("num_hidden_layers", "at most 1000")
     kinds = _layer_types(r, count)
     shared = count if drafter else r.integer("num_kv_shared_layers", 0, 0)
     first = count - shared  # layers from here on own no keys and values
@@ -283,3 +285,9 @@ def _overrides(r: _Reader, i: int, kind: str, k_eq_v: bool) -> _Reader:
     base["num_key_value_heads"] = r.integer("num_key_value_heads", base["num_attention_heads"])
     base["intermediate_size"] = r.integer("intermediate_size")
     return _Reader(base | own, f"{r.where}: layer {i}")
+
+
+def _table_row(table: Any, i: int) -> Any:
+    if not isinstance(table, dict) or not all(str(key).isdigit() for key in table):
+        return None
+    return next((row for key, row in table.items() if int(key) == i), {})

@@ -27,7 +27,7 @@ class ExpertLinear(nn.Module):
 class QuantizedExpertLinear(nn.Module):
     """ExpertLinear over MLX-quantised weights: `weight` uint32, `scales`, and `biases` where affine."""
 
-    def __init__(self, shape: tuple[int, int, int], group_size: int, bits: int, mode: str) -> None:
+    def __init__(self, shape: tuple[int, ...], group_size: int, bits: int, mode: str) -> None:
         """shape: [E, out, in] of the matrices it stands for."""
         super().__init__()
         self.group_size, self.bits, self.mode = group_size, bits, mode

@@ -67,7 +67,8 @@ class Assistant(nn.Module):
         """
         h = self.pre_projection(mx.concatenate([embedded, hidden], axis=-1))
         for block, layer in zip(self.model.layers, self.config.text.layers, strict=True):
-            h = block(h, position, views[layer.window is None], None)
+            (queries,) = block.project(h, position)
+            h = block.finish(h, views[layer.window is None].attend(queries), None)
         y = self.model.norm(h)
         return y[:, 0], self.post_projection(y)
 
