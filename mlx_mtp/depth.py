@@ -6,6 +6,8 @@ drafting that does not pay stops, and is probed again at growing distances.
 
 from __future__ import annotations
 
+import statistics
+from collections import deque
 from typing import Protocol
 
 from mlx_mtp.rows import RequestError
@@ -24,7 +26,7 @@ class Depth(Protocol):
         """A round of `width` drafted tokens a row: row i kept `kept[i]` columns, of width + 1.
 
         seconds: what the round took, or None where the time says nothing (a prompt chunk ran beside it, or the
-        width had just changed).
+        engine had been idle).
         """
         ...
 
@@ -59,6 +61,132 @@ class Heuristic:
         if width and kept:
             full = sum(k == width + 1 for k in kept) * 2 >= len(kept)
             self._width = min(self._most, self._width + 2) if full else max(1, self._width - 1)
+
+
+class Auto:
+    """The width with the most expected tokens per expected second, from what this machine and text have shown.
+
+    Acceptance is estimated by position, pooled over rows, at two speeds: counts that fade with every round, over a
+    slow mean that remembers. The time of a round is the median of the last ones of its shape (rows, width). It never
+    falls with the width, so a shape not yet seen takes at least what the next narrower one takes; where that would be
+    fast enough to win, the shape is tried. Steps in the cost, as kernels have them, are found this way.
+    Where width 0 is best, a narrow round is tried at growing distances. A ledger holds what drafting has gained and
+    lost against width 0; while it shows a loss of more than LOSS, nothing is drafted.
+    """
+
+    FADE = 0.96  # per round: about 25 rounds count
+    SLOW = 1 / 64  # weight of a round in the slow mean
+    PRIOR, PRIOR_WEIGHT = 0.7, 2.0  # of a draft being kept, before there is evidence; and of the slow mean
+    GAIN = 1.03  # a new width must look this much better
+    SAMPLES, FIRST = 2, 4  # timed rounds before a shape is judged; the first width, half of it from 3 rows on
+    LOSS, ALLOWANCE = 0.015, 6  # share of the time, on top of so many rounds of width 0
+    MEMORY = 0.999  # per round: about a thousand rounds stand in the ledger
+    PAUSE = 6  # rounds between two shapes that are tried for their time
+    FIRST_PROBE, LAST_PROBE, PROBE_WIDTH, PROBE_ROUNDS = 24, 768, 1, 2
+
+    def __init__(self, most: int = 8) -> None:
+        """most: the widest round it considers."""
+        self._most = most
+        self._hits, self._tries = [0.0] * most, [0.0] * most
+        self._slow, self._rounds = [self.PRIOR] * most, [0] * most
+        self._times: dict[tuple[int, int], deque[float]] = {}
+        self._seen: set[tuple[int, int]] = set()
+        self._width = min(self.FIRST, most)
+        self._gained = self._spent = 0.0  # the ledger, in seconds
+        self._quiet = 0  # rounds since a shape was tried for its time
+        self._trial: tuple[int, int] | None = None
+        self._wait, self._since, self._probing = self.FIRST_PROBE, 0, 0
+
+    def choose(self, rows: int) -> int:
+        for width in (min(self.FIRST if rows < 3 else self.FIRST // 2, self._most), 0):
+            if not self._timed(rows, width):
+                return width
+        if self._gained < -self.LOSS * self._spent - self.ALLOWANCE * self.seconds(rows, 0):
+            return 0
+        if self._trial and self._trial[0] == rows and not self._timed(*self._trial):
+            return self._trial[1]
+        self._quiet += 1
+        self._width = self._best(rows)
+        if self._width:
+            self._wait = self.FIRST_PROBE
+        trial = self._worth_trying(rows)
+        if trial is not None and self._quiet > self.PAUSE:
+            self._trial, self._quiet = (rows, trial), 0
+            return trial
+        return self._width or self._probe()
+
+    def record(self, width: int, kept: list[int], seconds: float | None) -> None:
+        self._hits = [x * self.FADE for x in self._hits]
+        self._tries = [x * self.FADE for x in self._tries]
+        for i in range(min(width, self._most)):
+            judged = [columns - 1 > i for columns in kept if columns > i]  # all drafts before i were kept
+            if judged:
+                share = sum(judged) / len(judged)
+                weight = len(judged) / len(kept)
+                self._hits[i] += share * weight
+                self._tries[i] += weight
+                self._rounds[i] += 1
+                rate = max(self.SLOW, 1 / (self._rounds[i] + 2)) * weight
+                self._slow[i] += rate * (share - self._slow[i])
+        shape = (len(kept), width)
+        if seconds is not None and self._timed(len(kept), 0):
+            plain = sum(kept) / len(kept) * self.seconds(len(kept), 0)
+            self._gained = self.MEMORY * self._gained + (plain - seconds if width else 0.0)
+            self._spent = self.MEMORY * self._spent + seconds
+        if shape not in self._seen:
+            self._seen.add(shape)  # the first round of a shape also pays for building its kernels
+        elif seconds is not None:
+            self._times.setdefault(shape, deque(maxlen=9)).append(seconds)
+
+    def expected_tokens(self, width: int) -> float:
+        """Tokens a row gains from a round of this width."""
+        total, alive, last, level = 1.0, 1.0, self.PRIOR, 1.0
+        for i in range(width):
+            # Positions rise and fall together: what the slow mean says is scaled by how the position before fares.
+            prior = min(0.97, self._slow[i] * level) if self._rounds[i] else last
+            last = (self._hits[i] + self.PRIOR_WEIGHT * prior) / (self._tries[i] + self.PRIOR_WEIGHT)
+            level = last / max(self._slow[i], 0.02) if self._rounds[i] else level
+            alive *= last
+            total += alive
+        return total
+
+    def seconds(self, rows: int, width: int) -> float:
+        """Time of a round: measured, or at least that of the next narrower shape that was."""
+        for w in range(width, -1, -1):
+            if self._timed(rows, w):
+                return statistics.median(self._times[rows, w])
+        return 0.0
+
+    def _timed(self, rows: int, width: int) -> bool:
+        return len(self._times.get((rows, width), ())) >= self.SAMPLES
+
+    def _rate(self, rows: int, width: int) -> float:
+        return self.expected_tokens(width) / self.seconds(rows, width)
+
+    def _best(self, rows: int) -> int:
+        """The best of the widths whose time is known; the present one unless another is clearly better."""
+        known = [w for w in range(self._most + 1) if self._timed(rows, w)]
+        best = max(known, key=lambda w: self._rate(rows, w))
+        stay = self._width in known and self._rate(rows, best) < self.GAIN * self._rate(rows, self._width)
+        return self._width if stay else best
+
+    def _worth_trying(self, rows: int) -> int | None:
+        """An untimed width that would win if it took no longer than the next narrower timed one."""
+        unknown = [w for w in range(1, self._most + 1) if not self._timed(rows, w)]
+        best = max(unknown, key=lambda w: self._rate(rows, w), default=None)
+        if best is None or self._rate(rows, best) < self.GAIN * self._rate(rows, self._width):
+            return None
+        return best
+
+    def _probe(self) -> int:
+        """Width of a round while drafting does not pay: 0, except for a narrow look at growing distances."""
+        self._since += 1
+        if self._since >= self._wait:
+            self._since, self._wait, self._probing = 0, min(self.LAST_PROBE, 2 * self._wait), self.PROBE_ROUNDS
+        if not self._probing:
+            return 0
+        self._probing -= 1
+        return min(self.PROBE_WIDTH, self._most)
 
 
 def depth_of(width: int | str) -> Depth:

@@ -62,7 +62,7 @@ class Engine:
         self._running: Pass | None = None
         self._samplers: dict[tuple, Sampler] = {}
         self._kept: dict[int, Snapshot] = {}
-        self._last: tuple[float, int, int] = (0.0, -1, -1)  # when the last round was read, its width and rows
+        self._last: float | None = None  # when the pass before was read, if the device has been busy since
 
     # requests ---------------------------------------------------------------------------------------------------
 
@@ -135,6 +135,7 @@ class Engine:
             active = [r for r in decoded if r.decoding and not r.done]
             width = self._width(active)
             draft, judged = self._round(decoded, active, width)
+            width = judged.tokens.shape[1] - 1  # a drafter may propose less than it was asked for
             outs += [judged.tokens.reshape(-1), judged.kept]
         for chunk in chunks:
             outs.append(self._chunk(chunk))
@@ -220,7 +221,7 @@ class Engine:
 
     def _undo(self, built: Pass | None, state: tuple[Any, ...]) -> None:
         """Take back a pass that nobody needs; rows that it admitted stay, as if new."""
-        self._running = None
+        self._running = self._last = None
         if built is None:
             return
         cache, drafter, self._bonus = state
@@ -281,13 +282,12 @@ class Engine:
     def _report(self, done: Pass, kept: list[int], now: float) -> None:
         """Tell the depth policy what a round kept, and what it took if nothing else changed beside it."""
         if not done.decoded:
-            self._last = (now, -1, -1)
+            self._last = now
             return
         counts = [k for k, row in zip(kept, done.decoded, strict=True) if row in done.active]
-        before, width, rows = self._last
-        same = (width, rows) == (done.width, len(done.decoded)) and not done.chunks
-        self.depth.record(done.width, counts, now - before if same else None)
-        self._last = (now, done.width, -1 if done.chunks else len(done.decoded))
+        timed = self._last is not None and not done.chunks
+        self.depth.record(done.width, counts, now - self._last if timed else None)
+        self._last = now
 
     def _drop_done(self) -> None:
         for row in [r for r in self.scheduler.rows if r.done]:

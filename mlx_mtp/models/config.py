@@ -1,6 +1,6 @@
 """What a config.json says about a Gemma 4 target or drafter, as frozen dataclasses. Reads no weights.
 
-Every layer's sizes are worked out here, so that the networks contain no defaults and no conditions on model names.
+Every layer's sizes are worked out here, so that networks hold no defaults and no conditions on names.
 Keys and defaults follow transformers 5.22 and 5.23 (`configuration_gemma4*.py`): `global_head_dim` and
 `num_global_key_value_heads`, or the `per_layer_config` table that 5.23 writes instead.
 """
@@ -20,7 +20,7 @@ DRAFTER_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """Sizes of one layer. window: None sees everything. owner: the layer whose keys and values it attends to."""
+    """Sizes of one layer. window: None sees everything. owner: the layer whose keys and values it reads."""
 
     window: int | None
     owner: int
@@ -65,7 +65,7 @@ class TextConfig:
 
     @property
     def drafter_reads(self) -> tuple[int, int]:
-        """(sliding, full): the last layers of each kind that own keys and values, which the drafter attends to."""
+        """(sliding, full): the last layers of each kind that own keys and values; the drafter reads them."""
         sliding = [i for i in self.owners if self.layers[i].window is not None]
         full = [i for i in self.owners if self.layers[i].window is None]
         return sliding[-1] if sliding else -1, full[-1] if full else -1
@@ -73,7 +73,7 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class AssistantConfig:
-    """A drafter. clusters: (number of centroids, how many are scored) of the clustered head, or None if tied."""
+    """A drafter. clusters: (centroids, how many of them are scored) of the clustered head; None if tied."""
 
     text: TextConfig
     backbone_size: int
@@ -85,7 +85,7 @@ def read_target(config: dict, where: str) -> TextConfig:
     kind = config.get("model_type")
     if kind in DRAFTER_TYPES:
         raise CheckpointError(
-            f"{where}: model_type is {kind!r}, a drafter; pass it as the drafter and a Gemma 4 model as the target"
+            f"{where}: model_type is {kind!r}, a drafter; pass it as that, and a Gemma 4 model as the target"
         )
     if kind not in TARGET_TYPES:
         raise CheckpointError(
@@ -103,7 +103,7 @@ def read_assistant(config: dict, where: str) -> AssistantConfig:
     kind = config.get("model_type")
     if kind in TARGET_TYPES:
         raise CheckpointError(
-            f"{where}: model_type is {kind!r}, a target; its drafter is the repository with '-assistant' in its name"
+            f"{where}: model_type is {kind!r}, a target; its drafter has '-assistant' in its name"
         )
     if kind not in DRAFTER_TYPES:
         raise CheckpointError(
@@ -118,7 +118,7 @@ def read_assistant(config: dict, where: str) -> AssistantConfig:
         clusters = (top.integer("num_centroids", 2048), top.integer("centroid_intermediate_top_k", 32))
         if text.vocab_size % clusters[0] or clusters[1] > clusters[0]:
             raise CheckpointError(
-                f"{where}: {clusters[0]} centroids (top {clusters[1]}) do not divide a vocabulary of {text.vocab_size}"
+                f"{where}: {clusters[0]} centroids (top {clusters[1]}) do not divide {text.vocab_size} tokens"
             )
     return AssistantConfig(text, top.integer("backbone_hidden_size"), clusters)
 

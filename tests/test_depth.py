@@ -1,0 +1,133 @@
+"""The width controllers, simulated: a text of known acceptance on a machine of known cost."""
+
+import random
+from collections.abc import Callable
+
+import pytest
+
+from mlx_mtp.depth import MAX_WIDTH, Auto, Constant, Depth, Heuristic, depth_of
+from mlx_mtp.rows import RequestError
+
+Cost = Callable[[int, int], float]  # (rows, width) -> seconds of a round
+
+
+def linear(per_column: float, per_draft: float) -> Cost:
+    """Cost of a round in units of one column: the shape of a dense, mixture-of-experts or old-chip machine."""
+    return lambda rows, width: 1 + per_column * (rows * (width + 1) - 1) + per_draft * width
+
+
+def stepped(rows: int, width: int) -> float:
+    """Quantised products on Apple GPUs: nearly flat inside a tile, a jump at its end."""
+    columns = rows * (width + 1)
+    return next(c for end, c in ((1, 1.0), (4, 1.1), (8, 1.5), (16, 2.7), (10**9, 3.5)) if columns <= end) + 0.06 * width
+
+
+COSTS = {
+    "memory-bound": linear(0.04, 0.04),
+    "dense": linear(0.12, 0.06),
+    "experts": linear(0.425, 0.1),
+    "old chip": linear(0.6, 0.08),
+    "steps": stepped,
+}
+TEXTS: dict[str, Callable[[int], float]] = {
+    "enumeration": lambda at: 0.97,
+    "code": lambda at: 0.8,
+    "prose": lambda at: 0.45,
+    "json": lambda at: 0.08,
+    "random drafter": lambda at: 0.0,
+    "alternating": lambda at: 0.9 if at // 200 % 2 else 0.1,
+}
+
+
+def acceptance(text: str, tokens: int, seed: int = 1) -> list[int]:
+    """How many drafts would be kept at every place of a text, were the draft wide enough."""
+    rng, out = random.Random(seed), []
+    for at in range(tokens):
+        kept = 0
+        while kept < MAX_WIDTH and rng.random() < TEXTS[text](at) * 0.97**kept:
+            kept += 1
+        out.append(kept)
+    return out
+
+
+def simulate(depth: Depth, text: list[int], cost: Cost, rows: int) -> float:
+    """Seconds to write `text`, each row starting at another place of it; times are noisy, upwards."""
+    rng, at, seconds = random.Random(0), [i * len(text) // rows for i in range(rows)], 0.0
+    written = 0
+    while written < len(text):
+        width = depth.choose(rows)
+        kept = [min(text[place % len(text)], width) + 1 for place in at]
+        at = [place + k for place, k in zip(at, kept, strict=True)]
+        written += sum(kept)
+        took = cost(rows, width)
+        seconds += took
+        depth.record(width, kept, took * (1 + 0.05 * abs(rng.gauss(0, 1))))
+    return seconds
+
+
+def losses(rows: int, tokens: int) -> dict[tuple[str, str], tuple[float, float]]:
+    """(cost, text) -> how much longer `Auto` takes than the best fixed width, and than width 0; as shares."""
+    out = {}
+    for cost in COSTS:
+        for text in TEXTS:
+            places = acceptance(text, tokens * rows)
+            fixed = [simulate(Constant(k), places, COSTS[cost], rows) for k in (0, 1, 2, 3, 5, 7, 8)]
+            auto = simulate(Auto(), places, COSTS[cost], rows)
+            out[cost, text] = (auto / min(fixed) - 1, auto / fixed[0] - 1)
+    return out
+
+
+@pytest.mark.parametrize("rows", [1, 4, 8])
+def test_auto_loses_little_against_the_best_fixed_width_and_nothing_against_none(rows):
+    found = losses(rows, tokens=2000)
+    regret = sum(r for r, _ in found.values()) / len(found)
+    worst = max(found, key=lambda k: found[k][1])
+    assert regret < 0.05
+    assert found[worst][1] < 0.03, (worst, found[worst])
+
+
+def test_auto_finds_a_width_behind_a_step_in_the_cost():
+    places = [MAX_WIDTH] * 2000
+    auto, best = Auto(), simulate(Constant(7), places, stepped, 1)
+    assert simulate(Constant(3), places, stepped, 1) > 1.2 * best
+    assert simulate(auto, places, stepped, 1) < 1.12 * best
+
+
+def test_auto_stops_drafting_with_a_useless_drafter_and_recovers_when_it_becomes_useful():
+    auto, cost = Auto(), COSTS["dense"]
+    simulate(auto, [0] * 600, cost, 1)
+    assert [auto.choose(1) for _ in range(10)].count(0) >= 8
+    simulate(auto, [8] * 1500, cost, 1)
+    assert min(auto.choose(1) for _ in range(5)) >= 4
+
+
+def test_auto_keeps_what_it_learnt_for_the_next_request():
+    places, cost = acceptance("json", 600), COSTS["old chip"]
+    auto = Auto()
+    first = simulate(auto, places, cost, 1)
+    assert simulate(auto, places, cost, 1) < first
+
+
+def test_auto_without_any_timing_still_chooses():
+    auto = Auto()
+    for _ in range(50):
+        width = auto.choose(2)
+        assert 0 <= width <= MAX_WIDTH
+        auto.record(width, [1, 1], None)
+
+
+def test_heuristic_grows_by_two_after_a_full_round_and_shrinks_by_one_otherwise():
+    depth = Heuristic(4)
+    depth.record(4, [5], None)
+    assert depth.choose(1) == 6
+    depth.record(6, [3], None)
+    assert depth.choose(1) == 5
+    for _ in range(20):
+        depth.record(depth.choose(1), [1], None)
+    assert depth.choose(1) == 1
+
+
+@pytest.mark.parametrize("width", [-1, 16, True, 2.5, "fast", None])
+def test_a_width_that_makes_no_sense_is_refused(width):
+    with pytest.raises(RequestError, match="expected 0 to 15"):
+        depth_of(width)
