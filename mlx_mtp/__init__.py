@@ -1,5 +1,6 @@
 """Gemma 4 on Apple's MLX, several tokens a pass: MTP drafting with exactly the target's own text."""
 
+from mlx_mtp.pair import Chat, Pair, load
 from mlx_mtp.rows import (
     GREEDY,
     CheckpointError,
@@ -12,7 +13,6 @@ from mlx_mtp.rows import (
     Sampling,
     Stats,
 )
-from mlx_mtp.pair import Chat, Pair, load
 
 __version__ = "0.1.0"
 

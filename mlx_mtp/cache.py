@@ -70,9 +70,7 @@ class View:
         for part in self.parts:
             q = queries if len(self.parts) == 1 else queries[row : row + part.keys.shape[0]]
             mask = part.mask if part.mask.shape[2] == columns else part.mask[:, :, -columns:]
-            outs.append(
-                mx.fast.scaled_dot_product_attention(q, part.keys, part.values, scale=1.0, mask=mask)
-            )
+            outs.append(mx.fast.scaled_dot_product_attention(q, part.keys, part.values, scale=1.0, mask=mask))
             row += part.keys.shape[0]
         out = outs[0] if len(outs) == 1 else mx.concatenate(outs)
         return out.transpose(0, 2, 1, 3).reshape(b, columns, heads * dim)
@@ -92,8 +90,22 @@ class Cache:
         }
 
     def ring_size(self, window: int) -> int:
-        """Slots of a sliding layer's ring: the drafter's window (W + 1) and two of the widest rounds, rounded up to 8."""
+        """Slots of a sliding layer's ring: the drafter's window (W + 1) and two of the widest rounds."""
         return _round_up(window + 1 + 2 * (self.max_width + 1), 8)
+
+    def row_bytes(self, positions: int) -> int:
+        """What a row of so many positions takes: its rings, and its own buffers as they are allocated."""
+        full = _round_up(max(positions, 1), GROW_TOK)
+        slots = (self.ring_size(s.window) if s.window else full for s in self.specs)
+        sizes = (2 * n * s.kv_heads * s.head_dim for n, s in zip(slots, self.specs, strict=True))
+        return sum(sizes) * self.dtype.size
+
+    def positions_in(self, budget_bytes: int) -> int:
+        """How many positions one row may have within a budget; 0 if not even its rings fit."""
+        rings, per_step = self.row_bytes(1), self.row_bytes(GROW_TOK + 1) - self.row_bytes(1)
+        if budget_bytes < rings:
+            return 0
+        return GROW_TOK * (1 + (budget_bytes - rings) // per_step) if per_step else 2**31 - 1
 
     # rows -------------------------------------------------------------------------------------------------------
 
@@ -114,9 +126,11 @@ class Cache:
             else:
                 shape = (1, spec.kv_heads, room, spec.head_dim)
                 buffers.append((mx.zeros(shape, self.dtype), mx.zeros(shape, self.dtype)))
-        for i, (k, v) in self._ring.items() if snapshot else ():
-            old_k, old_v = snapshot.ring[i]
-            self._ring[i] = (_put(k, slice(row, row + 1), old_k), _put(v, slice(row, row + 1), old_v))
+        if snapshot:
+            here = slice(row, row + 1)
+            for i, (k, v) in snapshot.ring.items():
+                into_k, into_v = self._ring[i]
+                self._ring[i] = (_put(into_k, here, k), _put(into_v, here, v))
         return row
 
     def snapshot(self, row: int, tokens: tuple[int, ...]) -> Snapshot:
@@ -220,6 +234,7 @@ class Pass:
         self.start = cache.lengths[rows]  # [B] int32, position of column 0
         self._at = self.start[:, None] + mx.arange(columns)  # [B, L] positions of the new columns
         self._chunk = columns > cache.max_width + 1  # too wide for the ring's slack: a prompt chunk
+        self.routed: list[mx.array] = []  # the model leaves its expert choices here, [B, C, k] a layer, to be counted
         self._masks: dict[tuple, mx.array] = {}
         self._slots: dict[int, tuple] = {}
 

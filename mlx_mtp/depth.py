@@ -182,7 +182,11 @@ class Auto:
         """Width of a round while drafting does not pay: 0, except for a narrow look at growing distances."""
         self._since += 1
         if self._since >= self._wait:
-            self._since, self._wait, self._probing = 0, min(self.LAST_PROBE, 2 * self._wait), self.PROBE_ROUNDS
+            self._since, self._wait, self._probing = (
+                0,
+                min(self.LAST_PROBE, 2 * self._wait),
+                self.PROBE_ROUNDS,
+            )
         if not self._probing:
             return 0
         self._probing -= 1

@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -22,6 +22,7 @@ from mlx_mtp.accept import Verdict, verdict
 from mlx_mtp.cache import Cache, Snapshot
 from mlx_mtp.depth import Depth
 from mlx_mtp.drafters import Drafter
+from mlx_mtp.models.experts import distinct_experts
 from mlx_mtp.models.gemma4 import ALL, LAST, Gemma4
 from mlx_mtp.rows import Draft, Event, Forward, Request, Stats
 from mlx_mtp.sampling import RowSampler, Sampler
@@ -35,7 +36,8 @@ class Pass:
     decoded: the rows of the round, in cache order; `active` are those of them whose verdict counts.
     chunks: prompt chunks beside it. draft: evaluated first, so that the device starts on it while the rest is
     still being dispatched. out: int32, everything the host will read: per decoded row its width + 1 tokens, then
-    every decoded row's kept count, then the first token of every prompt that ends here.
+    every decoded row's kept count, then one number per chunk (the first token, where the prompt ends here), then the
+    round's distinct experts summed over layers, where there are any.
     """
 
     decoded: list[Row]
@@ -53,10 +55,21 @@ class Pass:
 class Engine:
     """Runs requests to their end, a pass at a time. All calls come from one thread."""
 
-    def __init__(self, target: Gemma4, cache: Cache, drafter: Drafter, depth: Depth, limits: Limits) -> None:
+    def __init__(
+        self,
+        target: Gemma4,
+        cache: Cache,
+        drafter: Drafter,
+        depth: Depth,
+        limits: Limits,
+        profile: bool = False,
+    ) -> None:
+        """profile: wait for every draft, to tell its time from the verifying pass's; costs a host wait a round."""
         self.target, self.cache, self.drafter, self.depth = target, cache, drafter, depth
-        self.scheduler = Scheduler(limits)
+        self.scheduler = Scheduler(limits, cache.row_bytes)
         self.host_reads = 0
+        self.total = Stats()  # of all requests that have ended
+        self._profile, self._sent_s = profile, 0.0
         self._ids = itertools.count()
         self._bonus = mx.zeros((0,), mx.int32)  # [R] newest token of every row
         self._running: Pass | None = None
@@ -108,6 +121,7 @@ class Engine:
                 return []
             self._dispatch(built)
         running, undo = self._running, self._state()
+        assert running is not None
         ahead = self._build()
         events = self._read(running)
         if ahead is not None and any(not r.done for r in ahead.rows):
@@ -130,15 +144,17 @@ class Engine:
         chunks = self.scheduler.chunks()
         if not decoded and not chunks:
             return None
-        outs, draft, width, active = [], None, 0, []
+        outs, draft, experts, width, active = [], None, None, 0, []
         if decoded:
             active = [r for r in decoded if r.decoding and not r.done]
             width = self._width(active)
-            draft, judged = self._round(decoded, active, width)
+            draft, judged, experts = self._round(decoded, active, width)
             width = judged.tokens.shape[1] - 1  # a drafter may propose less than it was asked for
             outs += [judged.tokens.reshape(-1), judged.kept]
         for chunk in chunks:
             outs.append(self._chunk(chunk))
+        if experts is not None:
+            outs.append(experts)
         return Pass(decoded, active, width, chunks, draft, mx.concatenate(outs))
 
     def _join(self, row: Row) -> None:
@@ -152,7 +168,10 @@ class Engine:
         useful = max((r.room for r in active), default=1) - 1
         return max(0, min(self.depth.choose(len(active)), useful))
 
-    def _round(self, decoded: list[Row], active: list[Row], width: int) -> tuple[mx.array | None, Verdict]:
+    def _round(
+        self, decoded: list[Row], active: list[Row], width: int
+    ) -> tuple[mx.array | None, Verdict, mx.array | None]:
+        """Draft, verify, commit; returns the draft [B, K], the verdict, and the count of experts touched [1]."""
         rows, sampler = slice(0, len(decoded)), self._sampler(decoded)
         bonus = self._bonus[rows]
         draft = Draft(mx.zeros((len(decoded), 0), mx.int32))
@@ -173,7 +192,8 @@ class Engine:
         self._bonus = mx.concatenate([newest, self._bonus[len(decoded) :]])
         for row in active:
             row.pending += 1
-        return (draft.tokens if width else None), Verdict(judged.tokens, kept)
+        experts = distinct_experts(pass_.routed)[None] if pass_.routed else None
+        return (draft.tokens if width else None), Verdict(judged.tokens, kept), experts
 
     def _chunk(self, chunk: Chunk) -> mx.array:
         """A prompt chunk; returns the token after it, [1] int32, which counts only at the prompt's end."""
@@ -214,10 +234,17 @@ class Engine:
         return self.cache.state(), self.drafter.state(), self._bonus
 
     def _dispatch(self, built: Pass) -> None:
+        self._running, self._sent_s, drafted_s = built, time.perf_counter(), 0.0
         if built.draft is not None:
             mx.async_eval(built.draft)
+        if self._profile and built.draft is not None:  # a second wait, only to tell drafting from verifying
+            mx.eval(built.draft)
+            drafted_s = time.perf_counter() - self._sent_s
         mx.async_eval(built.out, self._state())
-        self._running = built
+        for row in built.active:
+            if not row.done:
+                row.stats.draft_s += drafted_s
+                row.stats.host_s += 0.0 if self._last is None else self._sent_s - self._last
 
     def _undo(self, built: Pass | None, state: tuple[Any, ...]) -> None:
         """Take back a pass that nobody needs; rows that it admitted stay, as if new."""
@@ -235,19 +262,22 @@ class Engine:
 
     def _read(self, done: Pass) -> list[Event]:
         """Wait for a pass, and turn what it brought into events."""
-        values = done.out.tolist()
+        values = cast(list[int], done.out.tolist())
         self.host_reads += 1
         now = time.perf_counter()
         rows, columns = len(done.decoded), done.width + 1
-        kept = values[rows * columns : rows * (columns + 1)]
+        kept, rest = values[rows * columns : rows * (columns + 1)], values[rows * (columns + 1) :]
+        experts = rest.pop() / len(self.target.layers) if len(rest) > len(done.chunks) else 0.0
         events = []
         for i, row in enumerate(done.decoded):
             if row.index >= 0:
                 self.cache.settle(row.index, columns - kept[i])
             if row in done.active and not row.done:
                 row.stats.host_reads += 1
+                row.stats.device_s += now - self._sent_s
+                row.stats.experts += experts
                 events.append(self._emit(row, values[i * columns :][: kept[i]], done.width, now))
-        for chunk, first in zip(done.chunks, values[rows * (columns + 1) :], strict=True):
+        for chunk, first in zip(done.chunks, rest, strict=True):
             chunk.row.stats.host_reads += 1
             if chunk.last and not chunk.row.done:
                 chunk.row.first_token_s = now
@@ -278,16 +308,17 @@ class Engine:
         row.done = True
         row.stats.decode_s = now - row.first_token_s if row.tokens else 0.0
         row.stats.peak_memory_bytes = mx.get_peak_memory()
+        self.total.add(row.stats)
 
     def _report(self, done: Pass, kept: list[int], now: float) -> None:
-        """Tell the depth policy what a round kept, and what it took if nothing else changed beside it."""
-        if not done.decoded:
-            self._last = now
-            return
-        counts = [k for k, row in zip(kept, done.decoded, strict=True) if row in done.active]
-        timed = self._last is not None and not done.chunks
-        self.depth.record(done.width, counts, now - self._last if timed else None)
+        """Tell the depth policy and the scheduler what a pass kept, and what it took."""
+        seconds = None if self._last is None else now - self._last
         self._last = now
+        if seconds is not None:
+            self.scheduler.timed(seconds, sum(c.count for c in done.chunks), len(done.decoded))
+        if done.decoded:
+            counts = [k for k, row in zip(kept, done.decoded, strict=True) if row in done.active]
+            self.depth.record(done.width, counts, None if done.chunks else seconds)
 
     def _drop_done(self) -> None:
         for row in [r for r in self.scheduler.rows if r.done]:

@@ -29,9 +29,7 @@ def resolve(name: str, report: Callable[[str, int, int], None] | None = None) ->
     if path.is_file():
         raise CheckpointError(f"{name}: {_why_not(path)}")
     if not HUB_ID.fullmatch(name):
-        raise DownloadError(
-            f"{name!r}: no such folder; expected one with config.json, or a hub id owner/name"
-        )
+        raise DownloadError(f"{name!r}: no such folder; expected one with config.json, or a hub id owner/name")
     if report:
         report(f"fetching {name}", 0, 0)
     return _download(name)

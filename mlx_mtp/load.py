@@ -93,6 +93,8 @@ def load_pair(
     Raises DownloadError, CheckpointError, PairingError, RequestError.
     """
     folder = _open(target, read_target, report)
+    if drafter is None and quantize is not None:
+        raise RequestError(f"quantize is {quantize!r}, but there is no drafter to quantise; name one, or leave it out")
     draft_folder, notes = _open_drafter(drafter, target, report)
     if draft_folder is not None:
         names = (target, draft_folder.name)

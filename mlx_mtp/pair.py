@@ -10,20 +10,32 @@ One thread loads, runs and frees a pair: MLX's streams belong to the thread that
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from importlib import resources
+from typing import cast
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_mtp.cache import Cache, Snapshot
 from mlx_mtp.depth import MAX_WIDTH, Depth, depth_of
+from mlx_mtp.doctor import memory_bytes
 from mlx_mtp.drafters import Drafter
 from mlx_mtp.drafters.mtp import MtpDrafter
 from mlx_mtp.drafters.plain import PlainDrafter
 from mlx_mtp.engine import Engine
 from mlx_mtp.load import LoadedPair, load_pair
-from mlx_mtp.rows import GREEDY, Completion, Event, FinishReason, Forward, Request, RequestError, Sampling, Stats
+from mlx_mtp.rows import (
+    GREEDY,
+    Completion,
+    Event,
+    FinishReason,
+    Forward,
+    Request,
+    RequestError,
+    Sampling,
+    Stats,
+)
 from mlx_mtp.sampling import RowSampler, Sampler
 from mlx_mtp.scheduler import Limits
 from mlx_mtp.text import Detokenizer, StopStrings, Text
@@ -32,6 +44,7 @@ Prompt = str | Sequence[int] | Sequence[dict]
 """Text to continue, token ids, or a conversation as [{"role": ..., "content": ...}, ...]."""
 
 TINY = "tiny"  # names the embedded pair
+MIN_KV_BYTES = 256 * 2**20
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
@@ -73,7 +86,9 @@ class Pair:
         self._assistant = loaded.drafter.model if loaded.drafter else None
         cache = Cache(self._model.specs, MAX_WIDTH, self._dtype)
         self._depths: dict[int | str, Depth] = {}
-        self._engine = Engine(self._model, cache, self._drafter(cache), depth_of(0), limits or Limits())
+        limits = limits or Limits(kv_bytes=_kv_budget(loaded))
+        self._most_tok = cache.positions_in(limits.kv_bytes) if limits.kv_bytes is not None else self.context_tok
+        self._engine = Engine(self._model, cache, self._drafter(cache), depth_of(0), limits)
         self._inbox: dict[int, deque[Event]] = {}
 
     def _drafter(self, cache: Cache) -> Drafter:
@@ -95,7 +110,8 @@ class Pair:
 
         sampling: None takes the checkpoint's own defaults (`default_sampling`).
         width: tokens drafted per round, 0 (plain decoding) to 15, "heuristic", or "auto": what pays. All requests
-        that run at the same time share one width. max_tokens: None takes what the context leaves.
+        that run at the same time share one width. max_tokens: None takes what the context and the
+        memory leave.
         stop: strings that end the text (they are not part of it). Raises RequestError before anything runs.
         """
         runs = [_Run(self, p, sampling, width, max_tokens, stop) for p in _as_list(prompts)]
@@ -118,7 +134,7 @@ class Pair:
         width: int | str = "auto",
         max_tokens: int | None = None,
         stop: Sequence[str] = (),
-    ) -> Iterator[Event]:
+    ) -> Generator[Event, None, None]:
         """Complete one prompt as a stream of events; arguments as in `generate`.
 
         The last event carries finish_reason and stats. Closing the iterator cancels the request. Several streams
@@ -130,7 +146,7 @@ class Pair:
         """A conversation that keeps its cache from turn to turn."""
         return Chat(self, system)
 
-    def _events(self, run: _Run) -> Iterator[Event]:
+    def _events(self, run: _Run) -> Generator[Event, None, None]:
         try:
             run.submit()
             while True:
@@ -154,7 +170,7 @@ class Pair:
         if len(prompt) == 0:
             raise RequestError("the prompt is empty; expected at least one token")
         if isinstance(prompt[0], dict):
-            return tuple(self.text.chat(list(prompt)))
+            return tuple(self.text.chat(cast(list[dict], list(prompt))))
         ids = np.asarray(prompt)
         size = self._model.config.vocab_size
         if ids.ndim != 1 or ids.dtype.kind not in "iu":
@@ -195,6 +211,7 @@ class Pair:
         bonus = mx.argmax(self._model.logits(hidden[:, -1]), axis=-1).astype(mx.int32)
         sampler = Sampler([RowSampler.of(GREEDY)] * ids.shape[0], keep_logits=True)
         draft = drafter.propose(rows, bonus, sampler, width)
+        assert draft.source is not None
         logits, which = draft.source.logits, draft.source.ids
         if which is not None:
             filler = mx.min(logits, axis=-1, keepdims=True) - 1
@@ -233,7 +250,9 @@ class _Run:
         ids, room = pair._tokens(prompt), pair.context_tok
         if len(ids) >= room:
             raise RequestError(f"the prompt has {len(ids)} tokens; the model's context is {room}, text included")
-        if max_tokens is not None and (not isinstance(max_tokens, int) or isinstance(max_tokens, bool) or max_tokens < 1):
+        if max_tokens is not None and (
+            not isinstance(max_tokens, int) or isinstance(max_tokens, bool) or max_tokens < 1
+        ):
             raise RequestError(f"max_tokens is {max_tokens!r}; expected an integer of at least 1")
         if max_tokens is not None and len(ids) + max_tokens > room:
             raise RequestError(
@@ -241,9 +260,8 @@ class _Run:
             )
         if isinstance(stop, str):
             stop = (stop,)
-        self.request = Request(
-            ids, max_tokens or room - len(ids), sampling or pair.default_sampling, pair._eos
-        )
+        left = max(1, min(room, pair._most_tok) - len(ids))
+        self.request = Request(ids, max_tokens or left, sampling or pair.default_sampling, pair._eos)
         self.tokens: list[int] = []
         self.pieces: list[str] = []
         self.reason: FinishReason | None = None
@@ -289,6 +307,7 @@ class _Run:
         return Event(self._id, tuple(taken), "".join(shown), reason, self.stats)
 
     def completion(self) -> Completion:
+        assert self.reason is not None and self.stats is not None
         return Completion(self.tokens, "".join(self.pieces), self.reason, self.stats)
 
     def snapshot(self) -> Snapshot | None:
@@ -319,8 +338,12 @@ class Chat:
         self._shown = ""  # and the text they render as
 
     def send(
-        self, text: str, sampling: Sampling | None = None, width: int | str = "auto", max_tokens: int | None = None
-    ) -> Iterator[Event]:
+        self,
+        text: str,
+        sampling: Sampling | None = None,
+        width: int | str = "auto",
+        max_tokens: int | None = None,
+    ) -> Generator[Event, None, None]:
         """Say something; the reply comes as events. Closing the iterator ends the reply and keeps what was said."""
         if not text.strip():
             raise RequestError("the message is empty; expected some text")
@@ -339,7 +362,7 @@ class Chat:
             return [*self._said, *(new[1:] if new[:1] == bos else new)]
         return self._pair.text.encode(rendered)
 
-    def _reply(self, run: _Run, messages: list[dict], rendered: str, ids: list[int]) -> Iterator[Event]:
+    def _reply(self, run: _Run, messages: list[dict], rendered: str, ids: list[int]) -> Generator[Event, None, None]:
         begin, self._kept = self._kept, None
         if begin is not None and tuple(ids[: begin.length]) != begin.tokens:
             begin = None
@@ -359,6 +382,12 @@ class Chat:
             self._said, self._shown = (*ids, *spoken), rendered + reply
 
 
+def _kv_budget(loaded: LoadedPair) -> int:
+    """Bytes for keys and values: most of what the weights leave of this machine's memory."""
+    weights = loaded.target.weight_bytes + (loaded.drafter.weight_bytes if loaded.drafter else 0)
+    return max(MIN_KV_BYTES, int(0.85 * memory_bytes()) - weights)
+
+
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt or several as a list of prompts. Raises RequestError."""
     if isinstance(prompts, str):
@@ -366,4 +395,4 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if len(prompts) == 0:
         raise RequestError("no prompt given; expected at least one")
     one = not isinstance(prompts[0], (str, list, tuple, np.ndarray, mx.array))
-    return [prompts] if one else list(prompts)
+    return cast(list[Prompt], [prompts] if one else list(prompts))

@@ -70,9 +70,7 @@ KNOWN = (
     KnownPair("26B-A4B", 2816, 25.23e9, 3.82e9, 419.7e6, 419.7e6),
     KnownPair("31B", 5376, 30.70e9, 30.70e9, 469.5e6, 469.5e6),
 )
-SIZE = re.compile(
-    rf"gemma-4-({'|'.join(pair.size for pair in KNOWN)})(-it)?(-qat)?(?=-|$)(.*)", re.IGNORECASE
-)
+SIZE = re.compile(rf"gemma-4-({'|'.join(pair.size for pair in KNOWN)})(-it)?(-qat)?(?=-|$)(.*)", re.IGNORECASE)
 
 
 def fits(memory_bytes: int) -> list[tuple[KnownPair, int | None]]:
@@ -121,8 +119,7 @@ def check_pair(
     advice = _advice(target, names[0])
     if assistant.backbone_size != target.hidden_size:
         raise PairingError(
-            f"drafter expects hidden size {assistant.backbone_size}, target has {target.hidden_size}; "
-            + advice
+            f"drafter expects hidden size {assistant.backbone_size}, target has {target.hidden_size}; " + advice
         )
     if assistant.text.vocab_size != target.vocab_size:
         raise PairingError(

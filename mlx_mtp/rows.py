@@ -94,12 +94,16 @@ GREEDY = Sampling(temperature=0.0)
 
 @dataclass(frozen=True)
 class Request:
-    """What came in. Token ids and limits, checked before it reaches the engine."""
+    """What came in. Token ids and limits, checked before it reaches the engine.
+
+    eos: ids that end the text. priority: higher joins first and feeds its prompt first; equals in order of arrival.
+    """
 
     prompt: tuple[int, ...]
     max_tokens: int
     sampling: Sampling = GREEDY
     eos: frozenset[int] = frozenset()
+    priority: int = 0
 
 
 @dataclass
@@ -110,7 +114,10 @@ class Stats:
     drafted_at[i], kept_at[i]: how often position i was drafted, and how often the draft there was kept.
         Drafts behind the end of the text (end token, max_tokens) are not counted.
     widths: width -> rounds of that width.
-    decode_s: from the first token to the last.
+    prefill_s: from joining to the first token. decode_s: from the first token to the last.
+    device_s, host_s: of decode_s, from the dispatch of a pass to its end, and from there to the next dispatch, when
+        the device has nothing to do. draft_s: of device_s, in drafting; 0 unless profiled.
+    experts_per_pass: distinct experts a pass of a mixture-of-experts target touched, mean over rounds and layers.
     """
 
     prompt_tokens: int = 0
@@ -123,6 +130,10 @@ class Stats:
     host_reads: int = 0
     prefill_s: float = 0.0
     decode_s: float = 0.0
+    device_s: float = 0.0
+    host_s: float = 0.0
+    draft_s: float = 0.0
+    experts: float = 0.0
     peak_memory_bytes: int = 0
 
     def count_round(self, width: int, kept: int, emitted: int) -> None:
@@ -135,6 +146,19 @@ class Stats:
         for i in range(counted):
             self.drafted_at[i] += 1
             self.kept_at[i] += i < kept - 1
+
+    def add(self, other: Stats) -> None:
+        """Sum another request's counts and times into this one; the peak is the greater."""
+        for name in ("prompt_tokens", "cached_tokens", "generated_tokens", "rounds", "host_reads", "experts"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for name in ("prefill_s", "decode_s", "device_s", "host_s", "draft_s"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for mine, new in ((self.drafted_at, other.drafted_at), (self.kept_at, other.kept_at)):
+            mine += [0] * (len(new) - len(mine))
+            mine[: len(new)] = [a + b for a, b in zip(mine, new, strict=False)]
+        for width, rounds in other.widths.items():
+            self.widths[width] = self.widths.get(width, 0) + rounds
+        self.peak_memory_bytes = max(self.peak_memory_bytes, other.peak_memory_bytes)
 
     @property
     def drafted(self) -> int:
@@ -153,6 +177,10 @@ class Stats:
     def acceptance_by_position(self) -> list[float]:
         """Share of rounds with a draft at position i in which that draft was kept (cumulative, so falling)."""
         return [k / d if d else 0.0 for k, d in zip(self.kept_at, self.drafted_at, strict=True)]
+
+    @property
+    def experts_per_pass(self) -> float:
+        return self.experts / self.rounds if self.rounds else 0.0
 
     @property
     def decode_tok_s(self) -> float:
@@ -180,6 +208,10 @@ class Stats:
             "decode_tok_s": self.decode_tok_s,
             "prefill_s": self.prefill_s,
             "decode_s": self.decode_s,
+            "device_s": self.device_s,
+            "host_s": self.host_s,
+            "draft_s": self.draft_s,
+            "experts_per_pass": self.experts_per_pass,
             "host_reads": self.host_reads,
             "peak_memory_bytes": self.peak_memory_bytes,
         }

@@ -86,9 +86,7 @@ class Sampler:
         """[B, 1] uint32: 0 where the row is coupled, `value` where it draws independently."""
         return mx.where(self.coupled, mx.array(0, mx.uint32), mx.array(value, mx.uint32))
 
-    def draw(
-        self, logits: mx.array, ids: mx.array | None, position: mx.array
-    ) -> tuple[mx.array, mx.array | None]:
+    def draw(self, logits: mx.array, ids: mx.array | None, position: mx.array) -> tuple[mx.array, mx.array | None]:
         """A draft: logits [B, C] of tokens `ids` [B, C] (None: column c is token c), position [B] int32.
 
         Returns tokens [B] int32 and, where rejection sampling will ask, the filtered logits [B, C] they came from.
@@ -105,7 +103,7 @@ class Sampler:
         return column.astype(mx.int32), kept
 
     def choose(self, filtered: mx.array, position: mx.array) -> mx.array:
-        """The target's own choice at every column: filtered [B, L, V] from `filter`, position [B, L] -> [B, L] int32."""
+        """The target's own choices [B, L] int32: filtered [B, L, V] from `filter`, position [B, L]."""
         noise = self.noise(position, None, filtered.shape[-1], self._stream(RESIDUAL_STREAM))
         return mx.argmax(filtered + noise, axis=-1).astype(mx.int32)
 

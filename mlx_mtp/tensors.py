@@ -54,9 +54,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; download the checkpoint again") from None
     except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path}: not readable as JSON ({one_line(error)}); download it again"
-        ) from None
+        raise CheckpointError(f"{path}: not readable as JSON ({one_line(error)}); download it again") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: holds a {type(value).__name__}; expected a JSON object")
     return value
@@ -78,9 +76,7 @@ def read_headers(folder: Path) -> dict[str, Tensor]:
         for name, tensor in read_header(file).items():
             if name in tensors:
                 first = tensors[name].file.name
-                raise CheckpointError(
-                    f"{folder}: {name} is in {first} and in {file.name}; remove one of the files"
-                )
+                raise CheckpointError(f"{folder}: {name} is in {first} and in {file.name}; remove one of the files")
             tensors[name] = tensor
     return tensors
 
@@ -102,9 +98,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or error}; download the checkpoint again") from None
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path}: its header is not JSON ({one_line(error)}); download it again"
-        ) from None
+        raise CheckpointError(f"{path}: its header is not JSON ({one_line(error)}); download it again") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: its header is not an object; download it again")
     header.pop("__metadata__", None)
@@ -153,9 +147,7 @@ def _indexed(path: Path) -> dict[str, Tensor]:
         held = read_header(path.parent / file)
         for name in (k for k, v in table.items() if v == file):
             if name not in held:
-                raise CheckpointError(
-                    f"{path}: places {name} in {file}, which does not hold it; download both again"
-                )
+                raise CheckpointError(f"{path}: places {name} in {file}, which does not hold it; download both again")
             tensors[name] = held[name]
     return tensors
 

@@ -93,8 +93,7 @@ def plan(folder: Folder, kind: Callable[[Any], nn.Module], dtype: mx.Dtype | Non
         model = kind(folder.config)  # lazy arrays: no memory is taken
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise CheckpointError(
-            f"{folder.path / 'config.json'}: no network can have these sizes ({one_line(error)}); "
-            "download it again"
+            f"{folder.path / 'config.json'}: no network can have these sizes ({one_line(error)}); download it again"
         ) from None
     packed = []
     for path, module in model.named_modules():
@@ -161,9 +160,7 @@ def _sources(folder: Folder) -> dict[str, Source]:
         for parameter, half in _parameters(name):
             if parameter in sources:
                 other = sources[parameter].tensor.name
-                raise CheckpointError(
-                    f"{folder.path}: {other} and {stored} are both {parameter}; use another copy"
-                )
+                raise CheckpointError(f"{folder.path}: {other} and {stored} are both {parameter}; use another copy")
             sources[parameter] = Source(tensor, half)
     return sources
 
@@ -218,33 +215,21 @@ def _dtype(asked: mx.Dtype | None, sources: dict[str, Source]) -> mx.Dtype:
     if asked not in DTYPES.values():
         raise RequestError(f"dtype is {asked}; expected float32, float16 or bfloat16")
     experts = any(
-        name.endswith(".experts.down_proj.weight") and source.tensor.dtype in FLOATS
-        for name, source in sources.items()
+        name.endswith(".experts.down_proj.weight") and source.tensor.dtype in FLOATS for name, source in sources.items()
     )
     if on_cpu() and experts and asked != mx.float32:
-        raise RequestError(
-            f"dtype is {asked}; expected float32, the only one MLX's CPU multiplies experts in"
-        )
+        raise RequestError(f"dtype is {asked}; expected float32, the only one MLX's CPU multiplies experts in")
     return asked
 
 
-def _packed(
-    folder: Folder, path: str, plain: Packable, sources: dict[str, Source], dtype: mx.Dtype
-) -> nn.Module:
+def _packed(folder: Folder, path: str, plain: Packable, sources: dict[str, Source], dtype: mx.Dtype) -> nn.Module:
     """The quantised module that takes a plain one's place."""
     scales, weight = sources[f"{path}.scales"], sources.get(f"{path}.weight")
     if weight is None:
-        raise CheckpointError(
-            f"{folder.path}: {path} has scales but no weight; download the checkpoint again"
-        )
+        raise CheckpointError(f"{folder.path}: {path} has scales but no weight; download the checkpoint again")
     inputs, is_float = plain.weight.shape[-1], scales.tensor.dtype in FLOATS
     packing = None
-    if (
-        weight.tensor.dtype == "U32"
-        and weight.shape
-        and scales.shape
-        and (is_float or scales.tensor.dtype == "U8")
-    ):
+    if weight.tensor.dtype == "U32" and weight.shape and scales.shape and (is_float or scales.tensor.dtype == "U8"):
         packing = recognise(inputs, weight.shape[-1], scales.shape[-1], is_float)
     if packing is None:
         raise CheckpointError(

@@ -67,9 +67,7 @@ def write(ckpt: Checkpoint, folder: Path, shards: int = 1, index: bool | None = 
     where = {}
     for i, part in enumerate(names):
         file = "model.safetensors" if shards == 1 else f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
-        mx.save_safetensors(
-            str(folder / file), {str(n): ckpt.tensors[n] for n in part}, metadata={"format": "pt"}
-        )
+        mx.save_safetensors(str(folder / file), {str(n): ckpt.tensors[n] for n in part}, metadata={"format": "pt"})
         where.update({str(n): file for n in part})
     if index or (index is None and shards > 1):
         total = sum(t.nbytes for t in ckpt.tensors.values())
@@ -224,9 +222,7 @@ def as_float32(ckpt: Checkpoint) -> Checkpoint:
     return replace(
         ckpt,
         tensors={
-            k: v
-            if k.rsplit(".", 1)[0] in packed or not mx.issubdtype(v.dtype, mx.floating)
-            else v.astype(mx.float32)
+            k: v if k.rsplit(".", 1)[0] in packed or not mx.issubdtype(v.dtype, mx.floating) else v.astype(mx.float32)
             for k, v in ckpt.tensors.items()
         },
     )
@@ -238,9 +234,7 @@ def base_target(ckpt: Checkpoint) -> Checkpoint:
     tokenizer = json.loads(files["tokenizer_config.json"])
     tokenizer.pop("chat_template", None)
     files["tokenizer_config.json"] = json.dumps(tokenizer).encode()
-    files["generation_config.json"] = json.dumps(
-        {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
-    ).encode()
+    files["generation_config.json"] = json.dumps({"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}).encode()
     return replace(ckpt, files=files)
 
 
@@ -297,9 +291,7 @@ def pack(value: mx.array, quant: Quant, global_scale: bool) -> dict[str, mx.arra
     }
 
 
-def quantised(
-    ckpt: Checkpoint, quant: Quant, overrides: Mapping[str, Quant | None] | None = None
-) -> Checkpoint:
+def quantised(ckpt: Checkpoint, quant: Quant, overrides: Mapping[str, Quant | None] | None = None) -> Checkpoint:
     """Every matrix packed as mlx-lm's converter does, and `quantization` in config.json, under both names.
 
     Use it on an MLX layout: module paths are the tensor names without `.weight`. `overrides` maps patterns of
@@ -348,9 +340,7 @@ def unpack(ckpt: Checkpoint, path: str) -> mx.array:
     kwargs["dtype"] = mx.float32
     if scale is None:
         return mx.dequantize(weight, scales, biases, **kwargs)
-    rows = [
-        mx.dequantize(w, s, global_scale=g, **kwargs) for w, s, g in zip(weight, scales, scale, strict=True)
-    ]
+    rows = [mx.dequantize(w, s, global_scale=g, **kwargs) for w, s, g in zip(weight, scales, scale, strict=True)]
     return mx.stack(rows)
 
 
@@ -424,9 +414,7 @@ DEFECTS: dict[str, Callable[[Path], Any]] = {
     "no_weights": unlink("*.safetensors", "*.index.json"),
     "missing_shard": lambda d: shard(d).unlink(),
     "truncated_weights": lambda d: shard(d).write_bytes(shard(d).read_bytes()[:-100]),
-    "bad_weights_header": lambda d: shard(d).write_bytes(
-        struct.pack("<Q", 1 << 40) + shard(d).read_bytes()[8:]
-    ),
+    "bad_weights_header": lambda d: shard(d).write_bytes(struct.pack("<Q", 1 << 40) + shard(d).read_bytes()[8:]),
     "empty_weights": lambda d: shard(d).write_bytes(b""),
     "bad_json_index": lambda d: (d / "model.safetensors.index.json").write_text('{"weight_map": '),
     "index_names_wrong_file": lambda d: edit_index(d, name_wrong_file),

@@ -254,9 +254,7 @@ def random_checkpoint(folder: Path, config: Config, seed: int = 0, tokenizer: Pa
     """Write an HF-layout target or drafter with random weights, and the tokenizer files of another folder."""
     ckpt = random_tensors(config, seed)
     generation: Config = {"bos_token_id": 2, "eos_token_id": [1, 106, 50], "pad_token_id": 0}
-    generation |= (
-        {"num_assistant_tokens": 4} if is_drafter(config) else {"do_sample": True, "top_k": 64, "top_p": 0.95}
-    )
+    generation |= {"num_assistant_tokens": 4} if is_drafter(config) else {"do_sample": True, "top_k": 64, "top_p": 0.95}
     files = {"generation_config.json": json.dumps(generation).encode()}
     if tokenizer is not None:
         names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")

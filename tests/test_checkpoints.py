@@ -83,9 +83,7 @@ def test_a_written_checkpoint_reads_back_equal_in_any_number_of_shards(tmp_path:
     ckpt = target("edge")
     for shards in (1, 3):
         again = ck.read(ck.write(ckpt, tmp_path / str(shards), shards=shards))
-        assert (
-            again.config == ckpt.config and again.files == ckpt.files and equal(again.tensors, ckpt.tensors)
-        )
+        assert again.config == ckpt.config and again.files == ckpt.files and equal(again.tensors, ckpt.tensors)
     index = json.loads((tmp_path / "3" / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"]) == set(ckpt.tensors) and len(set(index["weight_map"].values())) == 3
     assert not (tmp_path / "1" / "model.safetensors.index.json").exists()
@@ -97,10 +95,7 @@ def test_prefixes_and_configs_are_those_of_each_layout() -> None:
     assert ck.prefix_of(ck.text_only(moe).tensors) == "model."
     assert ck.prefix_of(ck.unprefixed(moe).tensors) == ""
     assert ck.prefix_of(ck.mlx_community(moe).tensors) == "language_model.model."
-    assert (
-        ck.text_only(moe).config["model_type"] == "gemma4_text"
-        and "text_config" not in ck.text_only(moe).config
-    )
+    assert ck.text_only(moe).config["model_type"] == "gemma4_text" and "text_config" not in ck.text_only(moe).config
     assert ck.text_only(target("unified")).config["model_type"] == "gemma4_unified_text"
     names = set(ck.mlx_community(moe).tensors)
     assert "language_model.model.layers.5.experts.switch_glu.gate_proj.weight" in names

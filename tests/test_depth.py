@@ -19,7 +19,9 @@ def linear(per_column: float, per_draft: float) -> Cost:
 def stepped(rows: int, width: int) -> float:
     """Quantised products on Apple GPUs: nearly flat inside a tile, a jump at its end."""
     columns = rows * (width + 1)
-    return next(c for end, c in ((1, 1.0), (4, 1.1), (8, 1.5), (16, 2.7), (10**9, 3.5)) if columns <= end) + 0.06 * width
+    return (
+        next(c for end, c in ((1, 1.0), (4, 1.1), (8, 1.5), (16, 2.7), (10**9, 3.5)) if columns <= end) + 0.06 * width
+    )
 
 
 COSTS = {

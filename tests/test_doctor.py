@@ -23,9 +23,7 @@ def found() -> dict[str, Fact]:
 
 def test_every_line_has_an_item_a_state_and_a_reason() -> None:
     rows = facts((("head", "reference", "no Metal here"),))
-    assert {"system", "python", "mlx", "device", "memory", "dtype", "hub cache", "hub"} <= {
-        f.item for f in rows
-    }
+    assert {"system", "python", "mlx", "device", "memory", "dtype", "hub cache", "hub"} <= {f.item for f in rows}
     assert all(fact.item and fact.state and fact.reason for fact in rows)
     assert rows[-1] == Fact("kernel head", "reference", "no Metal here")
 

@@ -152,9 +152,7 @@ def test_without_network_the_advice_depends_on_whose_choice_that_was(
     assert "not in the cache, and the hub cannot be reached" in complaint("google/gemma-4-E2B-it")
 
 
-def test_half_a_download_is_not_taken_for_a_checkpoint(
-    hub: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_half_a_download_is_not_taken_for_a_checkpoint(hub: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     (resolve("o/ok") / "model.safetensors").unlink()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert "only part of it is in the cache" in complaint("o/ok")
@@ -175,9 +173,7 @@ def test_what_the_hub_refuses_is_said_with_what_to_do(hub: list[str], name: str,
     assert advice in complaint(name)
 
 
-@pytest.mark.parametrize(
-    "name", ["./no/such", "/no/such/folder", "gemma", "a/b/c", "~/nothing/here", "", "a b/c"]
-)
+@pytest.mark.parametrize("name", ["./no/such", "/no/such/folder", "gemma", "a/b/c", "~/nothing/here", "", "a b/c"])
 def test_what_is_neither_folder_nor_hub_id_is_not_looked_for_on_the_hub(hub: list[str], name: str) -> None:
     assert "no such folder" in complaint(name)
     assert hub == []

@@ -159,9 +159,7 @@ def test_without_a_compiler_the_networks_still_run(tmp_path: Path) -> None:
     code += f"t = load_target({target!r}); c = Cache(t.model.specs, 7, t.dtype); c.join(64)\n"
     code += "mx.eval(t.model.forward(mx.array([[2, 3]]), c.open(slice(0, 1), 2)))"
     paths = {"PATH": "/nowhere", "TMPDIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **paths}, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **paths}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert list(tmp_path.iterdir()) == []
 
@@ -285,15 +283,11 @@ def with_tensor(folder: Path, name: str, value: mx.array | None) -> Path:
     source = ck.read(folder)
     names = [k for k in source.tensors if k.endswith(name)] or [name]
     kept = {k: v for k, v in source.tensors.items() if k not in names}
-    return ck.write(
-        replace(source, tensors=kept | ({} if value is None else dict.fromkeys(names, value))), folder
-    )
+    return ck.write(replace(source, tensors=kept | ({} if value is None else dict.fromkeys(names, value))), folder)
 
 
 def packed_edge(folder: Path) -> Path:
-    return ck.write(
-        ck.quantised(ck.mlx_community(random_tensors(target_config("edge"))), ck.Quant(4, 64)), folder
-    )
+    return ck.write(ck.quantised(ck.mlx_community(random_tensors(target_config("edge"))), ck.Quant(4, 64)), folder)
 
 
 @pytest.mark.parametrize(
@@ -311,9 +305,7 @@ def packed_edge(folder: Path) -> Path:
         ("language_model.model.layers.0.mlp.up_proj.weight_scale", mx.ones((1,)), "no place"),
     ],
 )
-def test_a_packing_that_is_not_mlxs_is_refused(
-    name: str, value: mx.array, complaint: str, tmp_path: Path
-) -> None:
+def test_a_packing_that_is_not_mlxs_is_refused(name: str, value: mx.array, complaint: str, tmp_path: Path) -> None:
     assert complaint in refusal(CheckpointError, with_tensor(packed_edge(tmp_path / "t"), name, value))
 
 

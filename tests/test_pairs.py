@@ -45,8 +45,7 @@ def test_a_base_model_is_a_warning_and_no_error() -> None:
 
 def test_the_message_for_another_size_names_the_right_drafter() -> None:
     assert misfit(assistant(SLIDING, FULL, backbone=1536)) == (
-        "drafter expects hidden size 1536, target has 5376; "
-        "the drafter of gemma-4-31B-it is gemma-4-31B-it-assistant"
+        "drafter expects hidden size 1536, target has 5376; the drafter of gemma-4-31B-it is gemma-4-31B-it-assistant"
     )
 
 
@@ -130,9 +129,7 @@ def test_a_hub_target_is_known_by_its_name(target: str, drafter: str | None) -> 
         ("target", "target/assistant"),
     ],
 )
-def test_a_folders_drafter_is_looked_for_beside_and_inside_it(
-    tmp_path: Path, folder: str, place: str
-) -> None:
+def test_a_folders_drafter_is_looked_for_beside_and_inside_it(tmp_path: Path, folder: str, place: str) -> None:
     (tmp_path / folder).mkdir()
     assert find_drafter(str(tmp_path / folder)) is None
     (tmp_path / place).mkdir()

@@ -44,9 +44,7 @@ def test_every_packing_of_mlx_is_recognised_and_no_other() -> None:
 
 @pytest.mark.parametrize("quant", QUANTS, ids=lambda q: f"{q.mode}-{q.bits}-{q.group}-{q.global_scale}")
 @pytest.mark.parametrize("kind", ["edge", "moe"])
-def test_a_packed_target_computes_what_its_unpacked_weights_do(
-    kind: str, quant: ck.Quant, tmp_path: Path
-) -> None:
+def test_a_packed_target_computes_what_its_unpacked_weights_do(kind: str, quant: ck.Quant, tmp_path: Path) -> None:
     packed = ck.quantised(ck.mlx_community(random_tensors(target_config(kind))), quant)
     loaded = load_target(str(ck.write(packed, tmp_path / "packed")), dtype=F32)
     plain = load_target(str(ck.write(ck.dequantised(packed), tmp_path / "plain")), dtype=F32)
@@ -73,9 +71,7 @@ def test_exceptions_per_module_are_recognised_whatever_config_json_says(kind: st
 
 @pytest.mark.parametrize("quant", [ck.Quant(4, 64), ck.Quant(8, 32), ck.MXFP4, ck.NVFP4], ids=str)
 @pytest.mark.parametrize("clusters", [0, 32])
-def test_a_packed_drafter_drafts_what_its_unpacked_weights_do(
-    clusters: int, quant: ck.Quant, tmp_path: Path
-) -> None:
+def test_a_packed_drafter_drafts_what_its_unpacked_weights_do(clusters: int, quant: ck.Quant, tmp_path: Path) -> None:
     config = target_config("edge")
     target = load_target(str(ck.write(random_tensors(config), tmp_path / "t")), dtype=F32)
     packed = ck.quantised(random_tensors(drafter_config(config, clusters=clusters)), quant)
@@ -89,9 +85,7 @@ def test_a_packed_drafter_drafts_what_its_unpacked_weights_do(
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("clusters", [0, 32])
-def test_quantising_at_load_equals_loading_the_quantised_file(
-    bits: int, clusters: int, tmp_path: Path
-) -> None:
+def test_quantising_at_load_equals_loading_the_quantised_file(bits: int, clusters: int, tmp_path: Path) -> None:
     config = target_config("edge")
     target = load_target(str(ck.write(random_tensors(config), tmp_path / "t")), dtype=F32)
     source = ck.as_float32(random_tensors(drafter_config(config, clusters=clusters)))
@@ -104,9 +98,7 @@ def test_quantising_at_load_equals_loading_the_quantised_file(
 
 
 def test_quantising_at_load_takes_groups_of_32_and_leaves_rows_that_these_do_not_divide() -> None:
-    pair = load_pair(
-        str(FIXTURES / "edge" / "target"), str(FIXTURES / "edge" / "assistant"), dtype=F32, quantize=4
-    )
+    pair = load_pair(str(FIXTURES / "edge" / "target"), str(FIXTURES / "edge" / "assistant"), dtype=F32, quantize=4)
     model = pair.drafter.model
     assert model.model.embed_tokens.group_size == 32 and model.pre_projection.group_size == 64
     assert draft(pair.target, pair.drafter, np.arange(2, 12))[0].shape == (8 * 768 // 64,)

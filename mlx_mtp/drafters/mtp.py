@@ -36,7 +36,8 @@ class MtpDrafter:
         """cache: the target's, which the drafter reads and never writes."""
         self._target, self._assistant, self._cache = target, assistant, cache
         self._convention = convention or Convention()
-        self._hidden: mx.array | None = None  # [R, 1, T]: what produced each row's newest token
+        # [R, 1, T]: what produced each row's newest token
+        self._hidden = mx.zeros((0, 1, target.config.hidden_size), cache.dtype)
 
     def propose(self, rows: slice, bonus: mx.array, sampler: Sampler, width: int) -> Draft:
         length = self._cache.lengths[rows]
@@ -58,31 +59,32 @@ class MtpDrafter:
     def _views(self, rows: slice):
         """(sliding, full) committed keys and values; the same in all steps of a round."""
         sliding, full = self._target.drafter_slots
-        reach = self._cache.specs[sliding].window + self._convention.extra_keys
+        window = self._cache.specs[sliding].window
+        assert window is not None
+        reach = window + self._convention.extra_keys
         return self._cache.committed(sliding, rows, reach), self._cache.committed(full, rows, None)
 
     def observe(self, fwd: Forward, kept: mx.array) -> None:
         skipped = fwd.tokens.shape[1] - fwd.hidden.shape[1]
         column = mx.maximum(kept - 1 - skipped, 0)[:, None, None]
         picked = mx.take_along_axis(fwd.hidden, column, axis=1)
-        have = 0 if self._hidden is None else self._hidden.shape[0]
-        if have < fwd.rows.stop:
-            pad = mx.zeros((fwd.rows.stop - have, *picked.shape[1:]), picked.dtype)
-            self._hidden = pad if have == 0 else mx.concatenate([self._hidden, pad])
+        missing = fwd.rows.stop - self._hidden.shape[0]
+        if missing > 0:
+            self._hidden = mx.concatenate([self._hidden, mx.zeros((missing, *picked.shape[1:]), picked.dtype)])
         moved = (kept > 0)[:, None, None]
         hidden = mx.array(self._hidden)  # a new handle: `state` may hold the old one
         hidden[fwd.rows] = mx.where(moved, picked, hidden[fwd.rows])
         self._hidden = hidden
 
     def leave(self, row: int, last: int) -> None:
-        if self._hidden is not None and last < self._hidden.shape[0] and row != last:
+        if row < last < self._hidden.shape[0]:
             hidden = mx.array(self._hidden)
             hidden[row] = hidden[last]
             self._hidden = hidden
-        self._hidden = self._hidden[:last] if last and self._hidden is not None else None
+        self._hidden = self._hidden[:last]
 
-    def state(self) -> mx.array | None:
+    def state(self) -> mx.array:
         return self._hidden
 
-    def restore(self, state: mx.array | None) -> None:
+    def restore(self, state: mx.array) -> None:
         self._hidden = state

@@ -88,9 +88,7 @@ def read_target(config: dict, where: str) -> TextConfig:
             f"{where}: model_type is {kind!r}, a drafter; pass it as that, and a Gemma 4 model as the target"
         )
     if kind not in TARGET_TYPES:
-        raise CheckpointError(
-            f"{where}: model_type is {kind!r}; supported targets: {', '.join(TARGET_TYPES)}"
-        )
+        raise CheckpointError(f"{where}: model_type is {kind!r}; supported targets: {', '.join(TARGET_TYPES)}")
     text = config.get("text_config", config)
     if not isinstance(text, dict):
         raise CheckpointError(f"{where}: text_config is {type(text).__name__}; expected an object")
@@ -102,13 +100,9 @@ def read_assistant(config: dict, where: str) -> AssistantConfig:
     """config.json of a drafter -> AssistantConfig. Raises CheckpointError naming `where` and the key."""
     kind = config.get("model_type")
     if kind in TARGET_TYPES:
-        raise CheckpointError(
-            f"{where}: model_type is {kind!r}, a target; its drafter has '-assistant' in its name"
-        )
+        raise CheckpointError(f"{where}: model_type is {kind!r}, a target; its drafter has '-assistant' in its name")
     if kind not in DRAFTER_TYPES:
-        raise CheckpointError(
-            f"{where}: model_type is {kind!r}; supported drafters: {', '.join(DRAFTER_TYPES)}"
-        )
+        raise CheckpointError(f"{where}: model_type is {kind!r}; supported drafters: {', '.join(DRAFTER_TYPES)}")
     if not isinstance(config.get("text_config"), dict):
         raise CheckpointError(f"{where}: no text_config; a {kind} config nests its layers there")
     top = _Reader(config, where)
@@ -144,12 +138,7 @@ class _Reader:
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self.get(key, default)
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, (int, float))
-            or not math.isfinite(value)
-            or value <= 0
-        ):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
             raise self.fail(key, "a positive number")
         return float(value)
 
@@ -167,9 +156,7 @@ def _text(r: _Reader, eos: Any, unified: bool, drafter: bool = False) -> TextCon
     )
     moe = None
     if r.get("enable_moe_block", False):
-        moe = MoeConfig(
-            r.integer("num_experts"), r.integer("top_k_experts"), r.integer("moe_intermediate_size")
-        )
+        moe = MoeConfig(r.integer("num_experts"), r.integer("top_k_experts"), r.integer("moe_intermediate_size"))
         if moe.top_k > moe.experts:
             raise r.fail("top_k_experts", f"at most num_experts ({moe.experts})")
     return TextConfig(
@@ -201,9 +188,7 @@ def _layers(r: _Reader, unified: bool, drafter: bool) -> tuple[LayerConfig, ...]
     shared = count if drafter else r.integer("num_kv_shared_layers", 0, 0)
     first = count - shared  # layers from here on own no keys and values
     if not drafter and (first < 1 or not set(kinds[first:]) <= set(kinds[:first])):
-        raise r.fail(
-            "num_kv_shared_layers", f"fewer, so that the first of {count} layers own keys and values"
-        )
+        raise r.fail("num_kv_shared_layers", f"fewer, so that the first of {count} layers own keys and values")
     owners, last = [], {}
     for i, kind in enumerate(kinds):
         if i < first:

@@ -7,9 +7,7 @@ import mlx.nn as nn
 
 from mlx_mtp.models.config import MoeConfig
 
-SORT_FROM = (
-    64  # (token, expert) pairs from which MLX's gathered products run faster, and share reads, when sorted
-)
+SORT_FROM = 64  # (token, expert) pairs from which MLX's gathered products run faster, and share reads, when sorted
 
 
 class ExpertLinear(nn.Module):
@@ -74,11 +72,15 @@ class Experts(nn.Module):
         if pairs.size >= SORT_FROM:
             order = mx.argsort(pairs.flatten())
             flat, pairs = flat[order // k][:, 0], pairs.flatten()[order]
-        y = _geglu(
-            self.gate_proj(flat, pairs, order is not None), self.up_proj(flat, pairs, order is not None)
-        )
+        y = _geglu(self.gate_proj(flat, pairs, order is not None), self.up_proj(flat, pairs, order is not None))
         y = self.down_proj(y, pairs, order is not None)
         if order is not None:
             y = y[mx.argsort(order)]
         y = y.reshape(*chosen.shape, size)
         return (y * weights[..., None]).sum(axis=-2)
+
+
+def distinct_experts(chosen: list[mx.array]) -> mx.array:
+    """How many different experts a pass touches, summed over its layers: chosen [B, L, k] a layer -> int32 scalar."""
+    picks = mx.sort(mx.stack([c.flatten() for c in chosen]), axis=-1)
+    return (picks[:, 1:] != picks[:, :-1]).sum().astype(mx.int32) + len(chosen)

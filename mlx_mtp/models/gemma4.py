@@ -12,7 +12,7 @@ import math
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_mtp.cache import LayerSpec, Pass, View
+from mlx_mtp.cache import LayerSpec, Pass
 from mlx_mtp.models.config import LayerConfig, MoeConfig, TextConfig
 from mlx_mtp.models.experts import Experts
 
@@ -56,9 +56,7 @@ class Rope:
 
     def __call__(self, x: mx.array, start: mx.array) -> mx.array:
         """x [B, heads, L, D]; start [B] int32: position of column 0."""
-        return mx.fast.rope(
-            x, self.dims, traditional=False, base=None, scale=1.0, offset=start, freqs=self.freqs
-        )
+        return mx.fast.rope(x, self.dims, traditional=False, base=None, scale=1.0, offset=start, freqs=self.freqs)
 
 
 class Attention(nn.Module):
@@ -160,9 +158,9 @@ class Block(nn.Module):
         values where the layer owns them."""
         return (self._fused_project if h.shape[1] <= FUSED_COLUMNS else self._project)(h, start)
 
-    def finish(self, h: mx.array, a: mx.array, ple: mx.array | None) -> mx.array:
-        """The half after attention a [B, L, heads * D]: h [B, L, H] -> [B, L, H]; ple [B, L, d] is this layer's
-        per-layer input."""
+    def finish(self, h: mx.array, a: mx.array, ple: mx.array | None) -> tuple[mx.array, mx.array | None]:
+        """The half after attention a [B, L, heads * D]: h [B, L, H] -> [B, L, H], and the experts chosen [B, L, k]
+        if there are any; ple [B, L, d] is this layer's per-layer input."""
         return (self._fused_finish if h.shape[1] <= FUSED_COLUMNS else self._finish)(h, a, ple)
 
     def _project(self, h: mx.array, start: mx.array) -> tuple[mx.array, ...]:
@@ -170,22 +168,23 @@ class Block(nn.Module):
         q = self.self_attn.queries(x, start)
         return (q, *self.self_attn.keys_values(x, start)) if self._owner else (q,)
 
-    def _finish(self, h: mx.array, a: mx.array, ple: mx.array | None) -> mx.array:
+    def _finish(self, h: mx.array, a: mx.array, ple: mx.array | None) -> tuple[mx.array, mx.array | None]:
         h = h + self.post_attention_layernorm(self.self_attn.o_proj(a))
-        h = h + self.post_feedforward_layernorm(self.feed_forward(h))
+        fed, chosen = self.feed_forward(h)
+        h = h + self.post_feedforward_layernorm(fed)
         if ple is not None:
             gated = geglu(self.per_layer_input_gate(h), ple)
             h = h + self.post_per_layer_input_norm(self.per_layer_projection(gated))
-        return h * self.layer_scalar
+        return h * self.layer_scalar, chosen
 
-    def feed_forward(self, h: mx.array) -> mx.array:
-        """The dense branch, plus the routed experts where there are any; [B, L, H] -> [B, L, H]."""
+    def feed_forward(self, h: mx.array) -> tuple[mx.array, mx.array | None]:
+        """The dense branch, plus the routed experts where there are any: [B, L, H] -> [B, L, H], experts chosen."""
         dense = self.mlp(self.pre_feedforward_layernorm(h))
         if "experts" not in self:
-            return dense
+            return dense, None
         chosen, weights = self.router(h)
         routed = self.experts(self.pre_feedforward_layernorm_2(h), chosen, weights)
-        return self.post_feedforward_layernorm_1(dense) + self.post_feedforward_layernorm_2(routed)
+        return self.post_feedforward_layernorm_1(dense) + self.post_feedforward_layernorm_2(routed), chosen
 
 
 class Gemma4(nn.Module):
@@ -241,7 +240,10 @@ class Gemma4(nn.Module):
             queries, *owned = block.project(h, start)
             if owned:
                 views[i] = pass_.store(self._slot[i], *owned)
-            h = block.finish(h, views[layer.owner].attend(queries), None if ple is None else ple[:, :, i])
+            attended = views[layer.owner].attend(queries)
+            h, chosen = block.finish(h, attended, None if ple is None else ple[:, :, i])
+            if chosen is not None:
+                pass_.routed.append(chosen)
             if i in taps:
                 tapped[i] = h
         return self.norm(h[:, keep]), tapped

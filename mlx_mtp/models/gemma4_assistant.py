@@ -29,6 +29,7 @@ class ClusteredHead(nn.Module):
 
     def __init__(self, config: AssistantConfig) -> None:
         super().__init__()
+        assert config.clusters is not None
         count, self.top = config.clusters
         self.centroids = nn.Linear(config.text.hidden_size, count, bias=False)
         self.token_ordering = mx.arange(config.text.vocab_size)
@@ -68,7 +69,7 @@ class Assistant(nn.Module):
         h = self.pre_projection(mx.concatenate([embedded, hidden], axis=-1))
         for block, layer in zip(self.model.layers, self.config.text.layers, strict=True):
             (queries,) = block.project(h, position)
-            h = block.finish(h, views[layer.window is None].attend(queries), None)
+            h, _ = block.finish(h, views[layer.window is None].attend(queries), None)
         y = self.model.norm(h)
         return y[:, 0], self.post_projection(y)
 
