@@ -103,6 +103,8 @@ class Engine:
         else:
             self._end(row, time.perf_counter())
             self._drop_done()
+            if not self.scheduler.rows:
+                self._last = None  # nothing may run for a while: the time until the next read is no round's
         return row.stats
 
     def take(self, request: int) -> Snapshot | None:

@@ -222,8 +222,11 @@ class Pair:
 
     def _batch(self, tokens: Sequence) -> mx.array:
         """[B, L] int32 of checked token ids."""
-        rows = np.asarray(tokens)
-        rows = [self._tokens(row) for row in (rows[None] if rows.ndim == 1 else rows)]
+        try:
+            rows = np.atleast_2d(np.asarray(tokens))
+        except ValueError:
+            raise RequestError("rows of different lengths given; expected the same length for all") from None
+        rows = [self._tokens(row) for row in rows]
         if len(rows[0]) > self.context_tok:
             raise RequestError(f"{len(rows[0])} tokens given; the model's context is {self.context_tok}")
         return mx.array(rows, mx.int32)
@@ -267,8 +270,7 @@ class _Run:
         self.reason: FinishReason | None = None
         self.stats: Stats | None = None
         self._pair, self._width, self._id = pair, width, -1
-        if width not in pair._depths:
-            pair._depths[width] = depth_of(width)
+        pair._depths.setdefault(width, depth_of(width))  # made anew to check it: True and 1.0 are keys equal to 1
         self._decoder, self._stops = Detokenizer(pair.text), StopStrings(tuple(stop))
 
     def submit(self, begin: Snapshot | None = None, keep: bool = False) -> None:
@@ -292,7 +294,8 @@ class _Run:
             text, stopped = self._stops.push(self._decoder.push([token]))
             shown.append(text)
             if stopped:
-                stats = self._pair._engine.cancel(self._id) or stats
+                inbox = self._pair._inbox[self._id]  # holds the end already if others read before this one
+                stats = self._pair._engine.cancel(self._id) or stats or inbox[-1].stats
                 reason = "stop"
                 break
         else:
@@ -368,6 +371,7 @@ class Chat:
             begin = None
         try:
             run.submit(begin, keep=True)
+            del begin  # or its buffers could not be written in place
             while True:
                 yield from run.collect()
                 if run.reason:
@@ -392,6 +396,8 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt or several as a list of prompts. Raises RequestError."""
     if isinstance(prompts, str):
         return [prompts]
+    if not isinstance(prompts, (Sequence, np.ndarray, mx.array)):
+        raise RequestError("the prompt is neither text, token ids nor messages; expected one of them")
     if len(prompts) == 0:
         raise RequestError("no prompt given; expected at least one")
     one = not isinstance(prompts[0], (str, list, tuple, np.ndarray, mx.array))

@@ -1,0 +1,67 @@
+"""Record what the width controller is simulated on: acceptance at every place of real texts, and the cost of a round.
+
+    python bench/traces.py > tests/fixtures/rounds.json
+
+acceptance: for every kind of held-out prompt, for every prompt, for every generated token but the last few: how many
+drafted tokens behind it the target's own greedy text confirms, at most WIDTH. cost: rows -> time of a round by width
+from 0, over that of width 0 at one row; medians of interleaved runs.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from importlib import resources
+
+import mlx_mtp
+
+WIDTH = 12
+
+
+def trace(pair: mlx_mtp.Pair, prompt: str, tokens: int) -> list[int]:
+    """Drafts kept at every place of one greedy text."""
+    ids = pair.text.encode(prompt)
+    text = pair.generate([ids], mlx_mtp.GREEDY, width=0, max_tokens=tokens + WIDTH)[0].tokens
+    kept = []
+    for at in range(len(text) - WIDTH):
+        drafted = pair.draft([*ids, *text[:at]], WIDTH)[0].tolist()[0]
+        truth = text[at + 1 : at + 1 + WIDTH]
+        kept.append(next((i for i, (d, t) in enumerate(zip(drafted, truth, strict=True)) if d != t), WIDTH))
+    return kept
+
+
+def cost(pair: mlx_mtp.Pair, prompt: str, repeats: int = 5, widths: int = 9) -> dict[int, list[float]]:
+    """Time of a round by rows and width, over that of one row without drafts."""
+    ids, took = pair.text.encode(prompt), {}
+    for repeat in range(repeats + 1):
+        for rows in (1, 4, 8):
+            for width in range(widths):
+                done = pair.generate([ids] * rows, mlx_mtp.GREEDY, width=width, max_tokens=8 * (width + 1))
+                stats = max((d.stats for d in done), key=lambda s: s.rounds)
+                if repeat and stats.rounds:  # the first builds every shape
+                    took.setdefault((rows, width), []).append(stats.decode_s / stats.rounds)
+        print(f"cost {repeat}/{repeats}", file=sys.stderr)
+    one = statistics.median(took[1, 0])
+    return {r: [round(statistics.median(took[r, w]) / one, 3) for w in range(widths)] for r in (1, 4, 8)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--tokens", type=int, default=120)
+    parser.add_argument("--prompts", type=int, default=5, help="of each kind")
+    args = parser.parse_args()
+    pair = mlx_mtp.load(args.model)
+    prompts = json.loads((resources.files("mlx_mtp") / "data" / "tiny" / "prompts.json").read_text())
+    out: dict[str, list[list[int]]] = {}
+    for kind, texts in prompts.items():
+        for i, text in enumerate(texts[: args.prompts], start=1):
+            if kept := trace(pair, text, args.tokens):  # some replies end at once
+                out.setdefault(kind, []).append(kept)
+            print(f"{kind} {i}/{args.prompts}", file=sys.stderr)
+    found = {"acceptance": out, "cost": cost(pair, prompts["code"][0])}
+    json.dump(found, sys.stdout, separators=(",", ":"))
+
+
+if __name__ == "__main__":
+    main()
