@@ -5,13 +5,13 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; 
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
-MAX_TOKENS ?= 160
+MAX_TOKENS ?= 64
 
-# A prompt that fits what the embedded pair was trained on: the standard library.
+# From a file of the standard library that the embedded pair was not trained on.
 define DEMO_PROMPT
-def read_lines(path, encoding="utf-8"):
-    """Return the lines of a file, without their newlines."""
-
+def add_extension(module, name, code):
+    """Register an extension code."""
+    code = int(code)
 endef
 export DEMO_PROMPT
 
