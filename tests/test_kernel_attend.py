@@ -206,8 +206,8 @@ MUTANTS = [  # what is wrong, kernel, part, old, new
         "no barrier after the values are there",
         "attend_parts",
         "source",
-        f"values[cache + size_t(slot0) * D + e] : T(0.0f);\n      }}\n      {BARRIER}",
-        "values[cache + size_t(slot0) * D + e] : T(0.0f);\n      }",
+        f"values[from + d] : T(0.0f);\n      }}\n      {BARRIER}",
+        "values[from + d] : T(0.0f);\n      }",
     ),
     ("old sums do not shrink", "attend_parts", "source", "acc[i][d] *= shrink;", "acc[i][d] *= 1.0f;"),
     (
@@ -231,7 +231,13 @@ MUTANTS = [  # what is wrong, kernel, part, old, new
         "const uint held = min(uint(TILE), SLOTS - slot0);",
         "const uint held = TILE;",
     ),
-    ("unseen keys are read", "attend_parts", "source", "tile[e] = wanted ? keys[", "tile[e] = e / D < held ? keys["),
+    (
+        "unseen keys are read",
+        "attend_parts",
+        "source",
+        "tile[k * D + d] = wanted ? keys[",
+        "tile[k * D + d] = k < held ? keys[",
+    ),
     ("chunks are added unscaled", "attend_join", "source", "exp(top[query * chunks + c] - highest)", "1.0f"),
     ("the last chunk is left out", "attend_join", "source", "c < chunks; c++) {", "c + 1 < max(chunks, 2u); c++) {"),
 ]

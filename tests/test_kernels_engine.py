@@ -14,6 +14,7 @@ from checkpoints import FULL, SLIDING, Quant, mlx_community, quantised, read, wr
 from metal_emu import checks
 from random_checkpoints import drafter_config, random_checkpoint, target_config
 
+from mlx_mtp import kernels
 from mlx_mtp.cache import Cache
 from mlx_mtp.depth import Constant
 from mlx_mtp.drafters.mtp import MtpDrafter
@@ -22,7 +23,7 @@ from mlx_mtp.load import LoadedDrafter, LoadedTarget, load_drafter, load_target
 from mlx_mtp.rows import GREEDY, Request, Sampling
 from mlx_mtp.scheduler import Limits
 
-pytestmark = pytest.mark.skipif(emu.unavailable() is not None, reason=str(emu.unavailable()))
+emulated = pytest.mark.skipif(emu.unavailable() is not None, reason=str(emu.unavailable()))
 
 SMALL = {
     "vocab_size": 128,
@@ -75,16 +76,19 @@ def kernels_on(**options: object) -> Iterator[list]:
         mx.enable_compile()
 
 
-def texts(models: tuple[LoadedTarget, LoadedDrafter], width: int, requests: list[Request]) -> list[list[int]]:
-    """What an engine makes of requests that all come at once."""
+def outcomes(models: tuple[LoadedTarget, LoadedDrafter], width: int, requests: list[Request]) -> list[tuple]:
+    """What an engine makes of requests that all come at once: (text, drafts kept by position) of each."""
     target, drafter = models
     cache = Cache(target.model.specs, 7, target.dtype)
     engine = Engine(target.model, cache, MtpDrafter(target.model, drafter.model, cache), Constant(width), Limits())
-    found: dict[int, list[int]] = {engine.submit(r): [] for r in requests}
+    text: dict[int, list[int]] = {engine.submit(r): [] for r in requests}
+    kept = {}
     while not engine.idle:
         for event in engine.step():
-            found[event.request] += event.tokens
-    return list(found.values())
+            text[event.request] += event.tokens
+            if event.stats:
+                kept[event.request] = event.stats.kept_at
+    return [(text[i], kept[i]) for i in text]
 
 
 def requests(sampling: Sampling, count: int, tokens: int = 8) -> list[Request]:
@@ -104,14 +108,15 @@ TEXTS = [
 ]
 
 
+@emulated
 @pytest.mark.parametrize("kind, bits, sampling, rows", TEXTS)
-def test_the_text_is_that_of_the_plain_path(kind, bits, sampling, rows):
+def test_texts_and_kept_drafts_are_those_of_the_plain_path(kind, bits, sampling, rows):
     wanted = requests(sampling, rows)
-    plain = texts(load(kind, bits, mx.float32), 3, wanted)
+    plain = outcomes(load(kind, bits, mx.float32), 3, wanted)
     with kernels_on() as launches:
         models = load(kind, bits, mx.float32)
         checked = len(launches)
-        assert texts(models, 3, wanted) == plain
+        assert outcomes(models, 3, wanted) == plain
     used = {launch.definition.name.split("_")[0] for launch in launches[checked:]}
     expected = {"rows", "attend", "verdict"} | ({"experts"} if kind == "moe" else set())
     expected |= {"head"} if sampling is not FILTERED else set()
@@ -149,22 +154,58 @@ CASES = [
 ]
 
 
+def assert_rows_do_not_see_each_other(target: LoadedTarget) -> None:
+    """The logits of row 1 are the same bits at widths 0 to 7, and beside rows of any length."""
+    alone = logits_by_width(target, [1], TOKENS, [0] * 8)
+    for widths in ([7], [3, 3], [1, 5], [4, 2], [6, 0]):
+        assert mx.array_equal(logits_by_width(target, [1], TOKENS, widths), alone), widths
+    for rows, widths in (([3, 1], [2, 4]), ([2, 1, 0, 3], [7])):
+        together = logits_by_width(target, rows, TOKENS, widths)[rows.index(1)]
+        assert mx.array_equal(together, alone[0]), (rows, widths)
+    assert not mx.array_equal(alone[0, 0], alone[0, 1])
+
+
+@emulated
 @pytest.mark.parametrize("kind, bits, dtype", CASES)
 def test_a_row_s_logits_are_the_same_bits_at_every_width_and_beside_any_rows(kind, bits, dtype):
     with kernels_on():
         target, _ = load(kind, bits, dtype)
-        alone = logits_by_width(target, [1], TOKENS, [0] * 8)
-        for widths in ([7], [3, 3], [1, 5], [4, 2], [6, 0]):
-            assert mx.array_equal(logits_by_width(target, [1], TOKENS, widths), alone), widths
-        for rows, widths in (([3, 1], [2, 4]), ([2, 1, 0, 3], [7])):
-            together = logits_by_width(target, rows, TOKENS, widths)[rows.index(1)]
-            assert mx.array_equal(together, alone[0]), (rows, widths)
-    assert not mx.array_equal(alone[0, 0], alone[0, 1])
+        assert_rows_do_not_see_each_other(target)
+
+
+# on Metal ---------------------------------------------------------------------------------------------------
+
+on_metal = pytest.mark.skipif(not mx.metal.is_available(), reason="this build of MLX has no Metal backend: not run")
+
+
+@pytest.mark.metal
+@on_metal
+@pytest.mark.parametrize("name", ["rows_qmv", "experts", "attend", "head", "verdict"])
+def test_every_kernel_compiles_and_agrees_with_its_reference_on_metal(name):
+    assert kernels.check()[name] is None
+
+
+@pytest.mark.metal
+@on_metal
+@pytest.mark.parametrize("kind, bits", [("edge", 4), ("edge", None), ("moe", 4), ("moe", None)])
+def test_rows_do_not_see_each_other_on_metal(kind, bits):
+    assert_rows_do_not_see_each_other(load(kind, bits, mx.bfloat16)[0])
+
+
+@pytest.mark.metal
+@on_metal
+@pytest.mark.parametrize("sampling", [GREEDY, SEEDED, FILTERED], ids=["greedy", "seeded", "filtered"])
+@pytest.mark.parametrize("kind", ["edge", "moe"])
+def test_the_text_is_that_of_width_0_on_metal(kind, sampling):
+    models, wanted = load(kind, 4, mx.bfloat16), requests(sampling, 4, tokens=32)
+    plainly = [outcomes(models, 0, [request])[0][0] for request in wanted]
+    assert [text for text, _ in outcomes(models, 3, wanted)] == plainly
 
 
 # what is used -----------------------------------------------------------------------------------------------
 
 
+@emulated
 def test_a_pass_is_made_of_kernels_and_one_that_is_refused_is_not_among_them():
     def names(edit) -> Counter:
         with kernels_on(edit=edit) as launches:

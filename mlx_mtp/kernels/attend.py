@@ -33,7 +33,6 @@ PARTS = Definition(
     ("part", "top", "total"),
     """
     const uint lane = thread_index_in_simdgroup, simdgroup = simdgroup_index_in_threadgroup;
-    const uint index = thread_index_in_threadgroup;
     const uint chunk = threadgroup_position_in_grid.x, head = threadgroup_position_in_grid.y;
     const uint row = threadgroup_position_in_grid.z, chunks = threadgroups_per_grid.x;
     const uint L = q_shape[2], HEADS = q_shape[1], SLOTS = keys_shape[2], Q = HEADS / keys_shape[1] * L;
@@ -47,10 +46,11 @@ PARTS = Definition(
       if (last < int(SLOTS) && int(slot0) > last) break;  // not filled so far
       const uint held = min(uint(TILE), SLOTS - slot0);
       threadgroup_barrier(mem_flags::mem_threadgroup);
-      for (uint e = index; e < TILE * D; e += 32 * GROUPS) {
-        const int at = place(slot0 + e / D, last, SLOTS);
-        const bool wanted = e / D < held && at >= 0 && at + WINDOW > begin;
-        tile[e] = wanted ? keys[cache + size_t(slot0) * D + e] : T(0.0f);
+      for (uint k = simdgroup; k < TILE; k += GROUPS) {
+        const int at = place(slot0 + k, last, SLOTS);
+        const bool wanted = k < held && at >= 0 && at + WINDOW > begin;
+        const size_t from = cache + size_t(slot0 + k) * D;
+        for (uint d = lane; d < D; d += 32) tile[k * D + d] = wanted ? keys[from + d] : T(0.0f);
       }
       threadgroup_barrier(mem_flags::mem_threadgroup);
       const int mine = lane < held ? place(slot0 + lane, last, SLOTS) : -1;
@@ -71,10 +71,11 @@ PARTS = Definition(
         if (mine < 0 || mine > column || mine + WINDOW <= column) score[i] = -INFINITY;
       }
       threadgroup_barrier(mem_flags::mem_threadgroup);
-      for (uint e = index; e < TILE * D; e += 32 * GROUPS) {
-        const int at = place(slot0 + e / D, last, SLOTS);
-        const bool wanted = e / D < held && at >= 0 && at + WINDOW > begin;
-        tile[e] = wanted ? values[cache + size_t(slot0) * D + e] : T(0.0f);
+      for (uint k = simdgroup; k < TILE; k += GROUPS) {
+        const int at = place(slot0 + k, last, SLOTS);
+        const bool wanted = k < held && at >= 0 && at + WINDOW > begin;
+        const size_t from = cache + size_t(slot0 + k) * D;
+        for (uint d = lane; d < D; d += 32) tile[k * D + d] = wanted ? values[from + d] : T(0.0f);
       }
       threadgroup_barrier(mem_flags::mem_threadgroup);
       for (uint i = 0; i < HELD; i++) {

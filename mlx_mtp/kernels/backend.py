@@ -3,7 +3,6 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 
@@ -44,7 +43,7 @@ def on_cpu() -> bool:
 
 
 @functools.lru_cache(maxsize=64)
-def _kernel(metal_kernel: Callable[..., Any], definition: Definition) -> Callable[..., list[mx.array]]:
+def _kernel(metal_kernel: Callable[..., Callable], definition: Definition) -> Callable[..., list[mx.array]]:
     return metal_kernel(
         name=definition.name,
         input_names=list(definition.inputs),

@@ -81,10 +81,8 @@ def draw_text(noisy: bool, row: str, column: str) -> str:
     )
 
 
-def values(logits: mx.array, draw: Draw | None, position: mx.array | None, tokens: mx.array) -> mx.array:
-    """What competes, in plain mlx: logits [R, ..., n] float32, tokens [n] or [R, ..., n], position [R, ...]."""
-    if draw is None or position is None:
-        return logits
+def values(logits: mx.array, draw: Draw, position: mx.array, tokens: mx.array) -> mx.array:
+    """What competes in a draw, in plain mlx: logits [R, .., n] float32, tokens [n] or [R, .., n], position [R, ..]."""
     axes = tuple(range(1, logits.ndim))
     inverse = mx.expand_dims(draw.inv_temperature.astype(mx.float32), axes)
     seed = mx.expand_dims(draw.seed.astype(mx.uint32), axes[:-1])

@@ -281,9 +281,10 @@ def _product_launch(
     per_row = sum(m.row_bytes for m in matrices)
     held = next(r for r in (8, 4, 2, 1) if r * per_row <= TILE_BYTES or r == 1)
     pairs, (order, start, expert) = groups[0].size, groups
+    scales = matrix.packing()[0] if matrix.packed else None
     shape = [("R", held), ("ROWS", matrix.rows), ("K", matrix.columns), ("TOP", top)]
-    words = [("WORDS", matrix.weight.shape[-1]), ("GROUPS", 1 if matrix.scales is None else matrix.scales.shape[-1])]
-    types = [("W", matrix.weight.dtype), ("S", (matrix.weight if matrix.scales is None else matrix.scales).dtype)]
+    words = [("WORDS", matrix.weight.shape[-1]), ("GROUPS", 1 if scales is None else scales.shape[-1])]
+    types = [("W", matrix.weight.dtype), ("S", (matrix.weight if scales is None else scales).dtype)]
     launch = Launch(
         grid=(THREADS * -(-matrix.rows // held), expert.size, 1),
         threadgroup=(THREADS, 1, 1),
@@ -312,7 +313,6 @@ def _gathered(x: mx.array, matrix: Matrix, indices: mx.array) -> mx.array:
         x = x.astype(mx.float32)
     if not matrix.packed:
         return mx.gather_mm(x, matrix.weight.astype(x.dtype).swapaxes(-1, -2), rhs_indices=indices)
-    scales, biases = matrix.widened() if on_cpu() else (matrix.scales, matrix.biases)
-    assert scales is not None
+    scales, biases = matrix.widened() if on_cpu() else matrix.packing()
     how = {"group_size": matrix.group_size, "bits": matrix.bits, "mode": matrix.mode}
     return mx.gather_qmm(x, matrix.weight, scales, biases, rhs_indices=indices, **how)

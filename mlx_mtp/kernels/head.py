@@ -315,5 +315,5 @@ def reference(y: mx.array, clusters: Clusters, draw: choice.Draw | None = None) 
     tokens = clusters.ordering.reshape(clusters.centroids.rows, -1)[chosen].reshape(y.shape[0], -1)
     rows = clusters.embedding.take(tokens).dense()
     logits = (rows @ y.astype(mx.float32)[:, :, None])[..., 0]
-    position = None if draw is None else draw.position
-    return choice.lowest_best(choice.values(logits, draw, position, tokens), tokens)
+    competing = logits if draw is None else choice.values(logits, draw, draw.position, tokens)
+    return choice.lowest_best(competing, tokens)

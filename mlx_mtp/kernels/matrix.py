@@ -4,7 +4,7 @@ Owns the meaning of packed weights: plain (float32, float16, bfloat16), affine 4
 mxfp4, mxfp8, nvfp4. Knows nothing of products: kernels decide which rows they read and in which order they sum.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -93,8 +93,7 @@ class Matrix:
         """The weights of a linear layer, an embedding, or a matrix for every expert: a module, plain or quantised."""
         if "scales" not in module:
             return Matrix(module.weight)
-        biases = module.get("biases")
-        return Matrix(module.weight, module.scales, biases, module.group_size, module.bits, module.mode)
+        return Matrix(module.weight, module.scales, module.biases, module.group_size, module.bits, module.mode)
 
     @property
     def rows(self) -> int:
@@ -107,6 +106,12 @@ class Matrix:
     @property
     def packed(self) -> bool:
         return self.mode != "plain"
+
+    def packing(self) -> tuple[mx.array, mx.array | None]:
+        """Scales and biases of packed weights."""
+        if self.scales is None or (self.mode == "affine" and self.biases is None):
+            raise ValueError(f"weights of mode {self.mode} need scales, and biases if affine; got {self.scales}")
+        return self.scales, self.biases
 
     @property
     def tensors(self) -> tuple[mx.array, ...]:
@@ -144,13 +149,15 @@ class Matrix:
         how = {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
         return mx.dequantize(self.weight, scales, biases, **how, dtype=mx.float32).astype(dtype)
 
-    def widened(self) -> tuple[Any, mx.array | None]:
+    def widened(self) -> tuple[mx.array, mx.array | None]:
         """Scales and biases, in float32 if affine: MLX's CPU kernels accumulate in their dtype (bfloat16: 5 % off)."""
-        if self.scales is None or self.biases is None:
-            return self.scales, None
-        return self.scales.astype(mx.float32), self.biases.astype(mx.float32)
+        scales, biases = self.packing()
+        if biases is None:
+            return scales, None
+        return scales.astype(mx.float32), biases.astype(mx.float32)
 
     def take(self, indices: mx.array) -> "Matrix":
         """The rows named by indices [...]: a gather of packed rows, [..., K] in the same layout."""
-        scales, biases = (None if t is None else t[indices] for t in (self.scales, self.biases))
-        return Matrix(self.weight[indices], scales, biases, self.group_size, self.bits, self.mode)
+        scales = None if self.scales is None else self.scales[indices]
+        biases = None if self.biases is None else self.biases[indices]
+        return replace(self, weight=self.weight[indices], scales=scales, biases=biases)

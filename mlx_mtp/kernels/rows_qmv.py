@@ -104,7 +104,7 @@ def _launch(x: mx.array, matrix: Matrix) -> mx.array:
 
 def reference(x: mx.array, matrix: Matrix) -> mx.array:
     """The same product in plain mlx; on the CPU it too is independent of the number of rows, up to 64 of them."""
-    if matrix.scales is None:
+    if not matrix.packed:
         flat = x.reshape(-1, x.shape[-1])
         if on_cpu() and flat.shape[0] <= MAX_ROWS:  # one product a row: BLAS sums differently for several
             y = (flat[:, None, :] @ matrix.weight.astype(x.dtype).T)[:, 0, :]
@@ -112,6 +112,6 @@ def reference(x: mx.array, matrix: Matrix) -> mx.array:
         return x @ matrix.weight.astype(x.dtype).T
     how = {"group_size": matrix.group_size, "bits": matrix.bits, "mode": matrix.mode}
     if not on_cpu():
-        return mx.quantized_matmul(x, matrix.weight, matrix.scales, matrix.biases, **how)
+        return mx.quantized_matmul(x, matrix.weight, *matrix.packing(), **how)
     y = mx.quantized_matmul(x.astype(mx.float32), matrix.weight, *matrix.widened(), **how)
     return y.astype(x.dtype)

@@ -173,12 +173,10 @@ def _scan(judged: Round) -> tuple[mx.array, mx.array]:
 def reference(judged: Round) -> Verdict:
     """The same in plain mlx."""
     _, columns, vocabulary = judged.logits.shape
-    logits = judged.logits.astype(mx.float32)
-    tokens = mx.arange(vocabulary)
-    position = None
+    logits = competing = judged.logits.astype(mx.float32)
     if judged.draw is not None:
         position = judged.draw.position.astype(mx.uint32)[:, None] + mx.arange(columns).astype(mx.uint32)
-    competing = choice.values(logits, judged.draw, position, tokens)
+        competing = choice.values(logits, judged.draw, position, mx.arange(vocabulary))
     if judged.threshold is not None:
         competing = mx.where(logits >= judged.threshold.astype(mx.float32)[..., None], competing, -mx.inf)
     chosen = mx.argmax(competing, axis=-1).astype(mx.int32)  # the first of the largest
