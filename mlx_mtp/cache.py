@@ -144,7 +144,7 @@ class Cache:
         """Add a row, empty or as in a snapshot, with room for `reserve` positions; returns its index, the last."""
         row = len(self.bounds)
         if row == self.lengths.shape[0]:
-            self._resize(max(1, 2 * row))
+            self._resize(row + 1)
         start = snapshot.length if snapshot else 0
         self.lengths = _put(self.lengths, row, start)
         self.bounds.append(start)
@@ -184,8 +184,8 @@ class Cache:
         for buffers in self._full.values():
             buffers[row] = buffers[last]
             buffers.pop()
-        if len(self.bounds) <= self.lengths.shape[0] // 4:
-            self._resize(self.lengths.shape[0] // 2 if self.bounds else 0)
+        if len(self.bounds) <= self.lengths.shape[0] // 2:
+            self._resize(len(self.bounds))
 
     def _resize(self, rows: int) -> None:
         have = self.lengths.shape[0]

@@ -69,7 +69,7 @@ class Engine:
         self.scheduler = Scheduler(limits, cache.row_bytes)
         self.host_reads = 0
         self.total = Stats()  # of all requests that have ended
-        self._profile, self._sent_s = profile, 0.0
+        self._profile, self._sent_s, self._left_s = profile, 0.0, 0.0
         self._ids = itertools.count()
         self._bonus = mx.zeros((0,), mx.int32)  # [R] newest token of every row
         self._running: Pass | None = None
@@ -117,6 +117,7 @@ class Engine:
 
     def step(self) -> list[Event]:
         """Finish the pass under way, start the next, and return what the finished one brought."""
+        away_s = time.perf_counter() - self._left_s
         if self._running is None:
             built = self._build()
             if built is None:
@@ -125,13 +126,14 @@ class Engine:
         running, undo = self._running, self._state()
         assert running is not None
         ahead = self._build()
-        events = self._read(running)
+        events = self._read(running, away_s)
         if ahead is not None and any(not r.done for r in ahead.rows):
             del undo  # MLX copies a buffer that is still referred to instead of writing into it
             self._dispatch(ahead)
         else:
             self._undo(ahead, undo)
         self._drop_done()
+        self._left_s = time.perf_counter()
         return events
 
     # building ---------------------------------------------------------------------------------------------------
@@ -262,8 +264,8 @@ class Engine:
         for row in built.active:
             row.pending -= 1
 
-    def _read(self, done: Pass) -> list[Event]:
-        """Wait for a pass, and turn what it brought into events."""
+    def _read(self, done: Pass, away_s: float) -> list[Event]:
+        """Wait for a pass, and turn what it brought into events. away_s: how long the caller had kept us waiting."""
         values = cast(list[int], done.out.tolist())
         self.host_reads += 1
         now = time.perf_counter()
@@ -285,7 +287,7 @@ class Engine:
                 chunk.row.first_token_s = now
                 chunk.row.stats.prefill_s = now - chunk.row.started_s
                 events.append(self._emit(chunk.row, [first], None, now))
-        self._report(done, kept, now)
+        self._report(done, kept, now, away_s)
         return events
 
     def _emit(self, row: Row, tokens: list[int], width: int | None, now: float) -> Event:
@@ -312,9 +314,9 @@ class Engine:
         row.stats.peak_memory_bytes = mx.get_peak_memory()
         self.total.add(row.stats)
 
-    def _report(self, done: Pass, kept: list[int], now: float) -> None:
-        """Tell the depth policy and the scheduler what a pass kept, and what it took."""
-        seconds = None if self._last is None else now - self._last
+    def _report(self, done: Pass, kept: list[int], now: float, away_s: float) -> None:
+        """Tell the depth policy and the scheduler what a pass kept, and what it took if its time is its own."""
+        seconds = None if self._last is None or away_s > 0.2 * (now - self._last) else now - self._last
         self._last = now
         if seconds is not None:
             self.scheduler.timed(seconds, sum(c.count for c in done.chunks), len(done.decoded))

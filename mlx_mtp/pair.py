@@ -261,8 +261,12 @@ class _Run:
             raise RequestError(
                 f"the prompt has {len(ids)} tokens and max_tokens is {max_tokens}; the model's context is {room}"
             )
-        if isinstance(stop, str):
-            stop = (stop,)
+        if sampling is not None and not isinstance(sampling, Sampling):
+            raise RequestError(f"sampling is a {type(sampling).__name__}; expected mlx_mtp.Sampling")
+        if isinstance(stop, str) or stop is None:
+            stop = (stop,) if stop else ()
+        if not isinstance(stop, (list, tuple)):
+            raise RequestError(f"stop is a {type(stop).__name__}; expected a list of strings")
         left = max(1, min(room, pair._most_tok) - len(ids))
         self.request = Request(ids, max_tokens or left, sampling or pair.default_sampling, pair._eos)
         self.tokens: list[int] = []
@@ -302,6 +306,7 @@ class _Run:
             if reason:
                 text, stopped = self._stops.push(self._decoder.finish())
                 shown += [text] if stopped else [text, self._stops.finish()]
+                reason = "stop" if stopped else reason
         self.tokens += taken
         self.pieces += shown
         if reason and stats:
@@ -360,18 +365,16 @@ class Chat:
         """Token ids of the conversation: those it already has and the new text's, or all anew if the template
         renders earlier turns otherwise than they were said."""
         if self._said and rendered.startswith(self._shown):
-            bos = self._pair.text.encode("x")[:1]
-            new = self._pair.text.encode(rendered[len(self._shown) :])
-            return [*self._said, *(new[1:] if new[:1] == bos else new)]
+            return [*self._said, *self._pair.text.encode_rest(rendered[len(self._shown) :])]
         return self._pair.text.encode(rendered)
 
     def _reply(self, run: _Run, messages: list[dict], rendered: str, ids: list[int]) -> Generator[Event, None, None]:
-        begin, self._kept = self._kept, None
+        begin = self._kept
         if begin is not None and tuple(ids[: begin.length]) != begin.tokens:
             begin = None
+        run.submit(begin, keep=True)
+        begin = self._kept = None  # or its buffers could not be written in place
         try:
-            run.submit(begin, keep=True)
-            del begin  # or its buffers could not be written in place
             while True:
                 yield from run.collect()
                 if run.reason:

@@ -78,6 +78,10 @@ class Text:
             raise RequestError(f"the prompt is not valid Unicode: {_one_line(error)}") from error
         return ids if ids[:1] == self._bos else self._bos + ids
 
+    def encode_rest(self, text: str) -> list[int]:
+        """Token ids of text that goes on where other text ended: no bos token in front."""
+        return self.encode(text)[len(self._bos) :] if text else []
+
     def chat(
         self, messages: list[dict], *, add_generation_prompt: bool = True, options: dict | None = None
     ) -> list[int]:

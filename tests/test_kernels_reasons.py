@@ -39,7 +39,7 @@ def test_without_metal_no_kernel_is_used_and_each_says_why():
 
 @emulated
 def test_kernels_that_agree_with_their_references_are_used():
-    with emu.patched() as launches:
+    with emu.patched(check=False) as launches:
         assert kernels.check() == dict.fromkeys(NAMES)
         count = len(launches)
         assert {(name, state) for name, state, _ in kernels.report()} == {(name, "used") for name in NAMES}
@@ -49,7 +49,7 @@ def test_kernels_that_agree_with_their_references_are_used():
 @emulated
 @pytest.mark.parametrize("kernel, definition, old, new", WRONG, ids=[f"{w[1]}-{i}" for i, w in enumerate(WRONG)])
 def test_a_kernel_that_computes_something_else_is_not_used(kernel, definition, old, new):
-    with emu.patched(edit=checks.planted(definition, "source", old, new)):
+    with emu.patched(check=False, edit=checks.planted(definition, "source", old, new)):
         found = kernels.check()
     assert [name for name in NAMES if found[name]] == [kernel]
     assert "reference" in found[kernel] or "rows beside it" in found[kernel]
@@ -57,7 +57,9 @@ def test_a_kernel_that_computes_something_else_is_not_used(kernel, definition, o
 
 @emulated
 def test_a_kernel_that_does_not_compile_is_not_used():
-    with emu.patched(edit=checks.planted("head_final", "source", "Best best = nobody();", "Best best = nobody(")):
+    with emu.patched(
+        check=False, edit=checks.planted("head_final", "source", "Best best = nobody();", "Best best = nobody(")
+    ):
         found = kernels.check()
     assert found["head"].startswith("it fails on this device: ") and "\n" not in found["head"]
     assert found["verdict"] is None

@@ -1,0 +1,312 @@
+"""Engines over small real models: loading them once, running requests through them, drafting with a whole model.
+
+outcomes = run(engine_of(fixture("edge"), "fit", 3), [request(prompt, 40)])
+"""
+
+import itertools
+import math
+import random
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from checkpoints import FIXTURES, FULL, SLIDING, Quant, mlx_community, quantised, read, write
+from mlx.utils import tree_map
+from random_checkpoints import drafter_config, random_checkpoint, target_config
+
+from mlx_mtp.cache import Cache
+from mlx_mtp.depth import MAX_WIDTH, Constant, Depth
+from mlx_mtp.drafters import Drafter
+from mlx_mtp.drafters.mtp import Convention, MtpDrafter
+from mlx_mtp.drafters.plain import PlainDrafter
+from mlx_mtp.engine import Engine
+from mlx_mtp.load import LoadedTarget, load_drafter, load_target
+from mlx_mtp.models.gemma4 import Gemma4
+from mlx_mtp.models.gemma4_assistant import Assistant
+from mlx_mtp.rows import GREEDY, Candidates, Draft, Event, FinishReason, Forward, Request, Sampling, Stats
+from mlx_mtp.sampling import Sampler
+from mlx_mtp.scheduler import Limits
+
+SHAPES = ("edge", "dense", "moe", "unified")
+
+# models -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Models:
+    """A target with the drafters that tests run it with: "rand" and "fit" assistants, "near" a disturbed copy.
+
+    Compared by identity, so that results may be kept for each.
+    """
+
+    name: str
+    loaded: LoadedTarget
+    assistants: dict[str, Assistant]
+    near: Gemma4
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    @property
+    def target(self) -> Gemma4:
+        return self.loaded.model
+
+    @property
+    def vocab(self) -> int:
+        return self.target.config.vocab_size
+
+
+def _scratch() -> Path:
+    return Path(tempfile.mkdtemp(prefix="mlx-mtp-test-"))
+
+
+def disturbed(folder: Path, by: float) -> Gemma4:
+    """The target of a folder with every floating weight changed by noise of `by` times its spread."""
+    model = load_target(str(folder), dtype=mx.float32).model
+    keys = iter(mx.random.split(mx.random.key(5), 4096))
+
+    def shake(w: mx.array) -> mx.array:
+        if not mx.issubdtype(w.dtype, mx.floating) or w.ndim < 2:
+            return w
+        return w + by * mx.std(w) * mx.random.normal(w.shape, key=next(keys))
+
+    model.update(tree_map(shake, model.parameters()))
+    mx.eval(model.parameters())
+    return model
+
+
+@cache
+def goldens(shape: str) -> dict[str, np.ndarray]:
+    """Reference arrays of a fixture."""
+    with np.load(FIXTURES / shape / "goldens.npz") as file:
+        return dict(file)
+
+
+@cache
+def fixture(shape: str) -> Models:
+    """A fixture in float32: target, both assistants."""
+    folder = FIXTURES / shape
+    loaded = load_target(str(folder / "target"), dtype=mx.float32)
+    names = {"rand": "assistant", "fit": "assistant_fit"}
+    assistants = {k: load_drafter(str(folder / v), loaded).model for k, v in names.items()}
+    return Models(shape, loaded, assistants, disturbed(folder / "target", 0.03))
+
+
+@cache
+def packed(shape: str, bits: int) -> Models:
+    """A fixture whose target is quantised; activations stay float32, drafters as they are."""
+    whole = read(FIXTURES / shape / "target")
+    folder = write(quantised(mlx_community(whole), Quant(bits, 32)), _scratch() / "target")
+    loaded = load_target(str(folder), dtype=mx.float32)
+    return replace(fixture(shape), name=f"{shape}-{bits}bit", loaded=loaded)
+
+
+@cache
+def smallest(vocab: int = 48) -> Models:
+    """The least model that has everything: two sliding layers with a window of 8, two full ones, hidden size 32."""
+    config = target_config(
+        vocab_size=vocab,
+        hidden_size=32,
+        intermediate_size=32,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_global_key_value_heads=1,
+        head_dim=8,
+        global_head_dim=16,
+        sliding_window=8,
+        layer_types=[SLIDING, FULL, SLIDING, FULL],
+        max_position_embeddings=512,
+    )
+    place = _scratch()
+    folder = random_checkpoint(place / "target", config, seed=11)
+    loaded = load_target(str(folder), dtype=mx.float32)
+    small = drafter_config(config, clusters=8, hidden_size=32, intermediate_size=32)
+    drafter = random_checkpoint(place / "drafter", small, seed=12)
+    assistants = {"rand": load_drafter(str(drafter), loaded).model}
+    return Models("smallest", loaded, assistants, disturbed(folder, 0.05))
+
+
+# drafters and depths ----------------------------------------------------------------------------------------
+
+
+class ModelDrafter:
+    """Drafts with a whole model that keeps a cache of its own: the target itself, or one that is nearly it."""
+
+    taps: tuple[int, ...] = ()
+
+    def __init__(self, model: Gemma4) -> None:
+        self._model = model
+        self._cache = Cache(model.specs, MAX_WIDTH, mx.float32)
+        self.calls = 0
+
+    def propose(self, rows: slice, bonus: mx.array, sampler: Sampler, width: int) -> Draft:
+        self._grow(rows.stop)
+        self.calls += 1
+        start, one = self._cache.lengths[rows], mx.ones((rows.stop - rows.start,), mx.int32)
+        token, tokens, logits = bonus, [], []
+        for i in range(width + 1):  # once more than it drafts: the last draft may be kept, and needs its keys
+            pass_ = self._cache.open(rows, 1)
+            hidden, _ = self._model.forward(token[:, None], pass_)
+            self._cache.commit(rows, one, 1)
+            if i < width:
+                scores = self._model.logits(hidden[:, 0])
+                token, kept = sampler.draw(scores, None, start + 1 + i)
+                tokens.append(token)
+                logits.append(kept)
+        self._cache.commit(rows, -one * (width + 1), 0)
+        source = Candidates(mx.stack(logits, axis=1), None) if sampler.keep_logits else None
+        return Draft(mx.stack(tokens, axis=1), source)
+
+    def observe(self, fwd: Forward, kept: mx.array) -> None:
+        self._grow(fwd.rows.stop)
+        if fwd.drafted:
+            self._cache.commit(fwd.rows, kept, 0)
+            return
+        columns = fwd.tokens.shape[1]
+        self._model.forward(fwd.tokens, self._cache.open(fwd.rows, columns))
+        self._cache.commit(fwd.rows, kept, columns)
+
+    def leave(self, row: int, last: int) -> None:
+        self._grow(last + 1)
+        self._cache.leave(row)
+
+    def state(self) -> tuple:
+        return self._cache.state(), list(self._cache.bounds)
+
+    def restore(self, state: tuple) -> None:
+        arrays, bounds = state
+        self._cache.restore(arrays)
+        self._cache.bounds = list(bounds)
+
+    def _grow(self, rows: int) -> None:
+        while len(self._cache.bounds) < rows:
+            self._cache.join(64)
+
+
+class Listed:
+    """The widths of a list, again and again."""
+
+    def __init__(self, widths: Sequence[int]) -> None:
+        self._widths = itertools.cycle(widths)
+
+    def choose(self, rows: int) -> int:
+        return next(self._widths)
+
+    def record(self, width: int, kept: list[int], seconds: float | None) -> None:
+        pass
+
+
+def random_widths(seed: int = 0, most: int = 7) -> Listed:
+    """Another width for every round, 0 .. most."""
+    rng = random.Random(seed)
+    return Listed([rng.randint(0, most) for _ in range(997)])
+
+
+DRAFTERS = ("plain", "rand", "fit", "near", "self")
+
+
+def drafter_of(models: Models, kind: str, rows: Cache, convention: Convention | None = None) -> Drafter:
+    """A drafter by name: one of DRAFTERS; "rand" and "fit" are MTP drafters."""
+    if kind == "plain":
+        return PlainDrafter()
+    if kind in ("near", "self"):
+        return ModelDrafter(models.near if kind == "near" else models.target)
+    return MtpDrafter(models.target, models.assistants[kind], rows, convention)
+
+
+def engine_of(models: Models, kind: str, depth: int | Depth, limits: Limits | None = None) -> Engine:
+    """An engine with nothing in it. depth: an integer is a constant width."""
+    rows = Cache(models.target.specs, MAX_WIDTH, mx.float32)
+    depth = Constant(depth) if isinstance(depth, int) else depth
+    return Engine(models.target, rows, drafter_of(models, kind, rows), depth, limits or Limits())
+
+
+# running ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request, the step of the engine before which it comes, and the step before which it is cancelled."""
+
+    request: Request
+    at: int = 0
+    cancel: int | None = None
+
+
+@dataclass
+class Outcome:
+    """All that came of a request."""
+
+    tokens: list[int] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+    reason: FinishReason | None = None
+    stats: Stats | None = None
+
+
+def request(prompt: Iterable[int], max_tokens: int, sampling: Sampling = GREEDY, eos: Iterable[int] = ()) -> Request:
+    """A request; without end tokens it ends at its limit."""
+    return Request(tuple(int(t) for t in prompt), max_tokens, sampling, frozenset(eos))
+
+
+def prompts(models: Models, lengths: Sequence[int], seed: int = 0) -> list[tuple[int, ...]]:
+    """Random prompts of these lengths."""
+    rng = random.Random(seed)
+    return [tuple(rng.randrange(3, models.vocab) for _ in range(n)) for n in lengths]
+
+
+def run(engine: Engine, jobs: Sequence[Job | Request]) -> list[Outcome]:
+    """Submit and cancel as the jobs say, step until nothing is left; one outcome a job."""
+    jobs = [job if isinstance(job, Job) else Job(job) for job in jobs]
+    outcomes = [Outcome() for _ in jobs]
+    ids: dict[int, int] = {}
+    for step in itertools.count():
+        for i, job in enumerate(jobs):
+            if job.at == step:
+                ids[engine.submit(job.request)] = i
+            if job.cancel is not None and max(job.cancel, job.at) == step:
+                engine.cancel(next(id_ for id_, n in ids.items() if n == i))
+        for event in engine.step():
+            outcome = outcomes[ids[event.request]]
+            assert outcome.reason is None, "an event after the last"
+            outcome.events.append(event)
+            outcome.tokens += event.tokens
+            outcome.reason, outcome.stats = event.finish_reason, event.stats
+        if engine.idle and len(ids) == len(jobs):
+            return outcomes
+        assert step < 5000, "the engine does not come to an end"
+
+
+_SOLO: dict[tuple[Models, Request], list[int]] = {}
+
+
+def solo(models: Models, wanted: Request) -> list[int]:
+    """The text that a request has on its own, drafting nothing."""
+    key = (models, wanted)
+    if key not in _SOLO:
+        _SOLO[key] = run(engine_of(models, "plain", 0), [wanted])[0].tokens
+    return _SOLO[key]
+
+
+def texts(outcomes: Sequence[Outcome]) -> list[list[int]]:
+    return [outcome.tokens for outcome in outcomes]
+
+
+def full_pass(models: Models, tokens: Sequence[int]) -> mx.array:
+    """Logits [L, V] after every token of a text, by one pass over all of it."""
+    rows = Cache(models.target.specs, MAX_WIDTH, mx.float32)
+    rows.join(len(tokens))
+    ids = mx.array([list(tokens)], mx.int32)
+    hidden, _ = models.target.forward(ids, rows.open(slice(0, 1), len(tokens)))
+    return models.target.logits(hidden)[0]
+
+
+def rounds_needed(generated: int, width: int) -> int:
+    """Rounds when every draft is kept; the first token comes from the prompt pass."""
+    return math.ceil((generated - 1) / (width + 1))

@@ -1,0 +1,367 @@
+"""What a row's queries see is what was committed to it and nothing else, however rows were drafted, moved or copied."""
+
+import gc
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from engines import Job, engine_of, prompts, request, run, smallest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlx_mtp.cache import GROW_TOK, Cache, LayerSpec, Part, Snapshot, View
+
+WINDOW, WIDEST, HEADS, DIM = 6, 3, 2, 4
+SPECS = (LayerSpec(WINDOW, HEADS, DIM), LayerSpec(None, HEADS, DIM))
+SLIDING, FULL = 0, 1
+
+
+def marks(ids: np.ndarray, layer: int) -> tuple[mx.array, mx.array]:
+    """Keys and values [B, H, L, D] that carry a number for every column [B, L], their layer and their head."""
+    head, dim = np.arange(HEADS)[None, :, None, None], np.arange(DIM)
+    keys = ids[:, None, :, None] * 64.0 + layer * 32 + head * 8 + dim
+    return mx.array(keys.astype(np.float32)), mx.array((-keys).astype(np.float32))
+
+
+def seen(part: Part, row: int, column: int, layer: int) -> list[int]:
+    """The numbers of the columns that a query sees in a part; every head and dimension must tell the same."""
+    mask = np.array(part.mask)
+    visible = mask[min(row, mask.shape[0] - 1), 0, column]
+    keys, values = np.array(part.keys)[row][:, visible], np.array(part.values)[row][:, visible]
+    ids = (keys[0, :, 0] // 64).astype(int)
+    want_keys, want_values = marks(ids[None], layer)
+    assert (keys == np.array(want_keys)[0]).all() and (values == np.array(want_values)[0]).all()
+    return sorted(ids.tolist())
+
+
+def seen_by(view: View, row: int, column: int, layer: int) -> list[int]:
+    one = len(view.parts) == 1
+    return seen(view.parts[0 if one else row], row if one else 0, column, layer)
+
+
+@dataclass
+class Told:
+    """A row as it should be: the numbers of its committed columns. rejected: what the host has not yet heard of."""
+
+    ids: list[int] = field(default_factory=list)
+    rejected: int = 0
+
+
+class Rows:
+    """A cache beside a plain list of what every row was told."""
+
+    def __init__(self) -> None:
+        self.cache = Cache(SPECS, WIDEST, mx.float32)
+        self.rows: list[Told] = []
+        self._next = 1
+
+    def join(self, snapshot: Snapshot | None = None, ids: list[int] | None = None) -> None:
+        assert self.cache.join(1, snapshot) == len(self.rows)
+        self.rows.append(Told(list(ids or [])))
+
+    def write(self, first: int, kept: list[int], columns: int) -> None:
+        """A pass over rows from `first` on, and its commit; checks what every query of it sees."""
+        rows = slice(first, first + len(kept))
+        ids = np.arange(self._next, self._next + len(kept) * columns).reshape(len(kept), columns)
+        self._next += ids.size
+        pass_ = self.cache.open(rows, columns)
+        for layer in (SLIDING, FULL):
+            view = pass_.store(layer, *marks(ids, layer))
+            for b in range(len(kept)):
+                for column in range(columns):
+                    there = self.rows[first + b].ids + ids[b, : column + 1].tolist()
+                    reach = WINDOW if layer == SLIDING else len(there)
+                    assert seen_by(view, b, column, layer) == there[-reach:]
+        self.cache.commit(rows, mx.array(kept, mx.int32), columns)
+        for b, count in enumerate(kept):
+            told = self.rows[first + b]
+            self.cache.settle(first + b, told.rejected)  # the verdict before is read while this pass runs
+            told.rejected = columns - count
+            told.ids += ids[b, :count].tolist()
+
+    def leave(self, row: int) -> None:
+        self.cache.leave(row)
+        last = self.rows.pop()
+        if row < len(self.rows):
+            self.rows[row] = last
+
+    def check(self) -> None:
+        """A drafter, too, sees what was committed: the last window + 1 positions, or all."""
+        if not self.rows:
+            return
+        everyone = slice(0, len(self.rows))
+        assert self.cache.lengths[everyone].tolist() == [len(told.ids) for told in self.rows]
+        for layer, reach in ((SLIDING, WINDOW + 1), (SLIDING, WINDOW), (FULL, None)):
+            view = self.cache.committed(layer, everyone, reach)
+            for row, told in enumerate(self.rows):
+                assert seen_by(view, row, 0, layer) == told.ids[-(reach or len(told.ids) or 1) :]
+
+
+deeds = st.lists(
+    st.tuples(
+        st.sampled_from(["join", "round", "round", "round", "chunk", "leave", "copy"]),
+        st.integers(0, 7),
+        st.integers(1, 30),
+        st.lists(st.integers(0, WIDEST + 1), min_size=8, max_size=8),
+    ),
+    max_size=22,
+)
+
+
+def follow(plan: list) -> None:
+    rows = Rows()
+    rows.join()
+    for deed, which, count, kept in plan:
+        live = len(rows.rows)
+        row = which % live if live else 0
+        if deed == "join" and live < 6:
+            rows.join()
+        elif deed == "round" and live:
+            columns = count % (WIDEST + 1) + 1
+            rows.write(0, [min(k, columns) for k in kept[: row + 1]], columns)
+        elif deed == "chunk" and live:
+            rows.write(row, [count], count)
+        elif deed == "leave" and live:
+            rows.leave(row)
+        elif deed == "copy" and live and live < 6 and rows.rows[row].ids:
+            ids = list(rows.rows[row].ids)
+            kept_row = rows.cache.snapshot(row, tuple(ids))
+            columns = WIDEST + 1
+            rows.write(row, [kept[0]], columns)  # the row goes on
+            rows.join(kept_row, ids)
+        rows.check()
+
+
+@given(deeds)
+@settings(max_examples=150)
+def test_queries_and_drafters_see_what_was_committed_whatever_happened(plan):
+    follow(plan)
+
+
+@pytest.mark.slow
+@given(deeds)
+@settings(max_examples=3000)
+def test_queries_and_drafters_see_what_was_committed_in_thousands_of_histories(plan):
+    follow(plan)
+
+
+def test_the_ring_wraps_many_times():
+    rows = Rows()
+    rows.join()
+    rows.join()
+    for i in range(30):
+        rows.write(0, [i % (WIDEST + 2), (i * 7) % (WIDEST + 2)], WIDEST + 1)
+        rows.check()
+    assert min(len(told.ids) for told in rows.rows) > 3 * rows.cache.ring_size(WINDOW)
+
+
+def contents(cache: Cache, rows: slice) -> list[np.ndarray]:
+    """All that may be seen of some rows, layer by layer."""
+    out = [np.array(cache.lengths[rows])]
+    for layer in (SLIDING, FULL):
+        for part in cache.committed(layer, rows, None if layer == FULL else WINDOW + 1).parts:
+            mask = np.array(part.mask)[:, :, 0, :, None]
+            out += [np.where(mask, np.array(part.keys), 0), np.where(mask, np.array(part.values), 0)]
+    return out
+
+
+def same(a: list[np.ndarray], b: list[np.ndarray]) -> bool:
+    return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_a_rejected_block_leaves_the_row_as_if_it_had_never_been_drafted():
+    rows = Rows()
+    rows.join()
+    rows.write(0, [13], 13)
+    before = contents(rows.cache, slice(0, 1))
+    for columns in (1, 4, 4, 2):
+        rows.write(0, [0], columns)
+        assert same(contents(rows.cache, slice(0, 1)), before)
+
+
+def test_committing_a_part_is_the_same_as_replaying_only_that_part():
+    models = smallest()
+    (tokens,) = prompts(models, (21,), seed=4)
+    wrong, one = (7, 7, 7), slice(0, 1)
+    drafted, replayed = (Cache(models.target.specs, 5, mx.float32) for _ in range(2))
+    for cache in (drafted, replayed):
+        cache.join(1)
+    at = 0
+    for kept in (5, 1, 2, 3, 4, 1, 2, 3):
+        for cache, ids in ((drafted, (*tokens[at : at + kept], *wrong)), (replayed, tokens[at : at + kept])):
+            models.target.forward(mx.array([ids]), cache.open(one, len(ids)))
+            cache.commit(one, mx.array([kept], mx.int32), len(ids))
+            cache.settle(0, len(ids) - kept)
+        at += kept
+    for layer, spec in enumerate(models.target.specs):
+        reach = spec.window + 1 if spec.window else None
+        (a,), (b,) = (c.committed(layer, one, reach).parts for c in (drafted, replayed))
+        mask = np.array(a.mask)[0, 0, 0]
+        assert (mask == np.array(b.mask)[0, 0, 0]).all() and mask.sum() == min(at, reach or at)
+        for x, y in ((a.keys, b.keys), (a.values, b.values)):
+            np.testing.assert_allclose(np.array(x)[:, :, mask], np.array(y)[:, :, mask], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("last", [1, WIDEST + 1])
+@pytest.mark.parametrize("extra", [0, 1, WIDEST + 1])
+def test_a_snapshot_holds_although_the_row_ran_on_for_two_of_the_widest_rounds(last, extra):
+    rows = Rows()
+    rows.join()
+    rows.write(0, [25], 25)
+    rows.write(0, [last], WIDEST + 1)
+    ids = rows.rows[0].ids[:26]  # the text ended with the first column of that round
+    rows.write(0, [extra], WIDEST + 1)  # and a pass was already on its way
+    kept = rows.cache.snapshot(0, tuple(ids))
+    rows.leave(0)
+    rows.join()
+    rows.join(kept, ids)
+    rows.check()
+    rows.write(0, [3, 2], WIDEST + 1)
+    rows.check()
+
+
+def test_a_snapshot_is_not_changed_by_what_its_row_or_its_heirs_do():
+    rows = Rows()
+    rows.join()
+    rows.write(0, [11], 11)
+    ids = list(rows.rows[0].ids)
+    kept = rows.cache.snapshot(0, tuple(ids))
+    rows.write(0, [40], 40)
+    for _ in range(2):
+        rows.join(kept, ids)
+        rows.write(len(rows.rows) - 1, [9], 9)
+    rows.join(kept, ids)
+    rows.check()
+
+
+def test_what_was_rejected_takes_no_room():
+    rows = Rows()
+    rows.join()
+    for _ in range(100):
+        rows.write(0, [1], WIDEST + 1)
+    assert rows.cache.bounds == [100 + WIDEST] and rows.cache._full[FULL][0][0].shape[2] == GROW_TOK
+
+
+def test_a_full_buffer_grows_and_keeps_what_it_holds():
+    rows = Rows()
+    rows.join()
+    rows.join()
+    for count in (100, 150, 30, 60):
+        rows.write(1, [count], count)
+    assert rows.cache._full[FULL][1][0].shape[2] > GROW_TOK
+    assert rows.cache._full[FULL][0][0].shape[2] == GROW_TOK
+    rows.check()
+
+
+def test_a_row_that_leaves_gives_its_place_to_the_last_and_its_memory_back():
+    rows = Rows()
+    for i in range(6):
+        rows.join()
+        rows.write(i, [3 * i + 2], 3 * i + 2)
+    for row in (1, 4, 0, 0):
+        rows.leave(row)
+        rows.check()
+    assert [len(told.ids) for told in rows.rows] == [8, 17]
+    assert rows.cache._ring[SLIDING][0].shape[0] <= 4 and len(rows.cache._full[FULL]) == 2
+    rows.leave(0)
+    rows.leave(0)
+    assert rows.cache._ring[SLIDING][0].shape[0] == 0 and not rows.cache._full[FULL]
+
+
+def test_passes_that_were_built_and_not_run_can_be_taken_back():
+    rows = Rows()
+    rows.join()
+    rows.join()
+    rows.write(0, [7, 7], 7)
+    before, state = contents(rows.cache, slice(0, 2)), rows.cache.state()
+    pass_ = rows.cache.open(slice(0, 2), 3)
+    for layer in (SLIDING, FULL):
+        pass_.store(layer, *marks(np.full((2, 3), 999), layer))
+    rows.cache.commit(slice(0, 2), mx.array([3, 1], mx.int32), 3)
+    rows.cache.restore(state)
+    for row in range(2):
+        rows.cache.settle(row, 3)
+    assert same(contents(rows.cache, slice(0, 2)), before)
+    rows.check()
+
+
+def test_a_ring_has_room_for_the_window_and_two_of_the_widest_rounds():
+    for window in (1, 6, 512, 1024):
+        for widest in (0, 3, 15):
+            size = Cache((), widest, mx.float32).ring_size(window)
+            assert size >= window + 1 + 2 * (widest + 1) and size % 8 == 0 and size < window + 2 * widest + 12
+
+
+# memory -----------------------------------------------------------------------------------------------------
+
+
+def allocated_by_a_write(length: int, columns: int) -> int:
+    """Bytes that the largest moment of a dispatched pass takes beyond what was there before."""
+    specs = (LayerSpec(512, 2, 32), LayerSpec(None, 2, 32), LayerSpec(None, 1, 64))
+    cache, one = Cache(specs, 15, mx.float32), slice(0, 1)
+    cache.join(length + 64)
+    cache.lengths, cache.bounds[0] = mx.array([length], mx.int32), length
+    most = 0
+    for step in range(4):
+        new = [mx.random.normal((1, s.kv_heads, columns, s.head_dim)) for s in specs]
+        mx.eval(new, cache.state())
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        pass_ = cache.open(one, columns)
+        for layer, keys in enumerate(new):
+            pass_.store(layer, keys, keys)
+        cache.commit(one, mx.array([1], mx.int32), columns)
+        mx.eval(cache.state())
+        if step:
+            most = max(most, mx.get_peak_memory() - before)
+    return most
+
+
+@pytest.mark.parametrize("columns", [1, 4, 16])
+def test_a_write_takes_no_more_memory_at_64k_than_at_1k(columns):
+    short, long = allocated_by_a_write(1024, columns), allocated_by_a_write(65536, columns)
+    assert long <= short + 4096
+    assert short < 128 * 1024  # a ring takes 276 KiB, a buffer of 1k positions 520
+
+
+def beyond_its_buffers(length: int, rows: int) -> int:
+    """Bytes that an engine takes at its largest moment beyond its cache, with rows that continue long snapshots."""
+    models = smallest()
+    gc.collect()
+    engine, base = engine_of(models, "rand", 3), mx.get_active_memory()
+    tokens = (5,) * length
+    for _ in range(rows):
+        ring, full = {}, {}
+        for i, s in enumerate(models.target.specs):
+            size = engine.cache.ring_size(s.window) if s.window else length + 512
+            made = tuple(mx.random.normal((1, s.kv_heads, size, s.head_dim)) for _ in range(2))
+            (ring if s.window else full)[i] = made
+        mx.eval(ring, full)
+        engine.submit(request((*tokens, 9), 40), Snapshot(tokens, ring, full))
+        del ring, full, made
+    for _ in range(4):
+        engine.step()
+    mx.reset_peak_memory()
+    for _ in range(5):
+        engine.step()
+    _, ring, full = engine.cache.state()
+    held = [*ring.values(), *(pair for buffers in full.values() for pair in buffers)]
+    return mx.get_peak_memory() - base - sum(a.nbytes for pair in held for a in pair)
+
+
+def test_no_step_of_an_engine_copies_its_buffers():
+    models, length = smallest(), 32768
+    full = sum(2 * 4 * s.kv_heads * s.head_dim * length for s in models.target.specs if not s.window)
+    for rows in (1, 3):
+        # attention's own scores and masks take some of it; a copy of the buffers would take rows * full
+        assert beyond_its_buffers(length, rows) < 0.6 * rows * full
+
+
+def test_rows_leave_nothing_behind_in_the_cache_of_an_engine():
+    models = smallest()
+    engine = engine_of(models, "near", 3)
+    run(engine, [Job(request(p, 6), i) for i, p in enumerate(prompts(models, (5, 9, 2, 30, 4)))])
+    assert not engine.cache.bounds
+    assert all(not buffers for buffers in engine.cache._full.values())
+    assert all(k.shape[0] == 0 for k, _ in engine.cache._ring.values())
