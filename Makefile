@@ -15,21 +15,14 @@ def add_extension(module, name, code):
 endef
 export DEMO_PROMPT
 
-<<<<<<< HEAD
-.PHONY: help demo test test-kernels check clean
-=======
 .PHONY: help demo test test-slow test-kernels check clean
->>>>>>> origin/main
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    generate with the embedded pair: no download of weights, no GPU"
 	@echo "make test    run the test suite"
-<<<<<<< HEAD
 	@echo "make test-kernels   all tests of the Metal kernels, the slow ones too, emulated (g++) or on Metal"
-=======
 	@echo "make test-slow  thousands of schedules, cache histories and requests; about half an hour"
->>>>>>> origin/main
 	@echo "make check   ruff, ruff format --check, pyright"
 	@echo "make clean   remove .venv and what the tools left"
 	@echo "PYTHON=...   the Python to build .venv with (3.11 or newer; now: $(PYTHON))"
@@ -44,13 +37,10 @@ test: $(VENV)/.installed-dev
 			"LD_PRELOAD=libopenblas.so.0 make test is several times faster" >&2; fi
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
-<<<<<<< HEAD
 test-kernels: $(VENV)/.installed-dev
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "slow or not slow" tests/test_kernel*.py tests/test_metal_emu*.py $(PYTEST_ARGS)
-=======
 test-slow: $(VENV)/.installed-dev
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
->>>>>>> origin/main
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
