@@ -39,6 +39,7 @@ test: $(VENV)/.installed-dev
 
 test-kernels: $(VENV)/.installed-dev
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "slow or not slow" tests/test_kernel*.py tests/test_metal_emu*.py $(PYTEST_ARGS)
+
 test-slow: $(VENV)/.installed-dev
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 

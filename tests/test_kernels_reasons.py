@@ -6,6 +6,7 @@ import pytest
 from metal_emu import checks
 
 from mlx_mtp import kernels
+from mlx_mtp.doctor import Fact, facts
 
 NAMES = {"rows_qmv", "head", "verdict", "experts", "attend"}
 WRONG = [  # kernel, definition, old, new
@@ -35,6 +36,12 @@ def test_without_metal_no_kernel_is_used_and_each_says_why():
     assert kernels.check() == dict.fromkeys(NAMES, "this build of MLX has no Metal backend")
     assert {state for _, state, _ in kernels.report()} == {"not used"}
     assert not any(kernels.usable(name) for name in NAMES)
+
+
+def test_doctor_lists_every_kernel():
+    found = {fact.item: fact for fact in facts(kernels.report())}
+    for name, state, reason in kernels.report():
+        assert found[f"kernel {name}"] == Fact(f"kernel {name}", state, reason)
 
 
 @emulated
