@@ -15,12 +15,13 @@ def add_extension(module, name, code):
 endef
 export DEMO_PROMPT
 
-.PHONY: help demo test test-slow check clean
+.PHONY: help demo test test-slow test-kernels check clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    generate with the embedded pair: no download of weights, no GPU"
 	@echo "make test    run the test suite"
+	@echo "make test-kernels   all tests of the Metal kernels, the slow ones too, emulated (g++) or on Metal"
 	@echo "make test-slow  thousands of schedules, cache histories and requests; about half an hour"
 	@echo "make check   ruff, ruff format --check, pyright"
 	@echo "make clean   remove .venv and what the tools left"
@@ -35,6 +36,9 @@ test: $(VENV)/.installed-dev
 		echo "hint: MLX's Linux wheel has a slow reference BLAS; with OpenBLAS installed," \
 			"LD_PRELOAD=libopenblas.so.0 make test is several times faster" >&2; fi
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-kernels: $(VENV)/.installed-dev
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "slow or not slow" tests/test_kernel*.py tests/test_metal_emu*.py $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.installed-dev
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow $(PYTEST_ARGS)

@@ -10,16 +10,23 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from mlx_mtp import kernels
+from mlx_mtp.kernels import verdict as kernel
+from mlx_mtp.kernels.choice import Draw
 from mlx_mtp.rows import Candidates, Draft
 from mlx_mtp.sampling import RESIDUAL_STREAM, Sampler
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """tokens [B, K+1] int32: the first kept[b] of a row are its new text. kept [B] int32, from 1 to K+1."""
+    """tokens [B, K+1] int32: the first kept[b] of a row are its new text. kept [B] int32, from 1 to K+1.
+
+    picked [B, H]: the hidden state that the last of them came from, where the kernel has picked it on its way.
+    """
 
     tokens: mx.array
     kept: mx.array
+    picked: mx.array | None = None
 
     @property
     def bonus(self) -> mx.array:
@@ -27,18 +34,25 @@ class Verdict:
         return mx.take_along_axis(self.tokens, self.kept[:, None] - 1, axis=1)[:, 0]
 
 
-def verdict(draft: Draft, logits: mx.array, start: mx.array, sampler: Sampler) -> Verdict:
+def verdict(
+    draft: Draft, logits: mx.array, start: mx.array, sampler: Sampler, hidden: mx.array | None = None
+) -> Verdict:
     """Judge a draft.
 
     logits [B, K+1, V] float32 of the target after [bonus | draft]; start [B] int32: the position of the bonus token.
+    hidden [B, K+1, H]: the states the logits came from, without which there is no kernel to do it.
     Rows are judged by drafter-invariant coupling where their sampler is coupled (seeded and greedy requests), by
     rejection sampling otherwise.
     """
     if sampler.greedy:
-        return matching(draft.tokens, mx.argmax(logits, axis=-1).astype(mx.int32))
+        judged = _by_kernel(draft, logits, None, hidden, None)
+        return judged or matching(draft.tokens, mx.argmax(logits, axis=-1).astype(mx.int32))
     position = start[:, None] + 1 + mx.arange(logits.shape[1])
-    z = sampler.filter(logits)
-    coupled = matching(draft.tokens, sampler.choose(z, position))
+    scaled = sampler.scaled(logits)
+    least = sampler.least(scaled)
+    z = scaled if least is None else mx.where(scaled >= least, scaled, -mx.inf)
+    judged = _by_kernel(draft, scaled, least, hidden, sampler.choosing(start + 1))
+    coupled = judged or matching(draft.tokens, sampler.choose(z, position))
     if not sampler.rejecting or draft.width == 0:
         return coupled
     drawn = rejection(draft, z, position, sampler)
@@ -46,6 +60,19 @@ def verdict(draft: Draft, logits: mx.array, start: mx.array, sampler: Sampler) -
         mx.where(sampler.coupled, coupled.tokens, drawn.tokens),
         mx.where(sampler.coupled[:, 0], coupled.kept, drawn.kept),
     )
+
+
+def _by_kernel(
+    draft: Draft, logits: mx.array, least: mx.array | None, hidden: mx.array | None, draw: Draw | None
+) -> Verdict | None:
+    """`matching` with the choices made beside it; None where the kernel cannot be used."""
+    if hidden is None or not kernels.usable("verdict"):
+        return None
+    judged = kernel.Round(logits, draft.tokens, hidden, None if least is None else least[..., 0], draw)
+    if kernel.why_not(judged):
+        return None
+    found = kernel.verdict(judged)
+    return Verdict(found.tokens, found.kept, found.hidden)
 
 
 def matching(draft: mx.array, chosen: mx.array) -> Verdict:

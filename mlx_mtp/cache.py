@@ -19,6 +19,10 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from mlx_mtp import kernels
+from mlx_mtp.kernels import attend
+from mlx_mtp.kernels.attend import EVERYTHING, Attention
+
 GROW_TOK = 256  # full buffers grow in multiples of this many positions
 VIEW_TOK = 64  # views are cut to a multiple of this, so that few different shapes occur
 
@@ -33,12 +37,39 @@ class LayerSpec:
 
 
 @dataclass(frozen=True)
+class Whole:
+    """A part as the kernel takes it: whole buffers [B', H, T, D] with position p in slot p mod T, not cut, since a cut
+    would be copied. start [B'] int32: position of the first query; a query at p sees p - window + 1 .. p."""
+
+    keys: mx.array
+    values: mx.array
+    start: mx.array
+    window: int
+
+
+@dataclass(frozen=True)
 class Part:
-    """Keys and values [B', H, T, D] of a slice of the pass's rows, and who may see what: mask [B', 1, L, T] bool."""
+    """Keys and values [B', H, T, D] of a slice of the pass's rows, and who may see what: mask [B', 1, L, T] bool.
+
+    whole: the same for the kernel; None where it is not usable, or where the slots do not follow from positions.
+    """
 
     keys: mx.array
     values: mx.array
     mask: mx.array
+    whole: Whole | None = None
+
+    def attend(self, queries: mx.array) -> mx.array:
+        """queries [B', heads, L, D], the last L of those that the mask is for -> the same shape."""
+        columns, known = queries.shape[2], self.mask.shape[2]
+        if self.whole is not None:
+            w = self.whole
+            start = w.start if known == columns else w.start + (known - columns)
+            given = Attention(queries, w.keys, w.values, start, w.window)
+            if not attend.why_not(given):
+                return attend.attend(given)
+        mask = self.mask if known == columns else self.mask[:, :, -columns:]
+        return mx.fast.scaled_dot_product_attention(queries, self.keys, self.values, scale=1.0, mask=mask)
 
 
 @dataclass(frozen=True)
@@ -69,8 +100,7 @@ class View:
         outs, row = [], 0
         for part in self.parts:
             q = queries if len(self.parts) == 1 else queries[row : row + part.keys.shape[0]]
-            mask = part.mask if part.mask.shape[2] == columns else part.mask[:, :, -columns:]
-            outs.append(mx.fast.scaled_dot_product_attention(q, part.keys, part.values, scale=1.0, mask=mask))
+            outs.append(part.attend(q))
             row += part.keys.shape[0]
         out = outs[0] if len(outs) == 1 else mx.concatenate(outs)
         return out.transpose(0, 2, 1, 3).reshape(b, columns, heads * dim)
@@ -84,6 +114,7 @@ class Cache:
         self.specs, self.dtype, self.max_width = specs, dtype, max_width
         self.lengths = mx.zeros((0,), dtype=mx.int32)  # [R], R >= live rows
         self.bounds: list[int] = []  # per live row: no position at or past this has been written
+        self._whole = kernels.usable("attend")  # whether parts carry what the kernel needs
         self._ring: dict[int, tuple[mx.array, mx.array]] = {}
         self._full: dict[int, list[tuple[mx.array, mx.array]]] = {
             i: [] for i, s in enumerate(specs) if s.window is None
@@ -193,12 +224,14 @@ class Cache:
             seen = at >= 0
             if window is not None:
                 seen = seen & (at >= length - window)
-            return View((Part(keys, values, seen[:, None, None]),))
+            whole = self.whole_ring(layer, rows, length[:, 0] - 1, EVERYTHING if window is None else window)
+            return View((Part(keys, values, seen[:, None, None], whole),))
         parts = []
         for row in range(rows.start, rows.stop):
             keys, values = self._full_view(layer, row, 0)
             seen = mx.arange(keys.shape[2]) < self.lengths[row]
-            parts.append(Part(keys, values, seen[None, None, None]))
+            whole = self.whole_full(layer, row, self.lengths[row : row + 1] - 1)
+            parts.append(Part(keys, values, seen[None, None, None], whole))
         return View(tuple(parts))
 
     def state(self) -> tuple:
@@ -210,6 +243,17 @@ class Cache:
         """Forget all passes opened since `state` was taken; they must not have been dispatched. Bounds are the
         caller's to settle."""
         self.lengths, self._ring, self._full = state
+
+    def whole_ring(self, layer: int, rows: slice, start: mx.array, window: int) -> Whole | None:
+        """A sliding layer for the kernel, with the first query at start [B]."""
+        if not self._whole:
+            return None
+        keys, values = self._ring[layer]
+        return Whole(keys[rows], values[rows], start, window)
+
+    def whole_full(self, layer: int, row: int, start: mx.array) -> Whole | None:
+        """A full layer's row for the kernel, with the first query at start [1]."""
+        return Whole(*self._full[layer][row], start, EVERYTHING) if self._whole else None
 
     def _ring_view(self, layer: int, rows: slice, columns: int, last: mx.array):
         """(keys, values, positions [B, S']) of the ring where `last` [B, 1] is the newest position stored."""
@@ -248,7 +292,8 @@ class Pass:
         self._write_ring(layer, keys, values, self.columns)
         last = self.start[:, None] + (self.columns - 1)
         k, v, at = self.cache._ring_view(layer, self.rows, self.columns, last)
-        return View((Part(k, v, self._mask(("ring", window), at, window)),))
+        whole = self.cache.whole_ring(layer, self.rows, self.start, window)
+        return View((Part(k, v, self._mask(("ring", window), at, window), whole),))
 
     def _store_chunk(self, layer: int, keys: mx.array, values: mx.array, window: int) -> View:
         """A chunk wider than the ring's slack attends over the ring and itself, and leaves its last columns there."""
@@ -290,7 +335,8 @@ class Pass:
             used = k.shape[2]
             if (row, used) not in self._masks:
                 self._masks[row, used] = (mx.arange(used) <= self._at[b][:, None])[None, None]
-            parts.append(Part(k, v, self._masks[row, used]))
+            whole = None if self._chunk else self.cache.whole_full(layer, row, at)
+            parts.append(Part(k, v, self._masks[row, used], whole))
         return View(tuple(parts))
 
     def _mask(self, key: tuple, at: mx.array, window: int) -> mx.array:

@@ -246,9 +246,10 @@ def pairs(options: Report) -> None:
 @command
 def doctor(options: Report) -> None:
     """Show what this machine has, what of it is used, what is not, and why."""
+    from mlx_mtp import kernels
     from mlx_mtp.doctor import facts
 
-    found = facts()
+    found = facts(kernels.report())
     if options.as_json:
         _print_json([asdict(fact) for fact in found])
     else:

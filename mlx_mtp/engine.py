@@ -186,12 +186,12 @@ class Engine:
         pass_ = self.cache.open(rows, width + 1)
         hidden, taps = self.target.forward(tokens, pass_, self.drafter.taps)
         logits = self.target.logits(hidden, capped=not sampler.greedy)
-        judged = verdict(draft, logits, pass_.start, sampler)
+        judged = verdict(draft, logits, pass_.start, sampler, hidden)
         kept = judged.kept
         if len(active) < len(decoded):  # rows still feeding their prompt stand still
             kept = kept * mx.array([int(r.decoding and not r.done) for r in decoded], mx.int32)
         self.cache.commit(rows, kept, width + 1)
-        self.drafter.observe(Forward(rows, tokens, hidden, taps, width), kept)
+        self.drafter.observe(Forward(rows, tokens, hidden, taps, width, judged.picked), kept)
         newest = mx.where(kept > 0, judged.bonus, bonus)
         self._bonus = mx.concatenate([newest, self._bonus[len(decoded) :]])
         for row in active:
@@ -217,7 +217,7 @@ class Engine:
         sampler = self._sampler([row])
         nothing = Draft(mx.zeros((1, 0), mx.int32))
         logits = self.target.logits(hidden[:, LAST], capped=not sampler.greedy)
-        first = verdict(nothing, logits, pass_.start + (count - 1), sampler).tokens[:, 0]
+        first = verdict(nothing, logits, pass_.start + (count - 1), sampler, hidden[:, LAST]).tokens[:, 0]
         bonus = mx.array(self._bonus)
         bonus[row.index] = first[0]
         self._bonus = bonus

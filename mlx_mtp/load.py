@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_mtp import hub
+from mlx_mtp.few_rows import use_kernels
 from mlx_mtp.models.config import AssistantConfig, read_assistant, read_target
 from mlx_mtp.models.gemma4 import Gemma4
 from mlx_mtp.models.gemma4_assistant import Assistant
@@ -200,6 +201,7 @@ def _finish_target(made: Plan, report: Report | None) -> LoadedTarget:
     base_model = not _has_chat_template(folder.path)
     weight_bytes = read(made, report)
     assert isinstance(made.model, Gemma4)
+    use_kernels(made.model)
     return LoadedTarget(
         made.model, folder.path, folder.name, sampling, eos, made.dtype, weight_bytes, base_model, notes
     )
@@ -209,6 +211,7 @@ def _finish_drafter(made: Plan, report: Report | None) -> LoadedDrafter:
     weight_bytes = read(made, report)
     model, folder = made.model, made.folder
     assert isinstance(model, Assistant)
+    use_kernels(model)
     if model.config.clusters:
         ordering = model.masked_embedding.token_ordering
         if not mx.array_equal(mx.sort(ordering), mx.arange(ordering.size, dtype=ordering.dtype)).item():

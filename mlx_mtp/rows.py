@@ -250,6 +250,7 @@ class Forward:
     hidden: [B, C, H] after the final norm, for the last C of the L columns.
     taps: outputs of the layers the drafter asked for, [B, L, H] each.
     drafted: how many trailing columns the drafter proposed; 0 for a prompt chunk.
+    picked: [B, H], of `hidden` the column that each row's newest token came from, if that is known already.
     """
 
     rows: slice
@@ -257,6 +258,7 @@ class Forward:
     hidden: mx.array
     taps: dict[int, mx.array]
     drafted: int
+    picked: mx.array | None = None
 
 
 @dataclass(frozen=True)

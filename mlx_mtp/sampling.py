@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from mlx_mtp.kernels.choice import Draw
 from mlx_mtp.kernels.noise import gumbel
 from mlx_mtp.rows import Sampling
 
@@ -63,14 +64,23 @@ class Sampler:
 
     def filter(self, logits: mx.array) -> mx.array:
         """logits [B, L, C] float32 -> the same over temperature, with what the filters drop at -inf."""
-        z = logits * self._scale
+        z = self.scaled(logits)
+        least = self.least(z)
+        return z if least is None else mx.where(z >= least, z, -mx.inf)
+
+    def scaled(self, logits: mx.array) -> mx.array:
+        """logits [B, L, C] float32 over temperature."""
+        return logits * self._scale
+
+    def least(self, z: mx.array) -> mx.array | None:
+        """z [B, L, C], scaled -> [B, L, 1] the least value that the filters keep; None if no row filters."""
         if not self._filtered:
-            return z
+            return None
         count = z.shape[-1]
         take = count if self._need_all else min(max(self._most, 1), count)  # min_p alone needs only the maximum
         top = z if take == count else mx.topk(z, take, axis=-1)
         top = -mx.sort(-top, axis=-1)
-        return mx.where(z >= self._filters.threshold(top), z, -mx.inf)
+        return self._filters.threshold(top)
 
     def noise(self, position: mx.array, ids: mx.array | None, count: int, stream: mx.array) -> mx.array:
         """Gumbel noise [B, L, C] at position [B, L] for tokens `ids` [B, 1, C], or 0 .. count-1.
@@ -81,6 +91,29 @@ class Sampler:
         seed = mx.stack([seed[..., 0], seed[..., 1] ^ stream], axis=-1)
         tokens = mx.arange(count, dtype=mx.uint32) if ids is None else ids
         return mx.where(self._certain, 0.0, gumbel(seed, position, tokens))
+
+    @property
+    def drafts_by_kernel(self) -> bool:
+        """Whether `drafting` says all there is to know of a draft: nothing is filtered, no logits are kept."""
+        return not self.keep_logits and (self.greedy or not self._filtered)
+
+    def drafting(self, position: mx.array) -> Draw | None:
+        """`draw`'s noise as kernels take it, with logits as they come, at position [B]; None: all rows are greedy."""
+        if self.greedy:
+            return None
+        inverse = mx.where(self._certain, 0.0, self._scale)[:, 0, 0]
+        return Draw(inverse, self._stream_seed(DRAFT_STREAM), position)
+
+    def choosing(self, position: mx.array) -> Draw | None:
+        """`choose`'s noise as kernels take it, with scaled logits; position [B] is that of the first column."""
+        if self.greedy:
+            return None
+        inverse = mx.where(self._certain, 0.0, 1.0)[:, 0, 0]
+        return Draw(inverse, self._stream_seed(RESIDUAL_STREAM), position)
+
+    def _stream_seed(self, value: int) -> mx.array:
+        """[B, 2] uint32: every row's seed with `value` mixed in where it draws independently."""
+        return mx.stack([self._seed[:, 0], self._seed[:, 1] ^ self._stream(value)[:, 0]], axis=-1)
 
     def _stream(self, value: int) -> mx.array:
         """[B, 1] uint32: 0 where the row is coupled, `value` where it draws independently."""

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from mlx_mtp import kernels
 from mlx_mtp.cache import Cache
+from mlx_mtp.kernels.head import head
 from mlx_mtp.models.gemma4 import Gemma4
 from mlx_mtp.models.gemma4_assistant import Assistant
 from mlx_mtp.rows import Candidates, Draft, Forward
@@ -36,6 +38,7 @@ class MtpDrafter:
         """cache: the target's, which the drafter reads and never writes."""
         self._target, self._assistant, self._cache = target, assistant, cache
         self._convention = convention or Convention()
+        self._clusters = assistant.clusters if kernels.usable("head") else None
         # [R, 1, T]: what produced each row's newest token
         self._hidden = mx.zeros((0, 1, target.config.hidden_size), cache.dtype)
 
@@ -46,6 +49,10 @@ class MtpDrafter:
         tokens, logits, ids = [], [], []
         for i in range(width):
             y, hidden = self._assistant.step(self._target.embed(token[:, None]), hidden, position, views)
+            if self._clusters is not None and sampler.drafts_by_kernel:
+                token = head(y, self._clusters, sampler.drafting(length + 1 + i))
+                tokens.append(token)
+                continue
             scores, which = self._assistant.logits(y)
             token, kept = sampler.draw(scores, which, length + 1 + i)
             tokens.append(token)
@@ -66,8 +73,11 @@ class MtpDrafter:
 
     def observe(self, fwd: Forward, kept: mx.array) -> None:
         skipped = fwd.tokens.shape[1] - fwd.hidden.shape[1]
-        column = mx.maximum(kept - 1 - skipped, 0)[:, None, None]
-        picked = mx.take_along_axis(fwd.hidden, column, axis=1)
+        if fwd.picked is None:
+            column = mx.maximum(kept - 1 - skipped, 0)[:, None, None]
+            picked = mx.take_along_axis(fwd.hidden, column, axis=1)
+        else:
+            picked = fwd.picked[:, None]
         missing = fwd.rows.stop - self._hidden.shape[0]
         if missing > 0:
             self._hidden = mx.concatenate([self._hidden, mx.zeros((missing, *picked.shape[1:]), picked.dtype)])

@@ -1,1 +1,19 @@
-"""One file a kernel: Metal source, reference in plain mlx, dispatcher."""
+"""Kernels for the products and reductions that decide the speed of decoding.
+
+One file a kernel: Metal source, a reference in plain mlx, and a dispatcher that takes the kernel where it can and the
+reference where it cannot, with a reason. None of them has run on Metal: they are tested in the CPU emulator of
+tests/metal_emu, which proves what they compute and read, and nothing about speed.
+
+    rows_qmv   a weight matrix times a few rows
+    head       clustered vocabulary: hidden state to token
+    verdict    choice in every column, comparison with the draft
+    experts    routed experts of 1 to 64 tokens
+    attend     a few columns over a position-addressed cache
+    matrix     the layouts of weights          choice    the rule of who wins
+    noise      the noise that draws tokens     backend   whether and how a kernel runs
+    trials   whether a kernel may be used: on a Metal GPU each is compared with its reference, once a process
+"""
+
+from mlx_mtp.kernels.trials import check, report, usable
+
+__all__ = ["check", "report", "usable"]

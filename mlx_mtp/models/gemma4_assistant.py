@@ -10,6 +10,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_mtp.cache import View
+from mlx_mtp.kernels.head import Clusters
+from mlx_mtp.kernels.matrix import Matrix
 from mlx_mtp.models.config import AssistantConfig, TextConfig
 from mlx_mtp.models.gemma4 import Block, Norm
 
@@ -55,6 +57,15 @@ class Assistant(nn.Module):
         self.post_projection = nn.Linear(size, backbone, bias=False)
         if config.clusters:
             self.masked_embedding = ClusteredHead(config)
+
+    @property
+    def clusters(self) -> Clusters | None:
+        """The clustered head as the kernel takes it; None if the vocabulary has no clusters."""
+        if not self.config.clusters:
+            return None
+        masked = self.masked_embedding
+        table = Matrix.of(self.model.embed_tokens)
+        return Clusters(Matrix.of(masked.centroids), masked.token_ordering, table, masked.top)
 
     def step(
         self, embedded: mx.array, hidden: mx.array, position: mx.array, views: tuple[View, View]

@@ -1,0 +1,292 @@
+"""head: the token that the clustered vocabulary would choose, reading only the clusters that compete."""
+
+import metal_emu as emu
+import mlx.core as mx
+import numpy as np
+import pytest
+from metal_emu import checks, cuda, lint
+
+from mlx_mtp.kernels import head, noise
+from mlx_mtp.kernels.choice import Draw
+from mlx_mtp.kernels.head import Clusters
+from mlx_mtp.kernels.matrix import Matrix
+
+emulated = pytest.mark.skipif(emu.unavailable() is not None, reason=str(emu.unavailable()))
+
+KINDS = {"plain": None, "affine4": (64, 4, "affine"), "affine8": (32, 8, "affine"), "mxfp4": (32, 4, "mxfp4")}
+
+
+def matrix(seed: int, n: int, k: int, kind: str, dtype: mx.Dtype = mx.bfloat16) -> Matrix:
+    dense = mx.random.normal((n, k), key=mx.random.key(seed)).astype(dtype)
+    return Matrix(dense) if KINDS[kind] is None else Matrix.quantized(dense, *KINDS[kind])
+
+
+def vocabulary(kind="plain", hidden=64, count=40, size=24, top=5, ordering=mx.int32) -> Clusters:
+    order = np.random.default_rng(0).permutation(count * size)
+    return Clusters(
+        matrix(1, count, hidden, "plain"),
+        mx.array(order).astype(ordering),
+        matrix(2, count * size, hidden, kind),
+        top,
+    )
+
+
+def states(m: int, hidden: int = 64, dtype: mx.Dtype = mx.bfloat16) -> mx.array:
+    return mx.random.normal((m, hidden), key=mx.random.key(3)).astype(dtype)
+
+
+def draws(m: int) -> Draw:
+    rng = np.random.default_rng(m)
+    inverse = mx.array(rng.choice([0.0, 0.05, 0.3, 1.0], m).astype(np.float32))
+    seeds = mx.array(rng.integers(0, 2**32, (m, 2), dtype=np.uint32))
+    return Draw(inverse, seeds, mx.array(rng.integers(0, 5000, m)))
+
+
+def by_hand(y: mx.array, clusters: Clusters, draw: Draw | None = None) -> list[int]:
+    """The definition, one row at a time in numpy."""
+    hidden, centroids = np.array(y.astype(mx.float32)), np.array(clusters.centroids.dense())
+    embedding = np.array(clusters.embedding.dense())
+    ordering = np.array(clusters.ordering).reshape(len(centroids), -1)
+    tokens = []
+    for m, state in enumerate(hidden):
+        best = np.argsort(-(centroids @ state), kind="stable")[: clusters.top]
+        candidates = np.sort(ordering[best].ravel())
+        values = embedding[candidates] @ state
+        if draw is not None and draw.inv_temperature[m].item() > 0:
+            gumbel = noise.gumbel(draw.seed[m], draw.position[m], mx.array(candidates))
+            values = values * draw.inv_temperature[m].item() + np.array(gumbel)
+        tokens.append(int(candidates[np.argmax(values)]))
+    return tokens
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_reference_is_the_definition(kind):
+    clusters, y = vocabulary(kind), states(9)
+    assert head.head(y, clusters).tolist() == by_hand(y, clusters)
+    assert head.head(y, clusters, draws(9)).tolist() == by_hand(y, clusters, draws(9))
+
+
+def test_drawn_tokens_follow_the_softmax_over_the_candidates():
+    clusters, places = vocabulary(count=6, size=4, top=2), 4000
+    y = mx.broadcast_to(states(1) * 0.1, (places, 64))
+    draw = Draw(mx.ones((places,)), mx.broadcast_to(mx.array([7, 9], dtype=mx.uint32), (places, 2)), mx.arange(places))
+    counts = np.bincount(np.array(head.head(y, clusters, draw)), minlength=24)
+    scores = np.array(clusters.centroids.dense() @ y[0].astype(mx.float32))
+    candidates = np.array(clusters.ordering).reshape(6, 4)[np.argsort(-scores)[:2]].ravel()
+    logits = np.array(clusters.embedding.dense() @ y[0].astype(mx.float32))[candidates]
+    expected = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum() * places
+    assert counts.sum() == counts[candidates].sum()
+    assert ((counts[candidates] - expected) ** 2 / expected).sum() < 7 + 4.5 * np.sqrt(14)
+
+
+def test_every_refusal_has_a_reason():
+    y, clusters = states(2), vocabulary()
+    assert head.why_not(y, clusters) == "this build of MLX has no Metal backend"
+    assert "41 clusters of 40" in head.why_not(y, vocabulary(top=41))
+    assert "not rows of 64" in head.why_not(states(2, 32), clusters)
+    assert "hidden size 8192" in head.why_not(states(1, 8192), vocabulary(hidden=8192, count=2, size=2, top=1))
+
+
+@emulated
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_kernels_agree_with_the_reference(kind, sampled):
+    clusters, y = vocabulary(kind), states(5)
+    draw = draws(5) if sampled else None
+    with emu.patched() as launches:
+        assert head.why_not(y, clusters) is None
+        token = head.head(y, clusters, draw)
+    assert token.dtype == mx.int32 and token.tolist() == by_hand(y, clusters, draw)
+    names = [k.definition.name.removesuffix("_noisy") for k in launches]
+    assert names == ["head_scores", "head_select", "head_clusters", "head_final"]
+
+
+@emulated
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16])
+def test_every_float_type(dtype):
+    clusters, y = vocabulary(), states(2, dtype=dtype)
+    with emu.patched():
+        assert head.head(y, clusters).tolist() == by_hand(y, clusters)
+
+
+@emulated
+@pytest.mark.parametrize("ordering", [mx.int64, mx.uint32])
+def test_the_ordering_may_be_of_any_integer_type(ordering):
+    clusters, y = vocabulary(ordering=ordering), states(2)
+    with emu.patched():
+        assert head.head(y, clusters).tolist() == by_hand(y, clusters)
+
+
+@emulated
+@pytest.mark.parametrize(
+    ("hidden", "count", "size", "top"),
+    [(1, 1, 1, 1), (5, 2, 7, 1), (250, 33, 5, 33), (64, 300, 3, 7)],
+)
+def test_the_smallest_and_the_ragged_shapes(hidden, count, size, top):
+    clusters, y = vocabulary("plain", hidden, count, size, top), states(3, hidden)
+    with emu.patched():
+        assert head.head(y, clusters).tolist() == by_hand(y, clusters)
+
+
+@emulated
+def test_more_rows_than_fit_into_threadgroup_memory_at_once():
+    clusters, y = vocabulary(hidden=1024, count=9, size=4, top=2), states(9, 1024)
+    with emu.patched():
+        together = head.head(y, clusters)
+        alone = [head.head(y[i : i + 1], clusters).item() for i in range(9)]
+    assert together.tolist() == alone == by_hand(y, clusters)
+
+
+@emulated
+def test_ties_go_to_the_lower_cluster_and_the_lower_token():
+    ones = Matrix(mx.ones((40, 64), dtype=mx.bfloat16))
+    order = mx.array(np.random.default_rng(1).permutation(40 * 4).astype(np.int32))
+    clusters = Clusters(ones, order, Matrix(mx.ones((160, 64), dtype=mx.bfloat16)), 7)
+    y = mx.ones((2, 64), dtype=mx.bfloat16)
+    lowest = order[:28].min().item()
+    assert head.reference(y, clusters).tolist() == [lowest] * 2
+    with emu.patched():
+        assert head.head(y, clusters).tolist() == [lowest] * 2
+
+
+@emulated
+def test_without_any_finite_logit_the_token_is_still_one():
+    clusters, y = vocabulary(), mx.full((1, 64), -mx.inf, dtype=mx.bfloat16)
+    with emu.patched():
+        assert 0 <= head.head(y, clusters).item() < 40 * 24
+    assert 0 <= head.reference(y, clusters).item() < 40 * 24
+
+
+@emulated
+@pytest.mark.parametrize("order", [1, 2])
+def test_no_lane_order_changes_the_token(order):
+    clusters, y = vocabulary("affine4"), states(3)
+    with emu.patched(order=order, seed=5):
+        assert head.head(y, clusters, draws(3)).tolist() == by_hand(y, clusters, draws(3))
+
+
+@emulated
+def test_at_the_real_size_it_reads_two_percent_more_than_it_must():
+    # E2B and E4B: 262144 tokens in 2048 clusters, the best 32 of them, hidden size 256
+    hidden, count, size, top = 256, 2048, 128, 32
+    ordering = np.random.default_rng(0).permutation(count * size).astype(np.int32)
+    halves = mx.random.normal(
+        (2, 512, hidden), key=mx.random.key(5)
+    )  # 262144 rows as sums of 512 and 512: quickly made
+    embedding = (halves[0, :, None] + halves[1]).reshape(count * size, hidden).astype(mx.bfloat16)
+    clusters = Clusters(matrix(1, count, hidden, "plain"), mx.array(ordering), Matrix(embedding), top)
+    y = states(1, hidden)
+    with emu.patched(count_fetches=True) as launches:
+        token = head.head(y, clusters)
+    assert token.tolist() == head.reference(y, clusters).tolist()
+    least = count * hidden * 2 + top * size * (hidden * 2 + 4)
+    assert emu.bytes_read(launches, "w") == (count + top * size) * hidden * 2
+    assert emu.bytes_fetched(launches) <= 1.02 * least
+    largest = max(x.size for k in launches for x in k.statistics.buffers.values() if x.written)
+    assert largest == 4 * count  # nothing of vocabulary size is written
+
+
+def launches_of(m: int, clusters: Clusters, draw: Draw | None = None):
+    with emu.patched(dry=True) as launches:
+        head.head(states(m, clusters.centroids.columns), clusters, draw)
+    return launches
+
+
+SMALLEST = {"hidden": 1, "count": 1, "size": 1, "top": 1}
+
+
+@emulated
+def test_the_text_is_mlx_s_own():
+    checks.assert_text_is_mlx_s(launches_of(2, vocabulary("affine4"), draws(2)))
+    checks.assert_text_is_mlx_s(launches_of(1, vocabulary(**SMALLEST)))
+
+
+@emulated
+@pytest.mark.skipif(lint.unavailable() is not None, reason=str(lint.unavailable()))
+def test_the_lint_is_clean_at_the_smallest_shape_and_at_a_usual_one():
+    checks.assert_lint_is_clean(launches_of(1, vocabulary(**SMALLEST), draws(1)))
+    checks.assert_lint_is_clean(launches_of(2, vocabulary("affine4"), draws(2)))
+    checks.assert_lint_is_clean(launches_of(2, vocabulary("mxfp4")))
+
+
+@emulated
+@pytest.mark.skipif(cuda.unavailable() is not None, reason=str(cuda.unavailable()))
+def test_it_compiles_for_cuda():
+    checks.assert_compiles_for_cuda(launches_of(2, vocabulary("affine4"), draws(2)))
+
+
+MUTANTS = [  # what is wrong, kernel, part, old, new
+    (
+        "no barrier after the tile is filled",
+        "head_scores",
+        "source",
+        "threadgroup_barrier(mem_flags::mem_threadgroup);",
+        "",
+    ),
+    ("a centroid too many", "head_scores", "source", "if (c >= C) break;", ""),
+    ("every row scores the first", "head_scores", "source", "tile[m * H + block", "tile[block"),
+    (
+        "the sign of scores is ignored",
+        "head_select",
+        "source",
+        "(bits >> 31) ? 0xffffffffu : 0x80000000u",
+        "0x80000000u",
+    ),
+    (
+        "counts are kept in one buffer",
+        "head_select",
+        "source",
+        "if (lane == 0) part[round & 1][simdgroup]",
+        "if (lane == 0) part[0][simdgroup]",
+    ),
+    (
+        "equal scores all get in",
+        "head_select",
+        "source",
+        "if (slot < TOP) cluster[row * TOP + slot]",
+        "cluster[row * TOP + slot]",
+    ),
+    ("slots are not shifted", "head_select", "source", "equal_slot += all_above;", ""),
+    (
+        "a barrier before the slots is missing",
+        "head_select",
+        "source",
+        "if (lane == 31) {\n      part[0][simdgroup] = above_upto;",
+        "if (lane >= 30) {\n      part[0][simdgroup] = above_upto;",
+    ),
+    ("clusters are contiguous tokens", "head_clusters", "source", "uint(ordering[members + r])", "uint(members + r)"),
+    ("a quarter of the tokens compete", "head_clusters", "source", "r += 4", "r += 16"),
+    (
+        "the seed of the first row serves all",
+        "head_clusters",
+        "source",
+        "uint(seed[2 * m]), uint(seed[2 * m + 1])",
+        "uint(seed[0]), uint(seed[1])",
+    ),
+    ("only half the slots are compared", "head_final", "source", "i < top; i += 32", "i < top / 2; i += 32"),
+    ("noise forgets the token", "head_clusters", "header", "noise_mix(token ^ key)", "noise_mix(key)"),
+]
+
+
+def hard():
+    return vocabulary(count=40, size=24, top=30), states(24), draws(24)  # 30 of 40: some scores are negative
+
+
+@emulated
+def test_what_the_mutants_run_on_is_right_without_them():
+    clusters, y, draw = hard()
+    with emu.patched():
+        assert head.head(y, clusters, draw).tolist() == by_hand(y, clusters, draw)
+
+
+@emulated
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m[0].replace(" ", "-"))
+def test_mutants_are_caught(mutant):
+    _, kernel, part, old, new = mutant
+    clusters, y, draw = hard()
+    with emu.patched(edit=checks.planted(kernel, part, old, new)):
+        try:
+            token = head.head(y, clusters, draw)
+        except emu.EmulationError:
+            return
+    assert token.tolist() != by_hand(y, clusters, draw)

@@ -1,0 +1,232 @@
+"""The whole engine with its kernels, emulated: the same text as without, and rows that do not see each other."""
+
+import contextlib
+import functools
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import metal_emu as emu
+import mlx.core as mx
+import pytest
+from checkpoints import FULL, SLIDING, Quant, mlx_community, quantised, read, write
+from metal_emu import checks
+from random_checkpoints import drafter_config, random_checkpoint, target_config
+
+from mlx_mtp import kernels
+from mlx_mtp.cache import Cache
+from mlx_mtp.depth import Constant
+from mlx_mtp.drafters.mtp import MtpDrafter
+from mlx_mtp.engine import Engine
+from mlx_mtp.load import LoadedDrafter, LoadedTarget, load_drafter, load_target
+from mlx_mtp.rows import GREEDY, Request, Sampling
+from mlx_mtp.scheduler import Limits
+
+emulated = pytest.mark.skipif(emu.unavailable() is not None, reason=str(emu.unavailable()))
+
+SMALL = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "head_dim": 32,
+    "global_head_dim": 64,
+    "layer_types": [SLIDING, FULL, SLIDING, FULL],
+}
+KINDS = {
+    "edge": {"num_kv_shared_layers": 2},
+    "moe": {"num_key_value_heads": 2, "num_global_key_value_heads": 1},
+}
+SEEDED = Sampling(temperature=0.9, seed=3)
+FILTERED = Sampling(temperature=0.8, top_k=12, top_p=0.95, seed=5)
+PROMPTS = ((5, 9, 2, 77), tuple(range(3, 40)), (100, 4), tuple(range(60, 82)))  # before, at and past the window of 16
+
+
+@functools.cache
+def folders(kind: str, bits: int | None) -> tuple[Path, Path]:
+    """A random target of two layers of each sort, and a drafter with 16 clusters; quantised if bits are given."""
+    place = Path(tempfile.mkdtemp(prefix="mlx-mtp-test-"))
+    config = target_config(kind, **(SMALL | KINDS[kind]))
+    target = random_checkpoint(place / "target", config, seed=11)
+    drafter = random_checkpoint(place / "drafter", drafter_config(config, clusters=16, **SMALL_DRAFTER), seed=12)
+    if bits is None:
+        return target, drafter
+    packed = write(quantised(mlx_community(read(target)), Quant(bits, 32)), place / "packed")
+    return packed, drafter
+
+
+SMALL_DRAFTER = {"hidden_size": 64, "intermediate_size": 64}
+
+
+def load(kind: str, bits: int | None, dtype: mx.Dtype) -> tuple[LoadedTarget, LoadedDrafter]:
+    target, drafter = folders(kind, bits)
+    loaded = load_target(str(target), dtype=dtype)
+    return loaded, load_drafter(str(drafter), loaded, quantize=bits)
+
+
+@contextlib.contextmanager
+def untraced() -> Iterator[None]:
+    """The emulator needs values, so nothing may be traced; elsewhere it saves the compiler's time."""
+    mx.disable_compile()
+    try:
+        yield
+    finally:
+        mx.enable_compile()
+
+
+@contextlib.contextmanager
+def kernels_on(**options: object) -> Iterator[list]:
+    """Models loaded inside use kernels. Yields the launches."""
+    with untraced(), emu.patched(check=False, **options) as launches:
+        yield launches
+
+
+def outcomes(models: tuple[LoadedTarget, LoadedDrafter], width: int, requests: list[Request]) -> list[tuple]:
+    """What an engine makes of requests that all come at once: (text, drafts kept by position) of each."""
+    target, drafter = models
+    cache = Cache(target.model.specs, 7, target.dtype)
+    engine = Engine(target.model, cache, MtpDrafter(target.model, drafter.model, cache), Constant(width), Limits())
+    text: dict[int, list[int]] = {engine.submit(r): [] for r in requests}
+    kept = {}
+    while not engine.idle:
+        for event in engine.step():
+            text[event.request] += event.tokens
+            if event.stats:
+                kept[event.request] = event.stats.kept_at
+    return [(text[i], kept[i]) for i in text]
+
+
+def requests(sampling: Sampling, count: int, tokens: int = 6) -> list[Request]:
+    return [Request(PROMPTS[i], tokens, sampling) for i in range(count)]
+
+
+# the same text ----------------------------------------------------------------------------------------------
+
+
+TEXTS = [
+    ("edge", 4, GREEDY, 1),
+    ("edge", 4, FILTERED, 4),
+    ("moe", 4, SEEDED, 4),
+    pytest.param("edge", 4, GREEDY, 4, marks=pytest.mark.slow),
+    pytest.param("edge", 4, SEEDED, 1, marks=pytest.mark.slow),
+    pytest.param("edge", None, FILTERED, 4, marks=pytest.mark.slow),
+    pytest.param("moe", 4, GREEDY, 1, marks=pytest.mark.slow),
+]
+
+
+@emulated
+@pytest.mark.parametrize("kind, bits, sampling, rows", TEXTS)
+def test_texts_and_kept_drafts_are_those_of_the_plain_path(kind, bits, sampling, rows):
+    wanted = requests(sampling, rows)
+    with untraced():
+        plain = outcomes(load(kind, bits, mx.float32), 3, wanted)
+    with kernels_on() as launches:
+        models = load(kind, bits, mx.float32)
+        checked = len(launches)
+        assert outcomes(models, 3, wanted) == plain
+    used = {launch.definition.name.split("_")[0] for launch in launches[checked:]}
+    expected = {"rows", "attend", "verdict"} | ({"experts"} if kind == "moe" else set())
+    expected |= {"head"} if sampling is not FILTERED else set()
+    assert used >= expected, used
+
+
+# rows that are computed alone -------------------------------------------------------------------------------
+
+
+def logits_by_width(target: LoadedTarget, rows: list[int], tokens: list[list[int]], widths: list[int]) -> mx.array:
+    """Logits [B, L, V] after each of L tokens a row, in rounds of these widths; rows hold their prompts."""
+    cache, out, at = Cache(target.model.specs, 7, target.dtype), [], 0
+    for index, row in enumerate(rows):
+        cache.join(64)
+        one, prompt = slice(index, index + 1), PROMPTS[row]
+        target.model.forward(mx.array([prompt], mx.int32), cache.open(one, len(prompt)))
+        cache.commit(one, mx.array([len(prompt)], mx.int32), len(prompt))
+    everyone = slice(0, len(rows))
+    for width in widths:
+        columns = width + 1
+        ids = mx.array([tokens[row][at : at + columns] for row in rows], mx.int32)
+        hidden, _ = target.model.forward(ids, cache.open(everyone, columns))
+        out.append(target.model.logits(hidden))
+        cache.commit(everyone, mx.full((len(rows),), columns, mx.int32), columns)
+        at += columns
+    return mx.concatenate(out, axis=1)
+
+
+TOKENS = [[(7 * i + 31 * row) % 120 for i in range(8)] for row in range(4)]
+CASES = [
+    ("moe", 4, mx.float32),
+    ("edge", None, mx.bfloat16),
+    pytest.param("edge", 4, mx.float32, marks=pytest.mark.slow),
+    pytest.param("moe", None, mx.bfloat16, marks=pytest.mark.slow),
+    pytest.param("moe", 4, mx.bfloat16, marks=pytest.mark.slow),
+]
+
+
+def assert_rows_do_not_see_each_other(target: LoadedTarget) -> None:
+    """The logits of row 1 are the same bits at widths 0 to 7, and beside rows of any length."""
+    alone = logits_by_width(target, [1], TOKENS, [0] * 8)
+    for widths in ([7], [1, 5], [4, 2], [6, 0], [3, 3]):
+        assert mx.array_equal(logits_by_width(target, [1], TOKENS, widths), alone), widths
+    for rows, widths in (([3, 1], [2, 4]), ([2, 1, 0, 3], [7])):
+        together = logits_by_width(target, rows, TOKENS, widths)[rows.index(1)]
+        assert mx.array_equal(together, alone[0]), (rows, widths)
+    assert not mx.array_equal(alone[0, 0], alone[0, 1])
+
+
+@emulated
+@pytest.mark.parametrize("kind, bits, dtype", CASES)
+def test_a_row_s_logits_are_the_same_bits_at_every_width_and_beside_any_rows(kind, bits, dtype):
+    with kernels_on():
+        target, _ = load(kind, bits, dtype)
+        assert_rows_do_not_see_each_other(target)
+
+
+# on Metal ---------------------------------------------------------------------------------------------------
+
+on_metal = pytest.mark.skipif(not mx.metal.is_available(), reason="this build of MLX has no Metal backend: not run")
+
+
+@pytest.mark.metal
+@on_metal
+@pytest.mark.parametrize("name", ["rows_qmv", "experts", "attend", "head", "verdict"])
+def test_every_kernel_compiles_and_agrees_with_its_reference_on_metal(name):
+    assert kernels.check()[name] is None
+
+
+@pytest.mark.metal
+@on_metal
+@pytest.mark.parametrize("kind, bits", [("edge", 4), ("edge", None), ("moe", 4), ("moe", None)])
+def test_rows_do_not_see_each_other_on_metal(kind, bits):
+    assert_rows_do_not_see_each_other(load(kind, bits, mx.bfloat16)[0])
+
+
+@pytest.mark.metal
+@on_metal
+@pytest.mark.parametrize("sampling", [GREEDY, SEEDED, FILTERED], ids=["greedy", "seeded", "filtered"])
+@pytest.mark.parametrize("kind", ["edge", "moe"])
+def test_the_text_is_that_of_width_0_on_metal(kind, sampling):
+    models, wanted = load(kind, 4, mx.bfloat16), requests(sampling, 4, tokens=32)
+    plainly = [outcomes(models, 0, [request])[0][0] for request in wanted]
+    assert [text for text, _ in outcomes(models, 3, wanted)] == plainly
+
+
+# what is used -----------------------------------------------------------------------------------------------
+
+
+@emulated
+def test_a_pass_is_made_of_kernels_and_one_that_is_refused_is_not_among_them():
+    def names(edit) -> Counter:
+        with kernels_on(edit=edit) as launches:
+            target, _ = load("moe", 4, mx.float32)
+            checked = len(launches)
+            logits_by_width(target, [0], TOKENS, [3])
+            return Counter(launch.definition.name for launch in launches[checked:])
+
+    layers, passes = 4, 2
+    every = names(None)
+    per_layer = 7 + 1  # q, k, v, o, gate, up, down and the router; v is k in full layers
+    assert every["rows_qmv"] == passes * (layers * per_layer - 2) + 1
+    assert every["experts_gate_up"] == every["experts_combine"] == every["attend_parts"] == passes * layers
+    broken = checks.planted("experts_combine", "source", "j < TOP", "j < 1")
+    assert not any(name.startswith("experts") for name in names(broken))
