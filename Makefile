@@ -21,13 +21,14 @@ export DEMO_PROMPT
 help:
 	@echo "make demo    generate with the embedded pair: no download of weights, no GPU"
 	@echo "make test    run the test suite"
-	@echo "make test-kernels   all tests of the Metal kernels, the slow ones too, emulated (g++) or on Metal"
+	@echo "make test-kernels  the Metal kernels, on Metal or in the CPU emulator (g++); 5 minutes"
 	@echo "make test-slow  thousands of schedules, cache histories and requests; about half an hour"
 	@echo "make check   ruff, ruff format --check, pyright"
 	@echo "make clean   remove .venv and what the tools left"
 	@echo "PYTHON=...   the Python to build .venv with (3.11 or newer; now: $(PYTHON))"
 
 demo: $(VENV)/.installed
+	@if [ "$$(uname)" = Linux ]; then echo "on Linux the first run builds MLX's CPU kernels with g++: half a minute" >&2; fi
 	@printf '%s' "$$DEMO_PROMPT"
 	@HF_HUB_OFFLINE=1 $(BIN)/mlx-mtp generate --raw --max-tokens $(MAX_TOKENS) "$$DEMO_PROMPT"
 
@@ -38,7 +39,7 @@ test: $(VENV)/.installed-dev
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-kernels: $(VENV)/.installed-dev
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "slow or not slow" tests/test_kernel*.py tests/test_metal_emu*.py $(PYTEST_ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "kernels and not slow" $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.installed-dev
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow $(PYTEST_ARGS)

@@ -278,7 +278,7 @@ class Pass:
         self.start = cache.lengths[rows]  # [B] int32, position of column 0
         self._at = self.start[:, None] + mx.arange(columns)  # [B, L] positions of the new columns
         self._chunk = columns > cache.max_width + 1  # too wide for the ring's slack: a prompt chunk
-        self.routed: list[mx.array] = []  # the model leaves its expert choices here, [B, C, k] a layer, to be counted
+        self.routed: list[mx.array] = []  # the model leaves its expert choices here, [N, k] a layer, to be counted
         self._masks: dict[tuple, mx.array] = {}
         self._slots: dict[int, tuple] = {}
 

@@ -157,9 +157,9 @@ def test_every_token_goes_to_the_references_experts_with_their_weights(prompt, m
     assert len(seen) == len(models.target.layers)
     for layer, (chosen, weights) in enumerate(seen):
         index, weight = g[f"{prompt}/router_index"][layer], g[f"{prompt}/router_weight"][layer]
-        ours, theirs = np.argsort(np.array(chosen[0])), np.argsort(index)
-        assert (np.sort(np.array(chosen[0])) == np.sort(index)).all()
-        close(np.take_along_axis(np.array(weights[0]), ours, -1), np.take_along_axis(weight, theirs, -1))
+        ours, theirs = np.argsort(np.array(chosen)), np.argsort(index)
+        assert (np.sort(np.array(chosen)) == np.sort(index)).all()
+        close(np.take_along_axis(np.array(weights), ours, -1), np.take_along_axis(weight, theirs, -1))
 
 
 @shapes

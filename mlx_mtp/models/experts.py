@@ -65,7 +65,7 @@ class Experts(nn.Module):
         self.down_proj = ExpertLinear(moe.experts, moe.width, size)
 
     def __call__(self, x: mx.array, chosen: mx.array, weights: mx.array) -> mx.array:
-        """x [B, L, H], chosen and weights [B, L, k] -> [B, L, H]."""
+        """x [..., H], chosen and weights [..., k] -> [..., H]."""
         k, size = chosen.shape[-1], x.shape[-1]
         flat, pairs = x.reshape(-1, 1, 1, size), chosen.reshape(-1, k)
         order = None
@@ -81,6 +81,6 @@ class Experts(nn.Module):
 
 
 def distinct_experts(chosen: list[mx.array]) -> mx.array:
-    """How many different experts a pass touches, summed over its layers: chosen [B, L, k] a layer -> int32 scalar."""
+    """How many different experts a pass touches, summed over its layers: chosen [N, k] a layer -> int32 scalar."""
     picks = mx.sort(mx.stack([c.flatten() for c in chosen]), axis=-1)
     return (picks[:, 1:] != picks[:, :-1]).sum().astype(mx.int32) + len(chosen)

@@ -77,16 +77,16 @@ class Attention(nn.Module):
                 self.v_proj = nn.Linear(size, c.kv_heads * c.head_dim, bias=False)
 
     def keys_values(self, x: mx.array, start: mx.array) -> tuple[mx.array, mx.array]:
-        """x [B, L, H] -> keys (normed, rotated) and values (normed), [B, kv_heads, L, D] each."""
-        c, heads = self.config, (*x.shape[:2], self.config.kv_heads, self.config.head_dim)
+        """x [B * L, H] -> keys (normed, rotated) and values (normed), [B, kv_heads, L, D] each; start [B]."""
+        c, heads = self.config, (start.shape[0], -1, self.config.kv_heads, self.config.head_dim)
         raw = self.k_proj(x).reshape(heads)
         values = raw if c.k_eq_v else self.v_proj(x).reshape(heads)
         keys = self._rope(self.k_norm(raw).transpose(0, 2, 1, 3), start)
         return keys, mx.fast.rms_norm(values, None, self.eps).transpose(0, 2, 1, 3)
 
     def queries(self, x: mx.array, start: mx.array) -> mx.array:
-        """x [B, L, H] -> queries (normed, rotated), [B, heads, L, D]."""
-        q = self.q_proj(x).reshape(*x.shape[:2], self.config.heads, self.config.head_dim)
+        """x [B * L, H] -> queries (normed, rotated), [B, heads, L, D]; start [B]."""
+        q = self.q_proj(x).reshape(start.shape[0], -1, self.config.heads, self.config.head_dim)
         return self._rope(self.q_norm(q).transpose(0, 2, 1, 3), start)
 
 
@@ -114,7 +114,7 @@ class Router(nn.Module):
         self.top_k, self.eps = moe.top_k, eps
 
     def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
-        """x [B, L, H], the un-normed residual stream -> expert indices and weights, [B, L, top_k] each.
+        """x [..., H], the un-normed residual stream -> expert indices and weights, [..., top_k] each.
 
         Weights are a softmax over the chosen logits (the same as renormalising the full softmax), times each
         expert's own scale; experts come in no particular order.
@@ -159,26 +159,33 @@ class Block(nn.Module):
         return (self._fused_project if h.shape[1] <= FUSED_COLUMNS else self._project)(h, start)
 
     def finish(self, h: mx.array, a: mx.array, ple: mx.array | None) -> tuple[mx.array, mx.array | None]:
-        """The half after attention a [B, L, heads * D]: h [B, L, H] -> [B, L, H], and the experts chosen [B, L, k]
+        """The half after attention a [B, L, heads * D]: h [B, L, H] -> [B, L, H], and the experts chosen [B * L, k]
         if there are any; ple [B, L, d] is this layer's per-layer input."""
-        return (self._fused_finish if h.shape[1] <= FUSED_COLUMNS else self._finish)(h, a, ple)
+        finish = self._fused_finish if h.shape[1] <= FUSED_COLUMNS else self._finish
+        return finish(h, a, ple, self.layer_scalar)
+
+    # Both halves work on [B * L, H]: a product of matrices is one operation, of anything else three.
 
     def _project(self, h: mx.array, start: mx.array) -> tuple[mx.array, ...]:
-        x = self.input_layernorm(h)
+        x = self.input_layernorm(h.flatten(0, 1))
         q = self.self_attn.queries(x, start)
         return (q, *self.self_attn.keys_values(x, start)) if self._owner else (q,)
 
-    def _finish(self, h: mx.array, a: mx.array, ple: mx.array | None) -> tuple[mx.array, mx.array | None]:
-        h = h + self.post_attention_layernorm(self.self_attn.o_proj(a))
+    def _finish(
+        self, h: mx.array, a: mx.array, ple: mx.array | None, scalar: mx.array
+    ) -> tuple[mx.array, mx.array | None]:
+        # The scalar is an argument: one that is captured is compiled in, and every layer would get kernels of its own.
+        shape, h = h.shape, h.flatten(0, 1)
+        h = h + self.post_attention_layernorm(self.self_attn.o_proj(a.flatten(0, 1)))
         fed, chosen = self.feed_forward(h)
         h = h + self.post_feedforward_layernorm(fed)
         if ple is not None:
-            gated = geglu(self.per_layer_input_gate(h), ple)
+            gated = geglu(self.per_layer_input_gate(h), ple.flatten(0, 1))
             h = h + self.post_per_layer_input_norm(self.per_layer_projection(gated))
-        return h * self.layer_scalar, chosen
+        return (h * scalar).reshape(shape), chosen
 
     def feed_forward(self, h: mx.array) -> tuple[mx.array, mx.array | None]:
-        """The dense branch, plus the routed experts where there are any: [B, L, H] -> [B, L, H], experts chosen."""
+        """The dense branch, plus the routed experts where there are any: [N, H] -> [N, H], experts chosen [N, k]."""
         dense = self.mlp(self.pre_feedforward_layernorm(h))
         if "experts" not in self:
             return dense, None
