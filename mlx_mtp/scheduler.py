@@ -20,13 +20,14 @@ CHUNK_STEP = 16  # prompt chunks beside running rows are multiples of this
 class Limits:
     """max_rows: requests that run at once.
     stall_s: how much longer than a round alone a round may take because a prompt chunk runs beside it.
-    chunk_tok: the widest prompt chunk, used while no row decodes. first_chunk_tok: beside running rows, until the
-    machine's speed is known. kv_bytes: what all rows' keys and values may take; None is no limit.
+    chunk_tok: the widest prompt chunk, used while no row decodes; a request that comes later waits for two of them.
+    first_chunk_tok: beside running rows, until the machine's speed is known. kv_bytes: what all rows' keys and values
+    may take; None is no limit.
     """
 
     max_rows: int = 8
     stall_s: float = 0.25
-    chunk_tok: int = 2048
+    chunk_tok: int = 512
     first_chunk_tok: int = 64
     kv_bytes: int | None = None
 
