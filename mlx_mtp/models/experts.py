@@ -51,7 +51,8 @@ class QuantizedExpertLinear(nn.Module):
 
 
 @mx.compile
-def _geglu(gate: mx.array, up: mx.array) -> mx.array:
+def geglu(gate: mx.array, up: mx.array) -> mx.array:
+    """gelu_tanh(gate) * up, elementwise."""
     return nn.gelu_approx(gate) * up
 
 
@@ -72,7 +73,7 @@ class Experts(nn.Module):
         if pairs.size >= SORT_FROM:
             order = mx.argsort(pairs.flatten())
             flat, pairs = flat[order // k][:, 0], pairs.flatten()[order]
-        y = _geglu(self.gate_proj(flat, pairs, order is not None), self.up_proj(flat, pairs, order is not None))
+        y = geglu(self.gate_proj(flat, pairs, order is not None), self.up_proj(flat, pairs, order is not None))
         y = self.down_proj(y, pairs, order is not None)
         if order is not None:
             y = y[mx.argsort(order)]

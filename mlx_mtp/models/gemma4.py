@@ -14,19 +14,13 @@ import mlx.nn as nn
 
 from mlx_mtp.cache import LayerSpec, Pass
 from mlx_mtp.models.config import LayerConfig, MoeConfig, TextConfig
-from mlx_mtp.models.experts import Experts
+from mlx_mtp.models.experts import Experts, geglu
 
 ALL, LAST = slice(None), slice(-1, None)
 
 # Passes of up to this many columns run the halves of a layer compiled: half the operations to build and, on a CPU,
 # 0.55 of the time. Wider ones are prompt chunks, of which every length would be traced anew.
 FUSED_COLUMNS = 16
-
-
-@mx.compile
-def geglu(gate: mx.array, up: mx.array) -> mx.array:
-    """gelu_tanh(gate) * up, elementwise."""
-    return nn.gelu_approx(gate) * up
 
 
 class Norm(nn.Module):
