@@ -97,6 +97,7 @@ def test_sampling_is_by_default_the_checkpoints_own(pair):
     assert len(texts) == 3
 
 
+@pytest.mark.slow
 def test_generation_goes_up_to_the_context_where_no_limit_is_given(pair):
     prompt = (short() * 500)[: pair.context_tok - 6]
     (completion,) = pair.generate(prompt, GREEDY, 3)
