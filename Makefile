@@ -6,6 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 MAX_TOKENS ?= 64
+WORKERS ?= 2
 
 # From a file of the standard library that the embedded pair was not trained on.
 define DEMO_PROMPT
@@ -36,10 +37,10 @@ test: $(VENV)/.installed-dev
 	@if [ "$$(uname)" = Linux ] && [ -z "$$LD_PRELOAD" ]; then \
 		echo "hint: MLX's Linux wheel has a slow reference BLAS; with OpenBLAS installed," \
 			"LD_PRELOAD=libopenblas.so.0 make test is several times faster" >&2; fi
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 test-kernels: $(VENV)/.installed-dev
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "kernels and not slow" $(PYTEST_ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "kernels and not slow" $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.installed-dev
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow $(PYTEST_ARGS)

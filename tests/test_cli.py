@@ -1,4 +1,4 @@
-"""cli.py: the real commands on the embedded pair, in this process where that is possible."""
+"""cli: the real commands on the embedded pair, in this process where that is possible."""
 
 import io
 import json

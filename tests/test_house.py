@@ -135,7 +135,7 @@ def test_the_environment_is_read_at_the_edge_only(file):
     if module_of(file) in READS_ENVIRONMENT:
         return
     wrong = [
-        f"{file.name}:{node.lineno}: os.{node.attr}; read it in cli.py and pass it on"
+        f"{file.name}:{node.lineno}: os.{node.attr}; read it in cli and pass it on"
         for node in ast.walk(ast.parse(file.read_text()))
         if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv", "putenv")
     ]

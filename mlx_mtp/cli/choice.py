@@ -1,0 +1,91 @@
+"""The options that choose a pair and how it decodes, and what becomes of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mlx_mtp.cli.app import Debug
+from mlx_mtp.cli.output import progress, say
+from mlx_mtp.rows import Sampling
+
+if TYPE_CHECKING:
+    from mlx_mtp.pair import Pair
+
+EMBEDDED = "tiny"
+
+
+@dataclass(frozen=True)
+class Choice(Debug):
+    """Which pair runs, and how it decodes."""
+
+    model: Annotated[str, typer.Option("--model", "-m", help="A folder or hub id; tiny is the embedded pair.")] = (
+        EMBEDDED
+    )
+    drafter: Annotated[
+        str, typer.Option(help="auto (the target's own, by name), none (plain decoding), a folder or hub id.")
+    ] = "auto"
+    quantize_drafter: Annotated[
+        int | None, typer.Option(metavar="4|8", help="Quantise the drafter to so many bits at load.")
+    ] = None
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; unset = what suits the machine.")] = (
+        None
+    )
+    width: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|heuristic|N",
+            help="Tokens drafted per round; 0 is plain decoding. The text is the same.",
+        ),
+    ] = "auto"
+    max_tokens: Annotated[
+        int | None,
+        typer.Option("--max-tokens", "-n", min=1, help="Stop after so many; unset = the context's end."),
+    ] = None
+    temperature: Annotated[
+        float | None, typer.Option(help="0 is greedy. This and the next: unset = the checkpoint's own.")
+    ] = None
+    top_k: Annotated[int | None, typer.Option(help="Keep the k most probable tokens; 0 keeps all.")] = None
+    top_p: Annotated[float | None, typer.Option(help="Keep the smallest set of this probability.")] = None
+    min_p: Annotated[float | None, typer.Option(help="Drop tokens below this share of the best.")] = None
+    seed: Annotated[
+        int | None, typer.Option(help="With a seed the text depends on weights, prompt and seed alone.")
+    ] = None
+
+
+def sampling_changes(options: Choice) -> dict[str, Any]:
+    """The sampling options that were given, checked before anything is loaded."""
+    names = ("temperature", "top_k", "top_p", "min_p", "seed")
+    given = {name: value for name in names if (value := vars(options)[name]) is not None}
+    Sampling(**given)
+    return given
+
+
+def parse_width(text: str) -> int | str:
+    """The --width option, a number or a word, checked before anything is loaded."""
+    from mlx_mtp.depth import depth_of
+
+    try:
+        width: int | str = int(text)
+    except ValueError:
+        width = text
+    depth_of(width)
+    return width
+
+
+def load_pair(options: Choice) -> Pair:
+    from mlx_mtp.pair import load
+
+    with progress() as report:
+        pair = load(
+            options.model,
+            None if options.drafter == "none" else options.drafter,
+            quantize_drafter=options.quantize_drafter,
+            dtype=options.dtype,
+            report=report,
+        )
+    for warning in pair.warnings:
+        say(f"warning: {warning}")
+    return pair
