@@ -12,6 +12,7 @@ from mlx_mtp.rows import (
     RequestError,
     Sampling,
     Stats,
+    TokenLogprob,
 )
 
 __version__ = "0.1.0"
@@ -29,5 +30,6 @@ __all__ = [
     "RequestError",
     "Sampling",
     "Stats",
+    "TokenLogprob",
     "load",
 ]

@@ -51,6 +51,14 @@ class Sampling:
     seed: with a seed the text depends on (weights, prompt, seed) alone, at any width and in any
         batch; without one every request draws a fresh seed and the rule with the highest acceptance.
     Filters apply in the order temperature, top_k, top_p, min_p, as in transformers.
+
+    Before the temperature, and for greedy requests too, the raw logits are processed in this order:
+    repetition_penalty: logits of tokens in the prompt or the text so far are divided by it where positive, multiplied
+        where not (CTRL, Keskar et al. 2019, section 4.1; as in transformers). 1 is off.
+    presence_penalty, frequency_penalty: subtracted once from the logit of every token in the text so far, and once
+        for every time it stands there (OpenAI's API); the prompt does not count. 0 is off.
+    logit_bias: (token id, bias) pairs, added last. An id outside the vocabulary is refused when the request is
+        submitted, where the vocabulary is known.
     """
 
     temperature: float = 1.0
@@ -58,6 +66,10 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         _require_number("temperature", self.temperature, 0.0, 100.0)
@@ -68,11 +80,42 @@ class Sampling:
             raise RequestError("top_p is 0, which keeps no token; use temperature 0 for greedy decoding")
         if self.seed is not None:
             _require_integer("seed", self.seed, 0, 2**64 - 1)
+        _require_number("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _require_number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _require_number("repetition_penalty", self.repetition_penalty, 0.01, 10.0)
+        _require_bias(self.logit_bias)
 
     @property
     def greedy(self) -> bool:
         """Whether one token is certain, so that no randomness is needed."""
         return self.temperature == 0.0 or self.top_k == 1
+
+    @property
+    def counts_text(self) -> bool:
+        """Whether what has been said decides about the next token's logit."""
+        return bool(self.presence_penalty or self.frequency_penalty) or self.counts_prompt
+
+    @property
+    def counts_prompt(self) -> bool:
+        """Whether the prompt's tokens do too."""
+        return self.repetition_penalty != 1.0
+
+    @property
+    def processes(self) -> bool:
+        """Whether logits are changed before temperature and filters."""
+        return self.counts_text or bool(self.logit_bias)
+
+
+def _require_bias(pairs: tuple[tuple[int, float], ...]) -> None:
+    if not isinstance(pairs, tuple) or not all(isinstance(p, tuple) and len(p) == 2 for p in pairs):
+        raise RequestError(f"logit_bias is a {type(pairs).__name__}; expected a tuple of (token id, bias) pairs")
+    seen = set()
+    for token, bias in pairs:
+        _require_integer("a token id in logit_bias", token, 0, 2**31 - 1)
+        _require_number(f"the bias of token {token}", bias, -100.0, 100.0)
+        if token in seen:
+            raise RequestError(f"logit_bias names token {token} twice; give one bias for it")
+        seen.add(token)
 
 
 def _require_number(name: str, value: float, low: float, high: float) -> None:
@@ -90,6 +133,7 @@ def _require_integer(name: str, value: int, low: int, high: int) -> None:
 
 
 GREEDY = Sampling(temperature=0.0)
+MAX_LOGPROBS = 20  # the most that OpenAI's API gives
 
 
 @dataclass(frozen=True)
@@ -97,6 +141,7 @@ class Request:
     """What came in. Token ids and limits, checked before it reaches the engine.
 
     eos: ids that end the text. priority: higher joins first and feeds its prompt first; equals in order of arrival.
+    logprobs: None asks for no log-probabilities, n for those of every token and of the n most probable in its place.
     """
 
     prompt: tuple[int, ...]
@@ -104,6 +149,11 @@ class Request:
     sampling: Sampling = GREEDY
     eos: frozenset[int] = frozenset()
     priority: int = 0
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.logprobs is not None:
+            _require_integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
 
 
 @dataclass
@@ -218,11 +268,25 @@ class Stats:
 
 
 @dataclass(frozen=True)
+class TokenLogprob:
+    """A token's natural log-probability, and those of the most probable tokens in its place, best first.
+
+    They are the log-softmax of the target's logits as the model gives them, in float32: before temperature,
+    penalties, bias and filters. So a token that was sampled, or steered to, need not be among `top`.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
 class Event:
     """New tokens of one request; the last event of a request carries its finish reason and statistics.
 
     text: what these tokens add to the text. It may lag behind the tokens by an unfinished character or
         a possible stop string; all events of a request together hold all tokens and all text.
+    logprobs: one for every token, where the request asked for them.
     """
 
     request: int
@@ -230,16 +294,21 @@ class Event:
     text: str = ""
     finish_reason: FinishReason | None = None
     stats: Stats | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)
 class Completion:
-    """A finished request. `tokens` end with the end token where there is one; `text` leaves it out."""
+    """A finished request. `tokens` end with the end token where there is one; `text` leaves it out.
+
+    logprobs: one for every token, where they were asked for.
+    """
 
     tokens: list[int]
     text: str
     finish_reason: FinishReason
     stats: Stats
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)
