@@ -74,18 +74,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A row as it was at `length` positions, of which `tokens` say what they hold: enough to begin another row there.
+    """A row as it was at `length` positions: enough to begin another row there.
 
     ring: sliding layers, [1, H, S, D]; full: full layers, [1, H, T, D]; keys and values, by layer.
     """
 
-    tokens: tuple[int, ...]
+    length: int
     ring: dict[int, tuple[mx.array, mx.array]]
     full: dict[int, tuple[mx.array, mx.array]]
-
-    @property
-    def length(self) -> int:
-        return len(self.tokens)
 
 
 @dataclass(frozen=True)
@@ -164,13 +160,13 @@ class Cache:
                 self._ring[i] = (_put(into_k, here, k), _put(into_v, here, v))
         return row
 
-    def snapshot(self, row: int, tokens: tuple[int, ...]) -> Snapshot:
-        """Keep a row's first len(tokens) positions; at most one pass may have run past them. Copies its rings."""
+    def snapshot(self, row: int, length: int) -> Snapshot:
+        """Keep a row's first `length` positions; at most one pass may have run past them. Copies its rings."""
         cut = slice(row, row + 1)
         ring = {i: (mx.contiguous(k[cut]), mx.contiguous(v[cut])) for i, (k, v) in self._ring.items()}
         full = {i: buffers[row] for i, buffers in self._full.items()}
         mx.async_eval(ring)
-        return Snapshot(tokens, ring, full)
+        return Snapshot(length, ring, full)
 
     def leave(self, row: int) -> None:
         """Free a row; the last live row moves into its place."""

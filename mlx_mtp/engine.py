@@ -19,11 +19,12 @@ from typing import Any, cast
 import mlx.core as mx
 
 from mlx_mtp.accept import Verdict, verdict
-from mlx_mtp.cache import Cache, Snapshot
+from mlx_mtp.cache import Cache
 from mlx_mtp.depth import Depth
 from mlx_mtp.drafters import Drafter
 from mlx_mtp.models.experts import distinct_experts
 from mlx_mtp.models.gemma4 import ALL, LAST, Gemma4
+from mlx_mtp.prefixes import Prefix
 from mlx_mtp.rows import Draft, Event, Forward, Request, Stats
 from mlx_mtp.sampling import RowSampler, Sampler
 from mlx_mtp.scheduler import Chunk, Limits, Row, Scheduler
@@ -74,16 +75,16 @@ class Engine:
         self._bonus = mx.zeros((0,), mx.int32)  # [R] newest token of every row
         self._running: Pass | None = None
         self._samplers: dict[tuple, Sampler] = {}
-        self._kept: dict[int, Snapshot] = {}
+        self._kept: dict[int, Prefix] = {}
         self._last: float | None = None  # when the pass before was read, if the device has been busy since
 
     # requests ---------------------------------------------------------------------------------------------------
 
-    def submit(self, request: Request, begin: Snapshot | None = None, keep: bool = False) -> int:
+    def submit(self, request: Request, begin: Prefix | None = None, keep: bool = False) -> int:
         """Queue a request; returns its id. Its tokens come as events of `step`.
 
-        begin: a snapshot whose tokens the prompt begins with; only the rest is computed. keep: when the request
-        ends, `take` has a snapshot of its prompt and text.
+        begin: a prefix whose tokens the prompt begins with; only the rest is computed. keep: when the request
+        ends, `take` has its prompt and text as a prefix.
         """
         row = Row(next(self._ids), request, RowSampler.of(request.sampling), begin=begin, keep=keep)
         row.stats.prompt_tokens = len(request.prompt)
@@ -107,8 +108,8 @@ class Engine:
                 self._last = None  # nothing may run for a while: the time until the next read is no round's
         return row.stats
 
-    def take(self, request: int) -> Snapshot | None:
-        """The snapshot that a request submitted with keep=True has left; None if it never finished its prompt."""
+    def take(self, request: int) -> Prefix | None:
+        """The prefix that a request submitted with keep=True has left; None if it never finished its prompt."""
         return self._kept.pop(request, None)
 
     @property
@@ -162,8 +163,9 @@ class Engine:
         return Pass(decoded, active, width, chunks, draft, mx.concatenate(outs))
 
     def _join(self, row: Row) -> None:
-        request = row.request
-        self.cache.join(len(request.prompt) + min(request.max_tokens, 256), row.begin)
+        request, begin = row.request, row.begin
+        self.cache.join(len(request.prompt) + min(request.max_tokens, 256), begin and begin.cache)
+        self.drafter.begin(row.index, row.prefilled, begin and begin.drafter)
         row.begin = None
         self._bonus = mx.concatenate([self._bonus, mx.zeros((1,), mx.int32)])
 
@@ -328,7 +330,10 @@ class Engine:
         for row in [r for r in self.scheduler.rows if r.done]:
             index = row.index
             if row.keep and row.tokens:
-                self._kept[row.id] = self.cache.snapshot(index, (*row.request.prompt, *row.tokens[:-1]))
+                tokens = (*row.request.prompt, *row.tokens[:-1])
+                state = self.drafter.snapshot(index, len(tokens))
+                self._kept[row.id] = Prefix(tokens, self.cache.snapshot(index, len(tokens)), state)
+                mx.async_eval(state)
             last = self.scheduler.leave(row)
             self.cache.leave(index)
             self.drafter.leave(index, last)

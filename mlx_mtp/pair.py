@@ -17,7 +17,7 @@ from typing import cast
 import mlx.core as mx
 import numpy as np
 
-from mlx_mtp.cache import Cache, Snapshot
+from mlx_mtp.cache import Cache
 from mlx_mtp.depth import MAX_WIDTH, Depth, depth_of
 from mlx_mtp.doctor import memory_bytes
 from mlx_mtp.drafters import Drafter
@@ -25,6 +25,7 @@ from mlx_mtp.drafters.mtp import MtpDrafter
 from mlx_mtp.drafters.plain import PlainDrafter
 from mlx_mtp.engine import Engine
 from mlx_mtp.load import LoadedPair, load_pair
+from mlx_mtp.prefixes import Prefix
 from mlx_mtp.rows import (
     GREEDY,
     Completion,
@@ -207,6 +208,8 @@ class Pair:
         hidden, taps = self._model.forward(ids, pass_, drafter.taps)
         kept = mx.full((ids.shape[0],), ids.shape[1], mx.int32)
         cache.commit(rows, kept, ids.shape[1])
+        for row in range(ids.shape[0]):
+            drafter.begin(row, 0, None)
         drafter.observe(Forward(rows, ids, hidden, taps, 0), kept)
         bonus = mx.argmax(self._model.logits(hidden[:, -1]), axis=-1).astype(mx.int32)
         sampler = Sampler([RowSampler.of(GREEDY)] * ids.shape[0], keep_logits=True)
@@ -277,7 +280,7 @@ class _Run:
         pair._depths.setdefault(width, depth_of(width))  # made anew to check it: True and 1.0 are keys equal to 1
         self._decoder, self._stops = Detokenizer(pair.text), StopStrings(tuple(stop))
 
-    def submit(self, begin: Snapshot | None = None, keep: bool = False) -> None:
+    def submit(self, begin: Prefix | None = None, keep: bool = False) -> None:
         pair = self._pair
         pair._engine.depth = pair._depths[self._width]
         self._id = pair._engine.submit(self.request, begin, keep)
@@ -318,7 +321,7 @@ class _Run:
         assert self.reason is not None and self.stats is not None
         return Completion(self.tokens, "".join(self.pieces), self.reason, self.stats)
 
-    def snapshot(self) -> Snapshot | None:
+    def prefix(self) -> Prefix | None:
         return self._pair._engine.take(self._id)
 
     def close(self) -> None:
@@ -341,7 +344,7 @@ class Chat:
     def reset(self) -> None:
         """Forget the conversation, except for its system message."""
         self.messages = [{"role": "system", "content": self._system}] if self._system else []
-        self._kept: Snapshot | None = None
+        self._kept: Prefix | None = None
         self._said: tuple[int, ...] = ()  # token ids of prompt and reply so far
         self._shown = ""  # and the text they render as
 
@@ -384,7 +387,7 @@ class Chat:
             run.close()
             reply = "".join(run.pieces)
             self.messages = [*messages, {"role": "assistant", "content": reply}]
-            self._kept = run.snapshot()
+            self._kept = run.prefix()
             spoken = [t for t in run.tokens if t not in self._pair._eos]
             self._said, self._shown = (*ids, *spoken), rendered + reply
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from mlx_mtp.cache import Snapshot
+from mlx_mtp.prefixes import Prefix
 from mlx_mtp.rows import Request, RequestError, Stats
 from mlx_mtp.sampling import RowSampler
 
@@ -52,7 +52,7 @@ class Row:
     stats: Stats = field(default_factory=Stats)
     pending: int = 0
     done: bool = False
-    begin: Snapshot | None = None
+    begin: Prefix | None = None
     keep: bool = False
     started_s: float = 0.0
     first_token_s: float = 0.0

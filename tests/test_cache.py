@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_mtp.cache import GROW_TOK, Cache, LayerSpec, Part, Snapshot, View
+from mlx_mtp.prefixes import Prefix
 
 WINDOW, WIDEST, HEADS, DIM = 6, 3, 2, 4
 SPECS = (LayerSpec(WINDOW, HEADS, DIM), LayerSpec(None, HEADS, DIM))
@@ -126,7 +127,7 @@ def follow(plan: list) -> None:
             rows.leave(row)
         elif deed == "copy" and live and live < 6 and rows.rows[row].ids:
             ids = list(rows.rows[row].ids)
-            kept_row = rows.cache.snapshot(row, tuple(ids))
+            kept_row = rows.cache.snapshot(row, len(ids))
             columns = WIDEST + 1
             rows.write(row, [kept[0]], columns)  # the row goes on
             rows.join(kept_row, ids)
@@ -212,7 +213,7 @@ def test_a_snapshot_holds_although_the_row_ran_on_for_two_of_the_widest_rounds(l
     rows.write(0, [last], WIDEST + 1)
     ids = rows.rows[0].ids[:26]  # the text ended with the first column of that round
     rows.write(0, [extra], WIDEST + 1)  # and a pass was already on its way
-    kept = rows.cache.snapshot(0, tuple(ids))
+    kept = rows.cache.snapshot(0, len(ids))
     rows.leave(0)
     rows.join()
     rows.join(kept, ids)
@@ -226,7 +227,7 @@ def test_a_snapshot_is_not_changed_by_what_its_row_or_its_heirs_do():
     rows.join()
     rows.write(0, [11], 11)
     ids = list(rows.rows[0].ids)
-    kept = rows.cache.snapshot(0, tuple(ids))
+    kept = rows.cache.snapshot(0, len(ids))
     rows.write(0, [40], 40)
     for _ in range(2):
         rows.join(kept, ids)
@@ -338,7 +339,7 @@ def beyond_its_buffers(length: int, rows: int) -> int:
             made = tuple(mx.random.normal((1, s.kv_heads, size, s.head_dim)) for _ in range(2))
             (ring if s.window else full)[i] = made
         mx.eval(ring, full)
-        engine.submit(request((*tokens, 9), 40), Snapshot(tokens, ring, full))
+        engine.submit(request((*tokens, 9), 40), Prefix(tokens, Snapshot(length, ring, full), None))
         del ring, full, made
     for _ in range(4):
         engine.step()
