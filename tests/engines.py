@@ -172,8 +172,7 @@ class ModelDrafter:
         self._cache.commit(fwd.rows, kept, columns)
 
     def begin(self, row: int, length: int, state: Snapshot | None) -> None:
-        assert state is None or state.length == length
-        self._cache.join(64, state)
+        self._cache.join(64, state, length)
 
     def snapshot(self, row: int, length: int) -> Snapshot:
         return self._cache.snapshot(row, length)
