@@ -255,7 +255,7 @@ class Cache:
         """Keep a row's first `length` positions, which it may have run past by two of the widest rounds. Copies the
         slots in use of its rings, unevaluated; the full layers stay where they are."""
         cut = (slice(row, row + 1), slice(None), slice(0, length))
-        ring = {i: (mx.contiguous(k[cut]), mx.contiguous(v[cut])) for i, (k, v) in self._ring.items()}
+        ring = {i: (_copy(k[cut]), _copy(v[cut])) for i, (k, v) in self._ring.items()}
         return Snapshot(length, ring, self._trunks[row])
 
     def leave(self, row: int) -> None:
@@ -274,11 +274,11 @@ class Cache:
 
     def _resize(self, rows: int) -> None:
         have = self.lengths.shape[0]
-        self.lengths = _fit_rows(self.lengths, rows)
+        self.lengths = _fit_rows(self.lengths, rows) if rows else mx.zeros((0,), dtype=mx.int32)
         for i, spec in enumerate(self.specs):
             if spec.window is None:
                 continue
-            if i not in self._ring:
+            if i not in self._ring or not rows:  # not what is left of the old one: it would live until it is evaluated
                 shape = (rows, spec.kv_heads, self.ring_size(spec.window), spec.head_dim)
                 self._ring[i] = (mx.zeros(shape, self.dtype), mx.zeros(shape, self.dtype))
             elif have != rows:
@@ -452,6 +452,12 @@ def _fit_rows(x: mx.array, rows: int) -> mx.array:
     return mx.concatenate([x, mx.zeros((rows - x.shape[0], *x.shape[1:]), x.dtype)])
 
 
+def _copy(x: mx.array) -> mx.array:
+    """x in a buffer of its own, to the bit. (`mx.contiguous` keeps a buffer that is up to 16 KiB larger, and a whole
+    one that a pass could then no longer write in place.)"""
+    return x * mx.array(1, x.dtype)
+
+
 def _first_tokens(pair: tuple[mx.array, mx.array], count: int) -> tuple[mx.array, mx.array]:
     """The first `count` positions of keys and values [1, H, T, D]; to be copied before they are used."""
     return pair[0][:, :, :count], pair[1][:, :, :count]
@@ -462,6 +468,6 @@ def _fit_tokens(x: mx.array, room: int) -> mx.array:
     if x.shape[2] == room:
         return x
     if x.shape[2] > room:
-        return mx.contiguous(x[:, :, :room])
+        return _copy(x[:, :, :room])
     pad = mx.zeros((*x.shape[:2], room - x.shape[2], x.shape[3]), x.dtype)
     return mx.concatenate([x, pad], axis=2)

@@ -2,7 +2,7 @@
 
 import gc
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -363,9 +363,17 @@ def test_a_request_that_needs_all_memory_still_continues_what_was_kept():
     assert cached([outcome]) == [304] and outcome.tokens == solo(models, wanted)
 
 
-def test_nothing_is_left_once_the_store_is_cleared():
+@pytest.fixture
+def no_spare_buffers() -> Iterator[None]:
+    """MLX gives an array a freed buffer that is a few pages larger, and then counts all of it."""
+    before = mx.set_cache_limit(0)
+    yield
+    mx.set_cache_limit(before)
+
+
+def test_nothing_is_left_once_the_store_is_cleared(no_spare_buffers):
     models = smallest()
-    kept, wanted, left = engine(models, "near", prefix_bytes=60_000), pool(models), []
+    kept, wanted, left = engine(models, "near", prefix_bytes=200_000), pool(models), []
     for _ in range(2):
         run(kept, [Job(one, i // 2, 9 + i if i % 3 == 0 else None) for i, one in enumerate(wanted)])
         assert kept.scheduler.prefixes.nbytes > 30_000
@@ -375,7 +383,7 @@ def test_nothing_is_left_once_the_store_is_cleared():
     assert left[1] <= left[0] + 2048 and not kept.cache._trunks
 
 
-def test_what_is_kept_takes_as_many_bytes_as_it_says():
+def test_what_is_kept_takes_as_many_bytes_as_it_says(no_spare_buffers):
     models = smallest()
     kept = engine(models, "near", spacing=Spacing())
     for prompt in prompts(models, (700, 300)):
