@@ -304,10 +304,22 @@ def test_a_model_that_drafts_for_itself_is_accepted_completely(width):
         assert outcome.stats.kept == outcome.stats.drafted
 
 
+def test_an_assistant_is_steered_by_what_it_has_drafted_itself():
+    models = fixture("dense")
+    others = tuple((token, -100.0) for token in range(models.vocab) if token not in (40, 41))
+    alternates = Sampling(0.0, presence_penalty=2.0, frequency_penalty=2.0, logit_bias=others)
+    engine = engine_of(models, "fit", 6)
+    engine.submit(request((5, 6, 7), 20, alternates))
+    engine.step()
+    assert engine._running is not None and engine._running.draft is not None
+    (draft,) = engine._running.draft.tolist()
+    assert set(draft) == {40, 41} and min(draft.count(40), draft.count(41)) >= 2
+
+
 def test_a_request_that_continues_a_kept_prefix_is_penalised_for_its_whole_prompt():
-    models = fixture("edge")
-    engine = engine_of(models, "fit", 2, Limits(prefix_bytes=2**30))
-    first = request(goldens("edge")["short/ids"], 12)
+    models = smallest()
+    engine = engine_of(models, "near", 2, Limits(prefix_bytes=2**30))
+    first = request(prompts(models, (30,), seed=4)[0], 12)
     [said] = texts(run(engine, [first]))
     following = request((*first.prompt, *said, 7), 16, Sampling(0.0, repetition_penalty=1.6))
     [outcome] = run(engine, [following])
