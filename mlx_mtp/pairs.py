@@ -8,9 +8,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from mlx_mtp.models.config import AssistantConfig, LayerConfig, TextConfig
-from mlx_mtp.rows import PairingError
+from mlx_mtp.drafters.kinds import Network
+from mlx_mtp.models.config import TextConfig
 
 # Bytes a parameter takes: bf16, and affine quantisation in groups of 64 with a 16-bit scale and bias each.
 BYTES_PER_PARAMETER = {16: 2.0, 8: 8.5 / 8, 4: 4.5 / 8}
@@ -110,54 +111,19 @@ def _beside(folder: Path) -> str | None:
 
 
 def check_pair(
-    target: TextConfig, assistant: AssistantConfig, names: tuple[str, str], base_model: bool = False
+    kind: Network, target: TextConfig, config: Any, names: tuple[str, str], base_model: bool = False
 ) -> list[str]:
-    """Raise PairingError unless the drafter can run on the target; returns warnings for the user.
+    """Raise PairingError unless a drafter of this kind and config can run on the target; returns warnings.
 
     names: (target, drafter) as the user wrote them. base_model: the target has no chat template.
     """
-    advice = _advice(target, names[0])
-    if assistant.backbone_size != target.hidden_size:
-        raise PairingError(
-            f"drafter expects hidden size {assistant.backbone_size}, target has {target.hidden_size}; " + advice
+    notes = kind.check(target, config, _advice(target, names[0]))
+    if base_model:
+        notes.append(
+            f"{names[0]} has no chat template, so it is a base model; drafters were trained on the hidden states "
+            "of instruction-tuned models, so few drafts may be kept"
         )
-    if assistant.text.vocab_size != target.vocab_size:
-        raise PairingError(
-            f"drafter has vocabulary {assistant.text.vocab_size}, target has {target.vocab_size}; {advice}"
-        )
-    sliding, full = target.drafter_reads
-    for index, layer in enumerate(assistant.text.layers):
-        kind, owner = ("full", full) if layer.window is None else ("sliding", sliding)
-        if owner < 0:
-            raise PairingError(
-                f"drafter layer {index} reads a {kind} layer, target has none with keys of its own; {advice}"
-            )
-        _check_layer(index, layer, target.layers[owner], advice)
-    if not base_model:
-        return []
-    return [
-        f"{names[0]} has no chat template, so it is a base model; drafters were trained on the hidden states "
-        "of instruction-tuned models, so few drafts may be kept"
-    ]
-
-
-def _check_layer(index: int, layer: LayerConfig, owner: LayerConfig, advice: str) -> None:
-    facts = (
-        ("heads of size", layer.head_dim, owner.head_dim),
-        ("key heads numbering", layer.kv_heads, owner.kv_heads),
-        ("a sliding window of", layer.window, owner.window),
-        ("a RoPE base of", layer.rope_theta, owner.rope_theta),
-        ("a RoPE factor of", layer.rope_factor, owner.rope_factor),
-        ("rotated frequencies numbering", layer.rotated, owner.rotated),
-    )
-    for what, got, expected in facts:
-        if got != expected:
-            raise PairingError(f"drafter layer {index} expects {what} {got}, target has {expected}; {advice}")
-    if layer.heads % owner.kv_heads:
-        raise PairingError(
-            f"drafter layer {index} has {layer.heads} heads, expected a multiple of the target's "
-            f"{owner.kv_heads} key heads; {advice}"
-        )
+    return notes
 
 
 def _advice(target: TextConfig, name: str) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from mlx_mtp.drafters.mtp import KIND
 from mlx_mtp.models.config import AssistantConfig, LayerConfig, TextConfig
 from mlx_mtp.pairs import KNOWN, check_pair, find_drafter, fits
 from mlx_mtp.rows import PairingError
@@ -12,6 +13,8 @@ from mlx_mtp.rows import PairingError
 GB = 1e9
 SLIDING = LayerConfig(512, 0, 8, 2, 256, False, 64, 1e4, 1.0, 128)
 FULL = LayerConfig(None, 1, 8, 4, 512, True, 64, 1e6, 1.0, 64)
+assert KIND.network is not None
+MTP = KIND.network
 NAMES = ("google/gemma-4-31B-it", "google/gemma-4-E2B-it-assistant")
 
 
@@ -29,17 +32,17 @@ TARGET = text(SLIDING, FULL)
 
 def misfit(drafter: AssistantConfig, target: TextConfig = TARGET, names: tuple[str, str] = NAMES) -> str:
     with pytest.raises(PairingError) as caught:
-        check_pair(target, drafter, names)
+        check_pair(MTP, target, drafter, names)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
 def test_a_drafter_that_fits_passes_without_a_word() -> None:
-    assert check_pair(TARGET, assistant(SLIDING, SLIDING, FULL), NAMES) == []
+    assert check_pair(MTP, TARGET, assistant(SLIDING, SLIDING, FULL), NAMES) == []
 
 
 def test_a_base_model_is_a_warning_and_no_error() -> None:
-    (note,) = check_pair(TARGET, assistant(SLIDING, FULL), NAMES, base_model=True)
+    (note,) = check_pair(MTP, TARGET, assistant(SLIDING, FULL), NAMES, base_model=True)
     assert note.startswith("google/gemma-4-31B-it has no chat template")
 
 
@@ -81,7 +84,7 @@ def test_every_size_that_must_agree_is_compared(drafter: AssistantConfig, compla
 def test_a_drafter_reads_the_last_layers_that_own_their_keys() -> None:
     """Layer 2 borrows from layer 0, and what it says of key heads is of no concern."""
     shared = text(SLIDING, FULL, replace(SLIDING, owner=0, kv_heads=8), replace(FULL, kv_heads=8))
-    assert check_pair(shared, assistant(SLIDING, FULL), NAMES) == []
+    assert check_pair(MTP, shared, assistant(SLIDING, FULL), NAMES) == []
 
 
 @pytest.mark.parametrize(("layer", "kind"), [(FULL, "sliding"), (SLIDING, "full")])

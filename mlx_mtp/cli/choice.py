@@ -89,7 +89,7 @@ def load_pair(options: Choice) -> Pair:
     with progress() as report:
         pair = load(
             options.model,
-            None if options.drafter == "none" else options.drafter,
+            options.drafter,
             quantize_drafter=options.quantize_drafter,
             dtype=options.dtype,
             report=report,
