@@ -120,8 +120,8 @@ def check_pair(
     notes = kind.check(target, config, _advice(target, names[0]))
     if base_model:
         notes.append(
-            f"{names[0]} has no chat template, so it is a base model; drafters were trained on the hidden states "
-            "of instruction-tuned models, so few drafts may be kept"
+            f"{names[0]} has no chat template, so it is a base model; drafters are made for instruction-tuned "
+            "models, so few drafts may be kept"
         )
     return notes
 

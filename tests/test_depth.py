@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mlx_mtp.depth import MAX_WIDTH, Auto, Constant, Depth, Heuristic, depth_of
-from mlx_mtp.rows import RequestError
+from mlx_mtp.rows import USUAL, RequestError
 
 Cost = Callable[[int, int], float]  # (rows, width) -> seconds of a round
 
@@ -75,13 +75,13 @@ def simulate(depth: Depth, text: list[int], cost: Cost, rows: int) -> float:
     rng, at, seconds = random.Random(0), [i * len(text) // rows for i in range(rows)], 0.0
     written = 0
     while written < len(text):
-        width = depth.choose(rows)
+        width = depth.choose([USUAL] * rows)
         kept = [min(text[place % len(text)], width) + 1 for place in at]
         at = [place + k for place, k in zip(at, kept, strict=True)]
         written += sum(kept)
         took = cost(rows, width)
         seconds += took
-        depth.record(width, kept, took * (1 + 0.05 * abs(rng.gauss(0, 1))))
+        depth.record(width, kept, took * (1 + 0.05 * abs(rng.gauss(0, 1))), [USUAL] * rows)
     return seconds
 
 
@@ -125,9 +125,9 @@ def test_auto_finds_a_width_behind_a_step_in_the_cost():
 def test_auto_stops_drafting_with_a_useless_drafter_and_recovers_when_it_becomes_useful():
     auto, cost = Auto(), COSTS["dense, M5"]
     simulate(auto, [0] * 600, cost, 1)
-    assert [auto.choose(1) for _ in range(10)].count(0) >= 8
+    assert [auto.choose([USUAL]) for _ in range(10)].count(0) >= 8
     simulate(auto, [8] * 1500, cost, 1)
-    assert min(auto.choose(1) for _ in range(5)) >= 4
+    assert min(auto.choose([USUAL]) for _ in range(5)) >= 4
 
 
 def test_auto_keeps_what_it_learnt_for_the_next_request():
@@ -140,20 +140,20 @@ def test_auto_keeps_what_it_learnt_for_the_next_request():
 def test_auto_without_any_timing_still_chooses():
     auto = Auto()
     for _ in range(50):
-        width = auto.choose(2)
+        width = auto.choose([USUAL] * 2)
         assert 0 <= width <= MAX_WIDTH
-        auto.record(width, [1, 1], None)
+        auto.record(width, [1, 1], None, [USUAL] * 2)
 
 
 def test_heuristic_grows_by_two_after_a_full_round_and_shrinks_by_one_otherwise():
     depth = Heuristic(4)
-    depth.record(4, [5], None)
-    assert depth.choose(1) == 6
-    depth.record(6, [3], None)
-    assert depth.choose(1) == 5
+    depth.record(4, [5], None, [USUAL])
+    assert depth.choose([USUAL]) == 6
+    depth.record(6, [3], None, [USUAL])
+    assert depth.choose([USUAL]) == 5
     for _ in range(20):
-        depth.record(depth.choose(1), [1], None)
-    assert depth.choose(1) == 1
+        depth.record(depth.choose([USUAL]), [1], None, [USUAL])
+    assert depth.choose([USUAL]) == 1
 
 
 @pytest.mark.parametrize("width", [-1, 16, True, 2.5, "fast", None])

@@ -17,12 +17,13 @@ def test_every_line_of_the_table_is_a_kind_of_that_name():
     assert tuple(kind.name for kind in kinds()) == KINDS
 
 
-def test_an_assistant_is_known_by_its_config():
-    assert kind_of(config("assistant"), "there")[0].name == "mtp"
+@pytest.mark.parametrize(("folder", "kind"), [("assistant", "mtp"), ("target", "draft_model")])
+def test_a_kind_is_known_by_its_config(folder, kind):
+    assert kind_of(config(folder), "there")[0].name == kind
 
 
 def test_a_config_of_no_kind_is_refused_with_those_there_are():
-    with pytest.raises(CheckpointError, match=r"there: model_type is 'llama', no drafter .* one of: mtp"):
+    with pytest.raises(CheckpointError, match=r"there: model_type is 'llama', no drafter .* one of: mtp, draft_model"):
         kind_of({"model_type": "llama"}, "there")
 
 
@@ -31,3 +32,18 @@ def test_a_config_of_no_kind_is_refused_with_those_there_are():
 )
 def test_a_name_without_a_kind_in_it_is_a_checkpoint(name, base):
     assert split_name(name) == (base, ())
+
+
+@pytest.mark.parametrize(
+    ("name", "base"),
+    [
+        ("lookup", None),
+        ("none+lookup", None),
+        ("auto+lookup", "auto"),
+        ("./a+b+lookup", "./a+b"),
+        ("o/n+lookup", "o/n"),
+    ],
+)
+def test_a_kind_without_a_network_is_named_alone_or_over_a_checkpoint(name, base):
+    found, over = split_name(name)
+    assert found == base and [kind.name for kind in over] == ["lookup"]

@@ -18,7 +18,11 @@ from mlx_mtp.models.config import LayerConfig, TextConfig
 from mlx_mtp.models.gemma4 import Gemma4
 from mlx_mtp.rows import CheckpointError
 
-KINDS = ("mtp",)
+KINDS = (
+    "mtp",
+    "draft_model",
+    "lookup",
+)
 
 
 @dataclass(frozen=True)
