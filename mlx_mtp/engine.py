@@ -29,9 +29,11 @@ from mlx_mtp.models.experts import distinct_experts
 from mlx_mtp.models.gemma4 import ALL, LAST, Gemma4
 from mlx_mtp.prefixes import Prefix
 from mlx_mtp.processors import History, check_ids
-from mlx_mtp.rows import Draft, Event, Forward, Request, Stats, TokenLogprob
+from mlx_mtp.rows import USUAL, Draft, Event, Forward, Request, Stats, TokenLogprob
 from mlx_mtp.sampling import RowSampler, Sampler
 from mlx_mtp.scheduler import Chunk, Limits, Row, Scheduler
+
+JUDGED = 200  # drafts by which a drafter is judged to fit its target or not
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ class Engine:
         self.scheduler = Scheduler(limits, cache.row_bytes, cache.back)
         self.host_reads = 0
         self.total = Stats()  # of all requests that have ended
+        self.first_drafts = self.first_kept = 0  # of the first JUDGED rounds: drafts that were its drafter's own guess
         self._profile, self._sent_s, self._left_s = profile, 0.0, 0.0
         self._ids = itertools.count()
         self._bonus = mx.zeros((0,), mx.int32)  # [R] newest token of every row
@@ -388,6 +391,9 @@ class Engine:
         if done.decoded:
             counts = [k for k, row in zip(kept, done.decoded, strict=True) if row in done.active]
             self.depth.record(done.width, counts, None if done.chunks else seconds, done.outlook)
+            if done.width and self.first_drafts < JUDGED:
+                guessed = [k > 1 for k, outlook in zip(counts, done.outlook, strict=True) if outlook == USUAL]
+                self.first_drafts, self.first_kept = self.first_drafts + len(guessed), self.first_kept + sum(guessed)
 
     def _drop_done(self) -> None:
         for row in [r for r in self.scheduler.rows if r.done]:

@@ -131,6 +131,8 @@ def load_pair(
         notes += check_pair(opened.network, folder.config, opened.folder.config, names, base_model)
     target_plan = plan(folder, Gemma4, dtype)
     draft_plan = opened and _plan_drafter(opened, dtype or target_plan.dtype, quantize)
+    if opened and draft_plan:
+        notes += _compare_sizes(draft_plan, target_plan)
     loaded = _finish_target(target_plan, report)
     notes += loaded.notes
     finished = _finish_drafter(opened.kind, draft_plan, report) if opened and draft_plan else None
@@ -237,6 +239,17 @@ def _plan_drafter(opened: Opened, dtype: mx.Dtype, quantize: int | None) -> Plan
             f"to quantise to {quantize}; leave the option out, or name the plain drafter"
         )
     return replace(made, quantize=None if bits else quantize)
+
+
+def _compare_sizes(drafter: Plan, target: Plan) -> list[str]:
+    """A warning if the drafter is as large as its target; without having read either."""
+    sizes = [sum(s.tensor.bytes for s in p.sources.values() if not s.half) for p in (drafter, target)]
+    if sizes[0] < sizes[1]:
+        return []
+    return [
+        f"the drafter's weights take {sizes[0] / 1e9:.2f} GB and the target's {sizes[1] / 1e9:.2f}, so that drafting "
+        "costs as much as it saves; name a smaller drafter"
+    ]
 
 
 # weights --------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from mlx_mtp.depth import MAX_WIDTH, Depth, depth_of
 from mlx_mtp.doctor import memory_bytes
 from mlx_mtp.engine import Engine
 from mlx_mtp.load import LoadedPair, load_pair
+from mlx_mtp.pairs import poor_acceptance
 from mlx_mtp.processors import check_ids
 from mlx_mtp.rows import (
     GREEDY,
@@ -97,6 +98,15 @@ class Pair:
         self._most_tok = cache.positions_in(limits.kv_bytes) if limits.kv_bytes is not None else self.context_tok
         self._engine = Engine(self._model, cache, loaded.new_drafter(cache), depth_of(0), limits)
         self._inbox: dict[int, deque[Event]] = {}
+
+    @property
+    def doubt(self) -> str | None:
+        """A warning if the first rounds have shown that the drafter hardly fits the target; None until then."""
+        loaded, engine = self._loaded, self._engine
+        if loaded.drafter is None:
+            return None
+        names = (loaded.target.name, loaded.drafter.name)
+        return poor_acceptance(engine.first_kept, engine.first_drafts, self._model.config, names)
 
     # generating -------------------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ Reads no weights and asks no network. Parameter counts are of the text stacks al
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from mlx_mtp.models.config import TextConfig
 
 # Bytes a parameter takes: bf16, and affine quantisation in groups of 64 with a 16-bit scale and bias each.
 BYTES_PER_PARAMETER = {16: 2.0, 8: 8.5 / 8, 4: 4.5 / 8}
+# A drafter is doubted when, were this share of its first tokens right, as few as were would have been this unlikely.
+POOR, CHANCE = 0.4, 0.005
 SPARE = 0.25  # share of the memory left to keys and values, activations, and the system
 
 
@@ -124,6 +127,23 @@ def check_pair(
             "models, so few drafts may be kept"
         )
     return notes
+
+
+def poor_acceptance(kept: int, judged: int, target: TextConfig, names: tuple[str, str]) -> str | None:
+    """A warning if so few of a drafter's first tokens were kept that it can hardly have been made for its target.
+
+    judged: rounds with a draft; kept: those whose first token was kept. names: (target, drafter).
+    """
+    if judged == 0:
+        return None
+    as_few = sum(math.comb(judged, i) * POOR**i * (1 - POOR) ** (judged - i) for i in range(kept + 1))
+    if as_few > CHANCE:
+        return None
+    return (
+        f"{names[0]} keeps {kept / judged:.0%} of what {names[1]} drafts first ({kept} of {judged}), where one that "
+        f"was made for it gets most of them right; {_advice(target, names[0])}; if that is it, one of the two is "
+        "damaged or quantised too far; --drafter none decodes plainly"
+    )
 
 
 def _advice(target: TextConfig, name: str) -> str:

@@ -7,7 +7,7 @@ import pytest
 
 from mlx_mtp.drafters.mtp import KIND
 from mlx_mtp.models.config import AssistantConfig, LayerConfig, TextConfig
-from mlx_mtp.pairs import KNOWN, check_pair, find_drafter, fits
+from mlx_mtp.pairs import KNOWN, check_pair, find_drafter, fits, poor_acceptance
 from mlx_mtp.rows import PairingError
 
 GB = 1e9
@@ -170,3 +170,18 @@ def test_what_fits_is_the_most_bits_that_leave_a_quarter_of_the_memory() -> None
     pair = KNOWN[0]
     assert pair.fits(int(pair.weight_bytes(8) / 0.75) + 1) == 8
     assert pair.fits(int(pair.weight_bytes(8) / 0.75) - 1) == 4
+
+
+@pytest.mark.parametrize(
+    ("kept", "judged", "doubted"), [(0, 10, False), (0, 11, True), (3, 11, False), (50, 200, True), (75, 200, False)]
+)
+def test_a_drafter_is_doubted_once_too_few_of_its_first_tokens_were_kept(kept: int, judged: int, doubted: bool) -> None:
+    said = poor_acceptance(kept, judged, TARGET, NAMES)
+    assert (said is not None) == doubted
+    if said:
+        assert f"keeps {kept / judged:.0%} of what" in said and f"({kept} of {judged})" in said
+        assert "the drafter of gemma-4-31B-it is gemma-4-31B-it-assistant" in said and "--drafter none" in said
+
+
+def test_no_drafter_is_doubted_before_it_has_drafted() -> None:
+    assert poor_acceptance(0, 0, TARGET, NAMES) is None
