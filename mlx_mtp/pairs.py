@@ -61,10 +61,30 @@ class KnownPair:
         """Bytes of the drafter's weights that one step reads, at 16, 8 or 4 bits."""
         return int(self.drafter_read * BYTES_PER_PARAMETER[bits])
 
-    def fits(self, memory_bytes: int) -> int | None:
-        """The most bits a weight (16, 8, 4) at which the pair runs in that much memory, or None."""
-        room = memory_bytes * (1 - SPARE)
-        return next((bits for bits in BYTES_PER_PARAMETER if self.weight_bytes(bits) <= room), None)
+
+@dataclass(frozen=True)
+class Offer:
+    """A published target with a published drafter. bits: of the target's weights; drafters are listed at 16.
+
+    drafter_params: None where nobody has written down how many.
+    """
+
+    target: str
+    drafter: str
+    kind: str
+    bits: int
+    target_params: float
+    drafter_params: float | None
+
+    @property
+    def weight_bytes(self) -> int:
+        """What both take in memory, as far as is known."""
+        drafter = (self.drafter_params or 0.0) * BYTES_PER_PARAMETER[16]
+        return int(self.target_params * BYTES_PER_PARAMETER[self.bits] + drafter)
+
+    def fits(self, memory_bytes: int) -> bool:
+        """Whether it runs in that much memory."""
+        return self.weight_bytes <= memory_bytes * (1 - SPARE)
 
 
 KNOWN = (
@@ -74,12 +94,28 @@ KNOWN = (
     KnownPair("26B-A4B", 2816, 25.23e9, 3.82e9, 419.7e6, 419.7e6),
     KnownPair("31B", 5376, 30.70e9, 30.70e9, 469.5e6, 469.5e6),
 )
+# Block-diffusion drafters of z-lab, and their parameters where published.
+DFLASH: dict[str, tuple[str, float | None]] = {
+    "12B": ("z-lab/gemma4-12B-it-DFlash", None),
+    "26B-A4B": ("z-lab/gemma-4-26B-A4B-it-DFlash", 0.4e9),
+    "31B": ("z-lab/gemma-4-31B-it-DFlash", 1.54e9),
+}
 SIZE = re.compile(rf"gemma-4-({'|'.join(pair.size for pair in KNOWN)})(-it)?(-qat)?(?=-|$)(.*)", re.IGNORECASE)
 
 
-def fits(memory_bytes: int) -> list[tuple[KnownPair, int | None]]:
-    """Every known pair with the most bits a weight (16, 8, 4) that run in that much memory, or None."""
-    return [(pair, pair.fits(memory_bytes)) for pair in KNOWN]
+def offers() -> list[Offer]:
+    """Every published pair: the official drafter, DFlash where there is one, and a small model for the largest."""
+    out = []
+    for pair in KNOWN:
+        drafters = [(pair.drafter, "mtp", pair.drafter_params)]
+        if pair.size in DFLASH:
+            name, params = DFLASH[pair.size]
+            drafters.append((name, "dflash", params))
+        if pair.size == "31B":
+            drafters.append((KNOWN[0].target, "draft_model", KNOWN[0].params))
+        for target, bits in ((pair.target, 16), (pair.quantised, 4)):
+            out += [Offer(target, name, kind, bits, pair.params, params) for name, kind, params in drafters]
+    return out
 
 
 def find_drafter(target_name: str) -> str | None:

@@ -7,7 +7,7 @@ import pytest
 
 from mlx_mtp.drafters.mtp import KIND
 from mlx_mtp.models.config import AssistantConfig, LayerConfig, TextConfig
-from mlx_mtp.pairs import KNOWN, check_pair, find_drafter, fits, poor_acceptance
+from mlx_mtp.pairs import KNOWN, check_pair, find_drafter, offers, poor_acceptance
 from mlx_mtp.rows import PairingError
 
 GB = 1e9
@@ -163,13 +163,22 @@ def test_every_known_target_finds_its_own_drafter() -> None:
         assert find_drafter(pair.target) == find_drafter(pair.quantised) == pair.drafter
 
 
-def test_what_fits_is_the_most_bits_that_leave_a_quarter_of_the_memory() -> None:
-    table = {pair.size: bits for pair, bits in fits(int(16 * GB))}
-    assert table == {"E2B": 16, "E4B": 8, "12B": 4, "26B-A4B": None, "31B": None}
-    assert {bits for _, bits in fits(int(512 * GB))} == {16}
-    pair = KNOWN[0]
-    assert pair.fits(int(pair.weight_bytes(8) / 0.75) + 1) == 8
-    assert pair.fits(int(pair.weight_bytes(8) / 0.75) - 1) == 4
+def test_what_fits_leaves_a_quarter_of_the_memory() -> None:
+    fit = {(o.target, o.kind) for o in offers() if o.fits(int(16 * GB))}
+    assert {target.split("/")[1] for target, _ in fit} == {
+        "gemma-4-E2B-it",
+        "gemma-4-e2b-it-4bit",
+        "gemma-4-e4b-it-4bit",
+        "gemma-4-12b-it-4bit",
+    }
+    for o in offers():
+        assert o.fits(int(o.weight_bytes / 0.75) + 2) and not o.fits(int(o.weight_bytes / 0.75) - 2)
+
+
+def test_the_largest_target_is_offered_with_every_kind() -> None:
+    kinds = {o.kind: o for o in offers() if o.target == KNOWN[-1].target}
+    assert list(kinds) == ["mtp", "dflash", "draft_model"]
+    assert kinds["draft_model"].weight_bytes == pytest.approx(2 * (30.7 + 4.63) * GB)
 
 
 @pytest.mark.parametrize(
