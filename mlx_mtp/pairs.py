@@ -107,7 +107,7 @@ def offers() -> list[Offer]:
     """Every published pair: the official drafter, DFlash where there is one, and a small model for the largest."""
     out = []
     for pair in KNOWN:
-        drafters = [(pair.drafter, "mtp", pair.drafter_params)]
+        drafters: list[tuple[str, str, float | None]] = [(pair.drafter, "mtp", pair.drafter_params)]
         if pair.size in DFLASH:
             name, params = DFLASH[pair.size]
             drafters.append((name, "dflash", params))
