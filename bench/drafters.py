@@ -47,7 +47,7 @@ def quantised(model: str) -> str:
     return str(folder)
 
 
-def measure(pair: mlx_mtp.Pair, prompts: list[str], sampling: Sampling, width: int | str, tokens: int) -> Stats:
+def measure(pair: mlx_mtp.Pair, prompts: list, sampling: Sampling, width: int | str, tokens: int) -> Stats:
     """All prompts together; the sum of their counts."""
     total = Stats()
     for done in pair.generate(prompts, sampling, width, max_tokens=tokens):
@@ -67,7 +67,8 @@ def main() -> None:
     parser.add_argument("--auto", action="store_true", help="let the policy choose the width")
     args = parser.parse_args()
     held_out = json.loads((DATA / "prompts.json").read_text())
-    kinds = {kind: texts[: args.prompts] for kind, texts in held_out.items()}
+    kinds: dict[str, list] = {"code": held_out["code"][: args.prompts]}
+    kinds["chat"] = [[{"role": "user", "content": text}] for text in held_out["chat"][: args.prompts]]
     kinds["edit"] = edit_prompts(mlx_mtp.load(args.model, None), held_out["code"][: args.prompts], args.tokens)
     print("| drafter | width | sampling | " + " | ".join(kinds) + " |")
     print("|---" * (3 + len(kinds)) + "|")

@@ -3,12 +3,13 @@
 import json
 import random
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pytest
 
 from mlx_mtp.depth import MAX_WIDTH, Auto, Constant, Depth, Heuristic, depth_of
-from mlx_mtp.rows import USUAL, RequestError
+from mlx_mtp.rows import NOTHING, USUAL, RequestError
 
 Cost = Callable[[int, int], float]  # (rows, width) -> seconds of a round
 
@@ -113,6 +114,52 @@ def test_auto_loses_little_against_the_best_fixed_width_and_nothing_against_none
     worst = max(found, key=lambda k: found[k][1])
     assert regret < 0.05
     assert found[worst][1] < 0.03, (worst, found[worst])
+
+
+def simulate_outlook(depth: Depth, places: list[list[int]], cost: Cost, rows: int, tokens: int) -> float:
+    """Seconds to write so many tokens of a text whose places are (drafts kept, outlook). As in the engine, the outlook
+    known when a width is chosen is that of the round before."""
+    rng, at, seconds, written = random.Random(0), [i * len(places) // rows for i in range(rows)], 0.0, 0
+    known = [USUAL] * rows
+    while written < tokens:
+        width = depth.choose(known)
+        now = [places[place % len(places)] for place in at]
+        kept = [min(could, width) + 1 for could, _ in now]
+        took = cost(rows, width)
+        depth.record(width, kept, took * (1 + 0.05 * abs(rng.gauss(0, 1))), known)
+        at, known = [place + k for place, k in zip(at, kept, strict=True)], [outlook for _, outlook in now]
+        written, seconds = written + sum(kept), seconds + took
+    return seconds
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_lookup_gains_where_texts_repeat_and_costs_nothing_where_they_do_not(rows):
+    """On recorded texts: what prompt lookup would have drafted at every place, and whether it knew that it could."""
+    gains = {}
+    for cost, (name, traces) in product(COSTS, ROUNDS["lookup"].items()):
+        places = [place for trace in traces for place in trace]
+        plain = simulate_outlook(Constant(0), places, COSTS[cost], rows, 1000 * rows)
+        gains[cost, name] = plain / simulate_outlook(Auto(), places, COSTS[cost], rows, 1000 * rows)
+    worst = min(gains, key=lambda k: gains[k])
+    print({k: round(v, 2) for k, v in gains.items()})
+    assert gains[worst] > 0.97, (worst, gains[worst])
+    assert rows > 1 or gains["memory-bound", "code, again"] > 1.5
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_a_drafter_that_never_knows_anything_is_not_asked(rows):
+    depth = Auto()
+    simulate_outlook(depth, [[0, NOTHING]], COSTS["memory-bound"], rows, 1000)
+    assert [depth.choose([NOTHING] * rows) for _ in range(50)] == [0] * 50
+
+
+def test_outlooks_are_told_apart():
+    """Half of the time a drafter is always right and says so: it drafts wide then, and not otherwise."""
+    places = [[MAX_WIDTH, USUAL + 1]] * 60 + [[0, USUAL]] * 60
+    depth, cost = Auto(), COSTS["experts, M5"]
+    simulate_outlook(depth, places, cost, 1, 1500)
+    widths = {outlook: [depth.choose([outlook]) for _ in range(9)] for outlook in (USUAL, USUAL + 1)}
+    assert sorted(widths[USUAL])[4] == 0 and sorted(widths[USUAL + 1])[4] >= 4
 
 
 def test_auto_finds_a_width_behind_a_step_in_the_cost():
