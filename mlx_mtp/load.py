@@ -6,7 +6,6 @@ Vision and audio towers stay on disk.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,12 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_mtp import hub
+from mlx_mtp.cache import Cache
+from mlx_mtp.drafters import Drafter
+from mlx_mtp.drafters.kinds import Kind, Network, Parts, kind_of, split_name
+from mlx_mtp.drafters.plain import PlainDrafter
 from mlx_mtp.few_rows import use_kernels
-from mlx_mtp.models.config import AssistantConfig, read_assistant, read_target
+from mlx_mtp.models.config import TextConfig, read_target
 from mlx_mtp.models.gemma4 import Gemma4
 from mlx_mtp.models.gemma4_assistant import Assistant
 from mlx_mtp.pairs import check_pair, find_drafter
@@ -61,9 +64,10 @@ class LoadedTarget:
 
 @dataclass(frozen=True)
 class LoadedDrafter:
-    """A drafter ready to run, by default in its target's dtype. notes: for the user."""
+    """A drafter ready to run, by default in its target's dtype. model: its network. notes: for the user."""
 
-    model: Assistant
+    kind: Kind
+    model: Any
     path: Path
     name: str
     weight_bytes: int
@@ -72,11 +76,33 @@ class LoadedDrafter:
 
 @dataclass(frozen=True)
 class LoadedPair:
-    """A target and its drafter; None decodes plainly. notes: of both, and why there is no drafter."""
+    """A target and its drafter, None if it has no network. notes: of both, and why there is no drafter.
+
+    over: kinds without a network that draft where they can, and leave the rest to the drafter; innermost first.
+    """
 
     target: LoadedTarget
     drafter: LoadedDrafter | None
     notes: tuple[str, ...]
+    over: tuple[Kind, ...] = ()
+
+    @property
+    def drafter_name(self) -> str | None:
+        """As --drafter takes it; None decodes plainly."""
+        names = [self.drafter.name] if self.drafter else []
+        return "+".join([*names, *(kind.name for kind in self.over)]) or None
+
+    def network_drafter(self, cache: Cache) -> Drafter:
+        """What drafts with the network over a cache of the target; plain decoding if there is none."""
+        plain, loaded = PlainDrafter(), self.drafter
+        return loaded.kind.make(Parts(self.target.model, cache, loaded.model, plain)) if loaded else plain
+
+    def new_drafter(self, cache: Cache) -> Drafter:
+        """All that drafts, over a cache of the target."""
+        drafter = self.network_drafter(cache)
+        for kind in self.over:
+            drafter = kind.make(Parts(self.target.model, cache, None, drafter))
+        return drafter
 
 
 def load_pair(
@@ -89,22 +115,28 @@ def load_pair(
 ) -> LoadedPair:
     """Load a target and its drafter, checking both before a weight of either is read.
 
-    drafter: a folder or hub id; "auto" looks for the one made for the target and decodes plainly, with a
-    note, where none is known or it cannot be fetched; None decodes plainly. Others as in load_drafter.
+    drafter: a folder or hub id of any kind; "auto" looks for the one made for the target and decodes plainly, with
+    a note, where none is known or it cannot be fetched; None or "none" decodes plainly; "lookup" needs no checkpoint,
+    alone or over another ("auto+lookup"). Others as in load_drafter.
     Raises DownloadError, CheckpointError, PairingError, RequestError.
     """
-    folder = _open(target, read_target, report)
-    if drafter is None and quantize is not None:
+    folder = _open_target(target, report)
+    base, over = split_name(drafter or "none")
+    if base is None and quantize is not None:
         raise RequestError(f"quantize is {quantize!r}, but there is no drafter to quantise; name one, or leave it out")
-    draft_folder, notes = _open_drafter(drafter, target, report)
-    if draft_folder is not None:
-        names = (target, draft_folder.name)
-        notes += check_pair(folder.text, _assistant(draft_folder), names, not _has_chat_template(folder.path))
+    opened, notes = _find_drafter(base, target, report)
+    if opened is not None:
+        names = (target, opened.folder.name)
+        base_model = not _has_chat_template(folder.path)
+        notes += check_pair(opened.network, folder.config, opened.folder.config, names, base_model)
     target_plan = plan(folder, Gemma4, dtype)
-    draft_plan = draft_folder and _plan_drafter(draft_folder, dtype or target_plan.dtype, quantize)
+    draft_plan = opened and _plan_drafter(opened, dtype or target_plan.dtype, quantize)
+    if opened and draft_plan:
+        notes += _compare_sizes(draft_plan, target_plan)
     loaded = _finish_target(target_plan, report)
     notes += loaded.notes
-    return LoadedPair(loaded, _finish_drafter(draft_plan, report) if draft_plan else None, tuple(notes))
+    finished = _finish_drafter(opened.kind, draft_plan, report) if opened and draft_plan else None
+    return LoadedPair(loaded, finished, tuple(notes), over)
 
 
 def load_target(name: str, *, dtype: mx.Dtype | None = None, report: Report | None = None) -> LoadedTarget:
@@ -114,7 +146,7 @@ def load_target(name: str, *, dtype: mx.Dtype | None = None, report: Report | No
     CPU, which multiplies experts in no other and sums quantised products in the input's type.
     report: called with (stage, done bytes, total bytes). Raises DownloadError, CheckpointError, RequestError.
     """
-    return _finish_target(plan(_open(name, read_target, report), Gemma4, dtype), report)
+    return _finish_target(plan(_open_target(name, report), Gemma4, dtype), report)
 
 
 def load_drafter(
@@ -130,23 +162,45 @@ def load_drafter(
     dtype: None takes the target's. quantize: 4 or 8 packs a plain drafter's linear layers and embedding.
     Raises DownloadError, CheckpointError, PairingError, RequestError.
     """
-    folder = _open(name, read_assistant, report)
-    notes = check_pair(target.model.config, _assistant(folder), (target.name, name), target.base_model)
-    drafter = _finish_drafter(_plan_drafter(folder, dtype or target.dtype, quantize), report)
-    return replace(drafter, notes=tuple(notes))
+    opened = _open_drafter(name, report)
+    names = (target.name, name)
+    notes = check_pair(opened.network, target.model.config, opened.folder.config, names, target.base_model)
+    made = _plan_drafter(opened, dtype or target.dtype, quantize)
+    return replace(_finish_drafter(opened.kind, made, report), notes=tuple(notes))
 
 
 # before weights -------------------------------------------------------------------------------------------
 
 
-def _open(name: str, parse: Callable[[dict, str], Any], report: Report | None) -> Folder:
-    """The folder of a checkpoint with its config; refuses what is quantised by others."""
+@dataclass(frozen=True)
+class Opened:
+    """A drafter's folder, and what its config says it is."""
+
+    kind: Kind
+    network: Network
+    folder: Folder
+
+
+def _open_target(name: str, report: Report | None) -> Folder:
+    path, raw, where = _open(name, report)
+    config: TextConfig = read_target(raw, where)
+    return Folder(name, path, raw, config, config.layers)
+
+
+def _open_drafter(name: str, report: Report | None) -> Opened:
+    path, raw, where = _open(name, report)
+    kind, network = kind_of(raw, where)
+    config = network.read(raw, where)
+    return Opened(kind, network, Folder(name, path, raw, config, network.layers(config), network.nested))
+
+
+def _open(name: str, report: Report | None) -> tuple[Path, dict[str, Any], str]:
+    """(folder, config.json, its path) of a checkpoint; refuses what is quantised by others."""
     path = hub.resolve(name, report)
     file = path / "config.json"
     if not file.is_file():
         read_headers(path)  # explains folders of other formats
     raw = read_json(file)
-    config = parse(raw, str(file))
     other = raw.get("quantization_config")
     method = other.get("quant_method") if isinstance(other, dict) and "quantization" not in raw else None
     if method is not None:
@@ -154,42 +208,48 @@ def _open(name: str, parse: Callable[[dict, str], Any], report: Report | None) -
             f"{file}: quantised by {method!r}; expected plain weights or MLX's own quantisation, "
             "as in the google and mlx-community repositories"
         )
-    return Folder(name, path, raw, config)
+    return path, raw, str(file)
 
 
-def _open_drafter(drafter: str | None, target: str, report: Report | None) -> tuple[Folder | None, list[str]]:
-    """The drafter's folder and notes; "auto" makes a note of it where there is none to be had."""
+def _find_drafter(drafter: str | None, target: str, report: Report | None) -> tuple[Opened | None, list[str]]:
+    """The drafter and notes; "auto" makes a note of it where there is none to be had."""
     if drafter is None:
         return None, []
     if drafter != "auto":
-        return _open(drafter, read_assistant, report), []
+        return _open_drafter(drafter, report), []
     found = find_drafter(target)
     if found is None:
         return None, [f"no drafter is known for {target}; decoding plainly (name one with --drafter)"]
     try:
-        return _open(found, read_assistant, report), []
+        return _open_drafter(found, report), []
     except DownloadError as error:
         return None, [f"decoding plainly, since the drafter could not be fetched: {error}"]
 
 
-def _assistant(folder: Folder) -> AssistantConfig:
-    assert isinstance(folder.config, AssistantConfig)
-    return folder.config
-
-
-def _plan_drafter(folder: Folder, dtype: mx.Dtype, quantize: int | None) -> Plan:
+def _plan_drafter(opened: Opened, dtype: mx.Dtype, quantize: int | None) -> Plan:
     """The drafter's plan, to be quantised while reading if asked for and not so already."""
     if quantize not in (None, 4, 8):
         raise RequestError(f"quantize is {quantize!r}; expected 4 or 8")
-    made = plan(folder, Assistant, dtype)
+    made = plan(opened.folder, opened.network.build, dtype)
     packed = [m for m in made.model.modules() if isinstance(m, (nn.QuantizedLinear, nn.QuantizedEmbedding))]
     bits = {m.bits for m in packed}
     if quantize and bits - {quantize}:
         raise RequestError(
-            f"{folder.name} is already quantised, to {min(bits - {quantize})} bits; expected a plain drafter "
+            f"{opened.folder.name} is already quantised, to {min(bits - {quantize})} bits; expected a plain drafter "
             f"to quantise to {quantize}; leave the option out, or name the plain drafter"
         )
     return replace(made, quantize=None if bits else quantize)
+
+
+def _compare_sizes(drafter: Plan, target: Plan) -> list[str]:
+    """A warning if the drafter is as large as its target; without having read either."""
+    sizes = [sum(s.tensor.bytes for s in p.sources.values() if not s.half) for p in (drafter, target)]
+    if sizes[0] < sizes[1]:
+        return []
+    return [
+        f"the drafter's weights take {sizes[0] / 1e9:.2f} GB and the target's {sizes[1] / 1e9:.2f}, so that drafting "
+        "costs as much as it saves; name a smaller drafter"
+    ]
 
 
 # weights --------------------------------------------------------------------------------------------------
@@ -207,18 +267,17 @@ def _finish_target(made: Plan, report: Report | None) -> LoadedTarget:
     )
 
 
-def _finish_drafter(made: Plan, report: Report | None) -> LoadedDrafter:
+def _finish_drafter(kind: Kind, made: Plan, report: Report | None) -> LoadedDrafter:
     weight_bytes = read(made, report)
     model, folder = made.model, made.folder
-    assert isinstance(model, Assistant)
     use_kernels(model)
-    if model.config.clusters:
+    if isinstance(model, Assistant) and model.config.clusters:
         ordering = model.masked_embedding.token_ordering
         if not mx.array_equal(mx.sort(ordering), mx.arange(ordering.size, dtype=ordering.dtype)).item():
             raise CheckpointError(
                 f"{folder.path}: token_ordering is no ordering of {ordering.size} tokens; download it again"
             )
-    return LoadedDrafter(model, folder.path, folder.name, weight_bytes)
+    return LoadedDrafter(kind, model, folder.path, folder.name, weight_bytes)
 
 
 # what comes with a target ---------------------------------------------------------------------------------

@@ -20,11 +20,9 @@ import numpy as np
 from mlx_mtp.cache import Cache
 from mlx_mtp.depth import MAX_WIDTH, Depth, depth_of
 from mlx_mtp.doctor import memory_bytes
-from mlx_mtp.drafters import Drafter
-from mlx_mtp.drafters.mtp import MtpDrafter
-from mlx_mtp.drafters.plain import PlainDrafter
 from mlx_mtp.engine import Engine
 from mlx_mtp.load import LoadedPair, load_pair
+from mlx_mtp.pairs import poor_acceptance
 from mlx_mtp.processors import check_ids
 from mlx_mtp.rows import (
     GREEDY,
@@ -63,7 +61,8 @@ def load(
     """Load a target and its drafter.
 
     target: a checkpoint folder, a hub id, or "tiny", the small pair that comes with this package.
-    drafter: a folder or hub id; "auto" finds the one made for the target; None decodes plainly.
+    drafter: a folder or hub id; "auto" finds the one made for the target; None or "none" decodes plainly; "lookup"
+    copies from prompt and text, alone or, as in "auto+lookup", before another drafter.
     quantize_drafter: 4 or 8 bits, at load. dtype: "float32", "bfloat16" or "float16"; None takes the checkpoint's
     on a GPU and float32 on a CPU. prefix_bytes: memory for what has been computed of earlier prompts and replies, so
     that a later prompt that begins the same costs only the rest; None is half of that for all keys and values, which
@@ -89,21 +88,25 @@ class Pair:
     def __init__(self, loaded: LoadedPair, text: Text, limits: Limits | None = None) -> None:
         target = loaded.target
         self.text, self.warnings, self.default_sampling = text, loaded.notes, target.sampling
-        self.target_name, self.drafter_name = target.name, loaded.drafter.name if loaded.drafter else None
+        self.target_name, self.drafter_name = target.name, loaded.drafter_name
         self.context_tok = target.model.config.max_positions
         self._model, self._dtype, self._eos = target.model, target.dtype, target.eos
-        self._assistant = loaded.drafter.model if loaded.drafter else None
+        self._loaded = loaded
         cache = Cache(self._model.specs, MAX_WIDTH, self._dtype)
         self._depths: dict[int | str, Depth] = {}
         limits = limits or _limits(loaded, None)
         self._most_tok = cache.positions_in(limits.kv_bytes) if limits.kv_bytes is not None else self.context_tok
-        self._engine = Engine(self._model, cache, self._drafter(cache), depth_of(0), limits)
+        self._engine = Engine(self._model, cache, loaded.new_drafter(cache), depth_of(0), limits)
         self._inbox: dict[int, deque[Event]] = {}
 
-    def _drafter(self, cache: Cache) -> Drafter:
-        if self._assistant is None:
-            return PlainDrafter()
-        return MtpDrafter(self._model, self._assistant, cache)
+    @property
+    def doubt(self) -> str | None:
+        """A warning if the first rounds have shown that the drafter hardly fits the target; None until then."""
+        loaded, engine = self._loaded, self._engine
+        if loaded.drafter is None:
+            return None
+        names = (loaded.target.name, loaded.drafter.name)
+        return poor_acceptance(engine.first_kept, engine.first_drafts, self._model.config, names)
 
     # generating -------------------------------------------------------------------------------------------------
 
@@ -209,13 +212,13 @@ class Pair:
         tokens [L] or [B, L] -> (tokens [B, K] int32, logits [B, K, V] float32). A clustered head scores few tokens;
         the others get the least of a row's scores minus 1, as in transformers. Raises RequestError without a drafter.
         """
-        if self._assistant is None:
+        if self._loaded.drafter is None:
             raise RequestError("this pair has no drafter; load it with drafter='auto' or a path")
         if not isinstance(width, int) or not 1 <= width <= MAX_WIDTH:
             raise RequestError(f"width is {width!r}; expected 1 to {MAX_WIDTH}")
         ids = self._batch(tokens)
         cache, rows = self._fresh(ids)
-        pass_, drafter = cache.open(rows, ids.shape[1]), self._drafter(cache)
+        pass_, drafter = cache.open(rows, ids.shape[1]), self._loaded.network_drafter(cache)
         hidden, taps = self._model.forward(ids, pass_, drafter.taps)
         kept = mx.full((ids.shape[0],), ids.shape[1], mx.int32)
         cache.commit(rows, kept, ids.shape[1])

@@ -398,3 +398,30 @@ def test_nothing_runs_where_one_of_several_prompts_is_bad(pair):
 def test_an_unknown_dtype_is_refused_before_anything_is_read():
     with pytest.raises(RequestError, match="dtype is 'int8'; expected float32, bfloat16, float16"):
         load("no/such", dtype="int8")
+
+
+@pytest.mark.parametrize(("drafter", "doubted"), [("assistant", True), ("assistant_fit", False)])
+def test_a_drafter_whose_drafts_are_not_kept_is_doubted_with_the_figure(drafter, doubted):
+    pair = load(str(EDGE / "target"), str(EDGE / drafter))
+    assert pair.doubt is None
+    ids = goldens("edge")["short/ids"].tolist()
+    done = pair.generate([ids], GREEDY, width=2, max_tokens=40)[0].stats
+    assert (pair.doubt is not None) == doubted
+    if doubted:
+        assert f"({done.kept_at[0]} of" in pair.doubt and str(EDGE / drafter) in pair.doubt
+
+
+def test_a_model_may_draft_for_itself_and_the_user_hears_that_it_is_as_large():
+    pair = load(str(EDGE / "target"), str(EDGE / "target"))
+    assert len(pair.warnings) == 1 and "name a smaller drafter" in pair.warnings[0]
+    stats = pair.generate([[3, 4, 5]], GREEDY, width=3, max_tokens=17)[0].stats
+    assert stats.kept == stats.drafted == 12
+
+
+def test_lookup_needs_no_checkpoint_and_goes_over_any():
+    plain = load(str(EDGE / "target"), None)
+    for name in ("lookup", "none+lookup", f"{EDGE / 'assistant_fit'}+lookup"):
+        pair = load(str(EDGE / "target"), name)
+        assert pair.drafter_name == name.removeprefix("none+") and pair.warnings == ()
+        texts = [p.generate([[3, 4, 5] * 4], GREEDY, 3, max_tokens=12)[0].tokens for p in (pair, plain)]
+        assert texts[0] == texts[1]

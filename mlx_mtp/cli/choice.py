@@ -25,7 +25,7 @@ class Choice(Debug):
         EMBEDDED
     )
     drafter: Annotated[
-        str, typer.Option(help="auto (the target's own, by name), none (plain decoding), a folder or hub id.")
+        str, typer.Option(help="A folder or hub id of any kind, auto (the target's own), lookup, auto+lookup, or none.")
     ] = "auto"
     quantize_drafter: Annotated[
         int | None, typer.Option(metavar="4|8", help="Quantise the drafter to so many bits at load.")
@@ -89,7 +89,7 @@ def load_pair(options: Choice) -> Pair:
     with progress() as report:
         pair = load(
             options.model,
-            None if options.drafter == "none" else options.drafter,
+            options.drafter,
             quantize_drafter=options.quantize_drafter,
             dtype=options.dtype,
             report=report,
