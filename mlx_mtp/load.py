@@ -13,9 +13,12 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
+from mlx_mtp import clusters as clustering
 from mlx_mtp import hub
 from mlx_mtp.few_rows import use_kernels
+from mlx_mtp.kernels.matrix import Matrix
 from mlx_mtp.models.config import AssistantConfig, read_assistant, read_target
 from mlx_mtp.models.gemma4 import Gemma4
 from mlx_mtp.models.gemma4_assistant import Assistant
@@ -85,6 +88,7 @@ def load_pair(
     *,
     dtype: mx.Dtype | None = None,
     quantize: int | None = None,
+    clusters: int | None = None,
     report: Report | None = None,
 ) -> LoadedPair:
     """Load a target and its drafter, checking both before a weight of either is read.
@@ -94,17 +98,19 @@ def load_pair(
     Raises DownloadError, CheckpointError, PairingError, RequestError.
     """
     folder = _open(target, read_target, report)
-    if drafter is None and quantize is not None:
-        raise RequestError(f"quantize is {quantize!r}, but there is no drafter to quantise; name one, or leave it out")
+    for name, value, what in (("quantize", quantize, "quantise"), ("clusters", clusters, "cluster")):
+        if drafter is None and value is not None:
+            raise RequestError(f"{name} is {value!r}, but there is no drafter to {what}; name one, or leave it out")
     draft_folder, notes = _open_drafter(drafter, target, report)
     if draft_folder is not None:
         names = (target, draft_folder.name)
         notes += check_pair(folder.text, _assistant(draft_folder), names, not _has_chat_template(folder.path))
+        _check_clusters(draft_folder, clusters)
     target_plan = plan(folder, Gemma4, dtype)
     draft_plan = draft_folder and _plan_drafter(draft_folder, dtype or target_plan.dtype, quantize)
     loaded = _finish_target(target_plan, report)
-    notes += loaded.notes
-    return LoadedPair(loaded, _finish_drafter(draft_plan, report) if draft_plan else None, tuple(notes))
+    made = _finish_drafter(draft_plan, clusters, report) if draft_plan else None
+    return LoadedPair(loaded, made, (*notes, *loaded.notes, *(made.notes if made else ())))
 
 
 def load_target(name: str, *, dtype: mx.Dtype | None = None, report: Report | None = None) -> LoadedTarget:
@@ -123,17 +129,20 @@ def load_drafter(
     *,
     dtype: mx.Dtype | None = None,
     quantize: int | None = None,
+    clusters: int | None = None,
     report: Report | None = None,
 ) -> LoadedDrafter:
     """Load the drafter of a loaded target from a folder or hub id.
 
-    dtype: None takes the target's. quantize: 4 or 8 packs a plain drafter's linear layers and embedding.
+    dtype: None takes the target's. quantize: 4 or 8 packs a plain drafter's linear layers and embedding. clusters:
+    a drafter that scores its whole vocabulary gets clusters, of which each step scores so many; built once.
     Raises DownloadError, CheckpointError, PairingError, RequestError.
     """
     folder = _open(name, read_assistant, report)
     notes = check_pair(target.model.config, _assistant(folder), (target.name, name), target.base_model)
-    drafter = _finish_drafter(_plan_drafter(folder, dtype or target.dtype, quantize), report)
-    return replace(drafter, notes=tuple(notes))
+    _check_clusters(folder, clusters)
+    drafter = _finish_drafter(_plan_drafter(folder, dtype or target.dtype, quantize), clusters, report)
+    return replace(drafter, notes=(*notes, *drafter.notes))
 
 
 # before weights -------------------------------------------------------------------------------------------
@@ -207,10 +216,13 @@ def _finish_target(made: Plan, report: Report | None) -> LoadedTarget:
     )
 
 
-def _finish_drafter(made: Plan, report: Report | None) -> LoadedDrafter:
-    weight_bytes = read(made, report)
+def _finish_drafter(made: Plan, clusters: int | None, report: Report | None) -> LoadedDrafter:
+    weight_bytes, notes = read(made, report), ()
     model, folder = made.model, made.folder
     assert isinstance(model, Assistant)
+    if clusters:
+        notes = _cluster(model, folder, clusters, report)
+        weight_bytes += model.masked_embedding.centroids.weight.nbytes + model.masked_embedding.token_ordering.nbytes
     use_kernels(model)
     if model.config.clusters:
         ordering = model.masked_embedding.token_ordering
@@ -218,7 +230,53 @@ def _finish_drafter(made: Plan, report: Report | None) -> LoadedDrafter:
             raise CheckpointError(
                 f"{folder.path}: token_ordering is no ordering of {ordering.size} tokens; download it again"
             )
-    return LoadedDrafter(model, folder.path, folder.name, weight_bytes)
+    return LoadedDrafter(model, folder.path, folder.name, weight_bytes, notes)
+
+
+def _check_clusters(folder: Folder, clusters: int | None) -> None:
+    """Raise unless the drafter can be given clusters of which so many are scored."""
+    if clusters is None:
+        return
+    config = _assistant(folder)
+    most = config.text.vocab_size
+    if not isinstance(clusters, int) or isinstance(clusters, bool) or not 1 <= clusters <= most:
+        raise RequestError(
+            f"clusters is {clusters!r}; expected a number of clusters to score, 1 to {most}, such as 128"
+        )
+    if config.clusters:
+        count, top = config.clusters
+        raise RequestError(
+            f"{folder.name} has {count} clusters of its own, of which it scores {top}; expected a drafter that scores "
+            "its whole vocabulary; leave the option out"
+        )
+
+
+def _cluster(model: Assistant, folder: Folder, top: int, report: Report | None) -> tuple[str, ...]:
+    """Give a drafter clusters, kept beside the checkpoint or in the user's cache; returns notes."""
+    rows, notes = head_rows(model), ()
+    count = clustering.best_count(len(rows), top)
+    places = (folder.path, Path.home() / ".cache" / "mlx-mtp")
+    key = clustering.key_of(rows, count)
+    found = clustering.stored(places, key, (*rows.shape, count))
+    if found is None:
+        tell = (lambda done, total: report(f"clustering {folder.name}", done, total)) if report else None
+        found = clustering.build(rows, count, tell)
+        if clustering.store(places, key, found) is None:
+            notes = (f"clusters of {folder.name} were built, but neither {places[0]} nor {places[1]} can keep them",)
+    dtype = model.model.norm.weight.dtype
+    model.use_clusters(mx.array(found.centroids).astype(dtype), mx.array(found.ordering), top)
+    mx.eval(model.masked_embedding.parameters())
+    return notes
+
+
+def head_rows(model: Assistant) -> np.ndarray:
+    """The rows of the output head, [V, h] float32."""
+    table = Matrix.of(model.model.embed_tokens)
+    rows = np.empty((table.rows, table.columns), np.float32)
+    for first in range(0, len(rows), 8192):  # a table is 1 GB in float32, and need not be there twice
+        some = mx.arange(first, min(first + 8192, len(rows)))
+        rows[first : first + 8192] = np.array(table.take(some).dense())
+    return rows
 
 
 # what comes with a target ---------------------------------------------------------------------------------
