@@ -11,6 +11,8 @@ import pytest
 from mlx_mtp.models.config import read_assistant, read_target
 from mlx_mtp.pairs import KNOWN, check_pair
 
+pytestmark = pytest.mark.kernels
+
 
 @pytest.fixture(scope="module")
 def bench():
@@ -43,11 +45,11 @@ def test_a_step_of_kernels_is_what_the_code_launches(bench):
     with bench.as_on_metal(kernels=True):
         made = bench.networks(bench.SIZES["26B-A4B"], 4)
         step, draft = bench.round_of(made, 0), bench.counts(bench.SIZES["26B-A4B"], 4, True, 1).draft
-    # a layer: 8 products (7 in full layers, whose values are their keys), 4 launches of experts, 2 of attention, 13
+    # a layer: 7 products (6 in full layers, whose values are their keys), 4 launches of experts, 2 of attention, 13
     # norms and rotations; then the last norm and the output head, the verdict's two, the embedding's dequantising
     layers, full = 30, 5
-    assert step["Depends"] == (8 + 4 + 2 + 13) * layers - full + 1 + 1 + 2 + 1
-    assert draft["Depends"] == (5 + 2 + 6) * 4 + 3 + 1 + 1
+    assert step["Depends"] == (7 + 4 + 2 + 13) * layers - full + 1 + 1 + 2 + 1
+    assert draft["Depends"] == (4 + 2 + 6) * 4 + 3 + 1 + 1
 
 
 def test_attention_over_heads_of_512_is_several_operations_without_the_kernel(bench):
