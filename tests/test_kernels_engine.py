@@ -54,7 +54,7 @@ PROMPTS = (
 
 @functools.cache
 def folders(kind: str, bits: int | None) -> tuple[Path, Path]:
-    """A random target of two layers of each sort, and a drafter, with 16 clusters for edge; quantised if bits are given."""
+    """A random target of two layers of each sort and a drafter, with clusters if edge; quantised if bits are given."""
     place = Path(tempfile.mkdtemp(prefix="mlx-mtp-test-"))
     config = target_config(kind, **(SMALL | KINDS[kind]))
     target = random_checkpoint(place / "target", config, seed=11)
