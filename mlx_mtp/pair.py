@@ -54,6 +54,7 @@ def load(
     drafter: str | None = "auto",
     *,
     quantize_drafter: int | None = None,
+    drafter_clusters: int | None = None,
     dtype: str | None = None,
     prefix_bytes: int | None = None,
     report: Callable[[str, int, int], None] | None = None,
@@ -63,11 +64,12 @@ def load(
     target: a checkpoint folder, a hub id, or "tiny", the small pair that comes with this package.
     drafter: a folder or hub id; "auto" finds the one made for the target; None or "none" decodes plainly; "lookup"
     copies from prompt and text, alone or, as in "auto+lookup", before another drafter.
-    quantize_drafter: 4 or 8 bits, at load. dtype: "float32", "bfloat16" or "float16"; None takes the checkpoint's
-    on a GPU and float32 on a CPU. prefix_bytes: memory for what has been computed of earlier prompts and replies, so
-    that a later prompt that begins the same costs only the rest; None is half of that for all keys and values, which
-    running requests take back as they need it; 0 keeps nothing. report: called with (stage, done bytes, total bytes)
-    while weights are read.
+    quantize_drafter: 4 or 8 bits, at load. drafter_clusters: cluster the vocabulary of a drafter that scores all of it,
+    once (kept on disk), and score so many clusters a step: fewer drafts are kept, the text is the same.
+    dtype: "float32", "bfloat16" or "float16"; None takes the checkpoint's on a GPU and float32 on a CPU.
+    prefix_bytes: memory for what has been computed of earlier prompts and replies, so that a later prompt that begins
+    the same costs only the rest; None is half of that for all keys and values, which running requests take back as they
+    need it; 0 keeps nothing. report: called with (stage, done bytes, total bytes) while weights are read.
     Raises CheckpointError, DownloadError, PairingError or RequestError, before weights are read where possible.
     """
     if dtype is not None and dtype not in DTYPES:
@@ -77,7 +79,12 @@ def load(
     if target == TINY:
         target = str(resources.files("mlx_mtp") / "data" / "tiny" / "target")
     loaded = load_pair(
-        target, drafter, dtype=DTYPES[dtype] if dtype else None, quantize=quantize_drafter, report=report
+        target,
+        drafter,
+        dtype=DTYPES[dtype] if dtype else None,
+        quantize=quantize_drafter,
+        clusters=drafter_clusters,
+        report=report,
     )
     return Pair(loaded, Text.from_dir(loaded.target.path), _limits(loaded, prefix_bytes))
 

@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     ("cli", "server", "__main__"),
     ("pair",),
-    ("engine", "load", "text", "hub", "pairs", "doctor", "few_rows", "quantized", "tensors", "weights"),
+    ("engine", "load", "text", "hub", "pairs", "doctor", "few_rows", "quantized", "tensors", "weights", "clusters"),
     ("scheduler", "prefixes", "depth", "drafters", "accept", "sampling", "processors", "logprobs"),
     ("models",),
     ("cache", "kernels"),
