@@ -17,26 +17,25 @@ from mlx_mtp.cache import Snapshot, arrays_of, trunks_of
 
 @dataclass(frozen=True)
 class Spacing:
-    """Where a prompt's prefixes are kept, besides its end.
+    """Where a prompt's prefixes are kept, besides its end. Multiples of the chunk of a prompt alone, so that it is
+    computed in the same pieces whether prefixes are kept or not.
 
     every_tok: at every multiple. On 26B-A4B the windows cost as much as the full layers of some ten thousand positions,
     so oftener would be mostly windows; and an edit costs at most so many tokens.
     tail_tok: at the last multiple that leaves half as many behind it: what changes at the end of a prompt (a cursor, a
-    question) costs a few hundred tokens whatever came before. Only in prompts longer than split_tok: one pass takes
-    what is shorter, and two would be slower.
+    question) costs a few hundred tokens whatever came before.
     share_tok: a request waits for another that is about to compute at least this many of its tokens.
     """
 
     every_tok: int = 4096
     tail_tok: int = 256
-    split_tok: int = 512
     share_tok: int = 256
 
     def stops(self, begin: int, end: int) -> list[int]:
         """Where to keep prefixes while a prompt is computed from `begin` to `end`: ascending, the last is `end`."""
         at = set(range(begin // self.every_tok * self.every_tok + self.every_tok, end, self.every_tok))
         tail = (end - self.tail_tok // 2) // self.tail_tok * self.tail_tok
-        if end - begin > self.split_tok and tail > begin:
+        if tail > begin:
             at.add(tail)
         return [*sorted(at), end]
 

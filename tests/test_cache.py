@@ -331,7 +331,7 @@ def beyond_its_buffers(length: int, rows: int) -> int:
     """Bytes that an engine takes at its largest moment beyond its cache, with rows that continue long prefixes."""
     models = smallest()
     gc.collect()
-    limits = Limits(prefix_bytes=2**40, chunk_tok=4 * rows, first_chunk_tok=4)
+    limits = Limits(prefix_bytes=2**40, alone_tok=4 * rows, first_chunk_tok=4)
     engine, base = engine_of(models, "rand", 3, limits), mx.get_active_memory()
     for row in range(rows):
         tokens, trunk = np.full(length, 5 + row, np.int32), Trunk()

@@ -19,7 +19,7 @@ from mlx_mtp.rows import GREEDY, Request, Sampling
 from mlx_mtp.scheduler import Limits
 
 PLENTY = 2**30
-CLOSE = Spacing(every_tok=20, tail_tok=8, split_tok=12, share_tok=6)  # the same laws on prompts a hundredth as long
+CLOSE = Spacing(every_tok=20, tail_tok=8, share_tok=6)  # the same laws on prompts a hundredth as long
 SEEDED = Sampling(0.9, top_k=20, seed=5)
 
 
@@ -153,10 +153,8 @@ def test_prefixes_of_a_prompt_are_kept_at_its_end_near_it_and_in_between(begin, 
     stops = spacing.stops(begin, end)
     assert stops == sorted(set(stops)) and stops[-1] == end and stops[0] > begin
     assert max(np.diff([begin, *stops])) <= spacing.every_tok
-    if more > spacing.split_tok:
-        assert any(128 <= end - at < 384 for at in stops)
-    else:
-        assert all(at % spacing.every_tok == 0 for at in stops[:-1])
+    assert all(at % Limits().alone_tok == 0 for at in stops[:-1])
+    assert more < 384 or any(128 <= end - at < 384 for at in stops)
 
 
 # what is computed ---------------------------------------------------------------------------------------------
@@ -164,8 +162,7 @@ def test_prefixes_of_a_prompt_are_kept_at_its_end_near_it_and_in_between(begin, 
 
 def engine(models: Models, kind: str = "rand", width: int = 3, **limits) -> Engine:
     """An engine that keeps all that it may."""
-    chunks = {"alone_tok": 16, "chunk_tok": 16, "first_chunk_tok": 8}
-    limits = {"prefix_bytes": PLENTY, "spacing": CLOSE} | chunks | limits
+    limits = {"prefix_bytes": PLENTY, "alone_tok": 16, "chunk_tok": 16, "first_chunk_tok": 8, "spacing": CLOSE} | limits
     return engine_of(models, kind, width, Limits(**limits))
 
 
@@ -199,7 +196,7 @@ def test_a_turn_whose_rendering_differs_in_the_last_few_tokens_costs_only_those(
 
 def test_an_edit_costs_the_part_behind_the_last_prefix_before_it():
     models = smallest()
-    prompt, spacing = prompts(models, (100,))[0], Spacing(every_tok=50, tail_tok=8, split_tok=12)
+    prompt, spacing = prompts(models, (100,))[0], Spacing(every_tok=50, tail_tok=8)
     # kept at 50, 96 and 100, each good for 16 positions before it
     for at, spared in ((97, 97), (83, 83), (79, 50), (36, 36), (33, 0)):
         kept = engine(models, spacing=spacing)
@@ -213,7 +210,7 @@ def test_a_cancelled_request_leaves_what_it_has_computed():
     models = smallest()
     prompt, waits = prompts(models, (60, 5))
     for steps in (1, 2, 4, 7):
-        kept = engine(models, max_rows=1, alone_tok=16, chunk_tok=16, spacing=Spacing())
+        kept = engine(models, max_rows=1, spacing=Spacing())
         number, behind = kept.submit(request(prompt, 40)), kept.submit(request(waits, 3))
         said = [t for _ in range(steps) for e in kept.step() for t in e.tokens]
         kept.cancel(behind)
