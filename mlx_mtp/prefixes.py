@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_mtp.cache import Snapshot, arrays_of, trunks_of
+from mlx_mtp.cache import Snapshot, arrays_of, snapshots_of
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,11 @@ class Prefix:
         """What belongs to this prefix alone, to evaluate it."""
         return list(arrays_of([self.cache, self.drafter]))
 
+    @property
+    def snapshots(self) -> list[Snapshot]:
+        """What shares full layers with others."""
+        return list(snapshots_of([self.cache, self.drafter]))
+
     def usable(self, tokens: np.ndarray) -> int:
         """How many of these tokens need not be computed; the last always is, for what follows it is asked for."""
         sure = self.length - self.back
@@ -88,11 +93,11 @@ class Prefixes:
     @property
     def nbytes(self) -> int:
         """All that is kept, what several share counted once; what live rows hold anyway is not counted."""
-        trunks = {id(t): t.nbytes for p in self._prefixes for t in trunks_of([p.cache, p.drafter])}
+        trunks = {id(s.trunk): s.trunk.nbytes for p in self._prefixes for s in p.snapshots}
         return sum(p.own_bytes for p in self._prefixes) + sum(trunks.values())
 
     def find(self, tokens: np.ndarray) -> tuple[Prefix | None, int]:
-        """The prefix that spares most of these tokens [n] int32, and how many."""
+        """The prefix that spares most of these tokens [n] int32, which counts as used, and how many it spares."""
         best, most = None, 0
         for prefix in self._prefixes:
             if prefix.length <= most:
@@ -100,30 +105,34 @@ class Prefixes:
             count = prefix.usable(tokens)
             if count > most:
                 best, most = prefix, count
+        if best is not None:
+            best.used = next(self._clock)
         return best, most
 
-    def touch(self, prefix: Prefix) -> None:
-        """It has been used."""
-        prefix.used = next(self._clock)
-
     def add(self, prefix: Prefix) -> None:
-        """Keep a prefix, in place of one of the same tokens if there is one."""
-        self._prefixes = [p for p in self._prefixes if not np.array_equal(p.tokens, prefix.tokens)]
+        """Keep a prefix. Of two with the same tokens the one that can be used further back stays, on the full layers
+        of the newer, so that the older's may go."""
+        for old in [p for p in self._prefixes if np.array_equal(p.tokens, prefix.tokens)]:
+            self._prefixes.remove(old)
+            if old.back > prefix.back:
+                for mine, newer in zip(old.snapshots, prefix.snapshots, strict=True):
+                    mine.move(newer.trunk)
+                prefix = old
         self._prefixes.append(prefix)
         self._prefixes.sort(key=lambda p: -p.length)
-        self.touch(prefix)
+        prefix.used = next(self._clock)
 
-    def fit(self, budget_bytes: int, spare: Prefix | None = None) -> None:
-        """Forget the least recently used until the rest takes no more than that; `spare` goes last."""
+    def fit(self, budget_bytes: int) -> None:
+        """Forget the least recently used until the rest takes no more than that."""
         budget_bytes = min(budget_bytes, self.budget_bytes)
         while self._prefixes and self.nbytes > budget_bytes:
-            self._forget(min(self._prefixes, key=lambda p: (p is spare, p.used)))
+            self._forget(min(self._prefixes, key=lambda p: p.used))
 
     def clear(self) -> None:
         self._prefixes.clear()
 
     def _forget(self, prefix: Prefix) -> None:
-        trunks = list(trunks_of([prefix.cache, prefix.drafter]))
+        trunks = [s.trunk for s in prefix.snapshots]
         self._prefixes.remove(prefix)
         del prefix  # the trunks ask who still refers to them
         for trunk in trunks:

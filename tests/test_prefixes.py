@@ -88,23 +88,13 @@ def test_the_least_recently_used_goes_first():
     kept = [prefix([n] * (n + 1)) for n in range(4)]
     for one in kept:
         store.add(one)
-    store.touch(kept[0])
+    assert known(store, 0, 1) == 1
     store.fit(3 * kept[0].own_bytes)
     assert lengths(store) == [1, 3, 4]
     store.fit(2 * kept[0].own_bytes - 1)
     assert lengths(store) == [1]
     store.fit(0)
     assert not len(store) and store.nbytes == 0
-
-
-def test_what_is_about_to_be_used_goes_last():
-    store, old = Prefixes(PLENTY), prefix([5])
-    for one in (old, prefix([6, 6]), prefix([7, 7, 7])):
-        store.add(one)
-    store.fit(old.own_bytes, spare=old)
-    assert lengths(store) == [1]
-    store.fit(0, spare=old)
-    assert not len(store)
 
 
 def test_a_store_never_keeps_more_than_its_own_budget():
@@ -121,6 +111,14 @@ def test_the_same_tokens_are_kept_once():
     store.add(prefix([1, 2, 3]))
     store.add(new)
     assert len(store) == 1 and store.find(np.array([1, 2, 3, 4], np.int32))[0] is new
+
+
+def test_of_the_same_tokens_the_one_that_reaches_further_back_stays_and_the_older_full_layers_go():
+    store, trunk, newer = Prefixes(PLENTY), parked(GROW_TOK), parked(2 * GROW_TOK)
+    store.add(prefix(range(20), trunk, back=16))
+    store.add(prefix(range(20), newer, back=1))
+    assert known(store, *range(8), 99) == 8 and len(store) == 1
+    assert store.nbytes == prefix([1]).own_bytes + newer.nbytes and not trunk.snapshots
 
 
 def test_what_several_prefixes_share_is_counted_once_and_goes_with_the_last():
@@ -247,6 +245,19 @@ def test_requests_that_differ_behind_a_common_beginning_compute_it_once():
     assert [o.tokens for o in outcomes] == [solo(models, one) for one in wanted]
 
 
+def test_all_that_wait_for_the_same_prefix_go_on_together():
+    models = smallest()
+    (prompt,) = prompts(models, (50,))
+    kept = engine(models)
+    for _ in range(4):
+        kept.submit(request(prompt, 9))
+    live = []
+    while not kept.idle:
+        kept.step()
+        live.append(len(kept.scheduler.rows))
+    assert set(live) == {1, 4, 3, 0} and live == sorted(live[:-2]) + live[-2:]
+
+
 def test_others_pass_a_request_that_waits_for_a_common_beginning_and_it_keeps_its_place():
     models = smallest()
     system, other, late = prompts(models, (80, 7, 6))
@@ -293,6 +304,25 @@ def test_a_model_that_drafts_for_itself_is_accepted_completely_behind_a_kept_pre
         (outcome,) = run(kept, [one])
         assert outcome.stats.cached_tokens >= 40 and outcome.tokens == solo(models, one)
         assert outcome.stats.rounds == rounds_needed(25, 3)
+
+
+def test_nobody_begins_before_a_place_where_the_windows_are_no_longer_whole():
+    models = smallest()
+    kept, (prompt, beside, new) = engine(models, "self", 15, spacing=Spacing()), prompts(models, (60, 30, 9), seed=4)
+    text = solo(models, request(prompt, 40))
+    end = next(i for i in range(8, 40) if text.index(text[i]) == i)
+    (ended, _) = run(kept, [request(prompt, 40, eos=[text[end]]), request(beside, 60)])  # it ran on by two rounds
+    assert ended.tokens == text[: end + 1]
+    longer = (*prompt, *ended.tokens, 7)
+    assert cached(run(kept, [request(longer, 1)])) == [60 + end]
+    for cut in (2, 5, 9, 16):
+        known_, wanted = len(longer) - cut, request((*longer[: len(longer) - cut], 1, 2, *new), 9)
+        alone = engine(models, "self", 15, spacing=Spacing())
+        for one in kept.scheduler.prefixes._prefixes:
+            alone.scheduler.prefixes.add(one)
+        (outcome,) = run(alone, [wanted])
+        assert outcome.tokens == solo(models, wanted)
+        assert cached([outcome]) == [60 + end if known_ >= 60 + end else min(known_, 60)]
 
 
 def test_with_no_budget_nothing_is_kept():
@@ -349,6 +379,17 @@ def test_prefixes_make_way_for_rows_and_the_one_that_a_row_continues_goes_last()
     checked(kept)
     outcomes = run(kept, wanted)
     assert cached(outcomes) == [204, 0] and [o.tokens for o in outcomes] == [solo(models, one) for one in wanted]
+
+
+def test_prefixes_are_gone_before_a_row_that_needs_their_memory_begins():
+    models = smallest()
+    cache, (first, second) = engine(models).cache, prompts(models, (300, 400))
+    kept = checked(engine(models, kv_bytes=cache.row_bytes(500), spacing=Spacing()))
+    run(kept, [request(first, 5)])
+    assert len(kept.scheduler.prefixes) == 2
+    kept.submit(request(second, 90))
+    kept.step()
+    assert len(kept.scheduler.prefixes) == 0 and kept.scheduler.rows
 
 
 def test_a_request_that_needs_all_memory_still_continues_what_was_kept():
