@@ -74,8 +74,8 @@ def load(
     """
     if dtype is not None and dtype not in DTYPES:
         raise RequestError(f"dtype is {dtype!r}; expected {', '.join(DTYPES)}")
-    if prefix_bytes is not None and (not isinstance(prefix_bytes, int) or prefix_bytes < 0):
-        raise RequestError(f"prefix_bytes is {prefix_bytes!r}; expected a number of bytes, or 0 to keep nothing")
+    if prefix_bytes is not None and (type(prefix_bytes) is not int or prefix_bytes < 0):
+        raise RequestError(f"prefix_bytes is {prefix_bytes!r}; expected a number of bytes, 0 to keep nothing")
     if target == TINY:
         target = str(resources.files("mlx_mtp") / "data" / "tiny" / "target")
     loaded = load_pair(

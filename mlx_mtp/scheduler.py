@@ -145,7 +145,7 @@ class Scheduler:
             if len(self.rows) + len(sharing) >= self.limits.max_rows:
                 break
             prefix, known = self.prefixes.find(row.prompt)
-            if not self._make_room(row, sharing, prefix):
+            if not self._make_room(row, sharing):
                 break
             if self._shares(row, known):
                 sharing.append(row)
@@ -160,8 +160,6 @@ class Scheduler:
         self.rows.append(row)
         row.begin, row.prefilled, row.marked = prefix, known, known
         row.stats.cached_tokens = known
-        if prefix is not None:
-            self.prefixes.touch(prefix)
         if self.keeps:
             row.stops = self.limits.spacing.stops(known, len(row.prompt))
 
@@ -170,13 +168,13 @@ class Scheduler:
         """Whether prefixes are kept at all."""
         return self.limits.prefix_bytes >= self._row_bytes(1)
 
-    def _make_room(self, row: Row, promised: list[Row], prefix: Prefix | None) -> bool:
+    def _make_room(self, row: Row, promised: list[Row]) -> bool:
         """Whether there is memory for a row beside the live ones and those it is promised to; prefixes make way."""
         if self.limits.kv_bytes is None:
             return True
         left = self.limits.kv_bytes - sum(map(self._bytes, (*self.rows, *promised, row)))
         if left >= 0:
-            self.prefixes.fit(left, spare=prefix)
+            self.prefixes.fit(left)  # the one that this row was found to begin with goes last
         return left >= 0
 
     def _shares(self, row: Row, known: int) -> bool:
