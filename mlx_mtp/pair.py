@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
 from importlib import resources
 from typing import cast
 
@@ -54,6 +55,7 @@ def load(
     *,
     quantize_drafter: int | None = None,
     dtype: str | None = None,
+    limits: Limits | None = None,
     report: Callable[[str, int, int], None] | None = None,
 ) -> Pair:
     """Load a target and its drafter.
@@ -61,7 +63,8 @@ def load(
     target: a checkpoint folder, a hub id, or "tiny", the small pair that comes with this package.
     drafter: a folder or hub id; "auto" finds the one made for the target; None decodes plainly.
     quantize_drafter: 4 or 8 bits, at load. dtype: "float32", "bfloat16" or "float16"; None takes the checkpoint's
-    on a GPU and float32 on a CPU. report: called with (stage, done bytes, total bytes) while weights are read.
+    on a GPU and float32 on a CPU. limits: on rows and memory; without kv_bytes they take what the weights leave.
+    report: called with (stage, done bytes, total bytes) while weights are read.
     Raises CheckpointError, DownloadError, PairingError or RequestError, before weights are read where possible.
     """
     if dtype is not None and dtype not in DTYPES:
@@ -71,7 +74,9 @@ def load(
     loaded = load_pair(
         target, drafter, dtype=DTYPES[dtype] if dtype else None, quantize=quantize_drafter, report=report
     )
-    return Pair(loaded, Text.from_dir(loaded.target.path))
+    if limits is not None and limits.kv_bytes is None:
+        limits = replace(limits, kv_bytes=_kv_budget(loaded))
+    return Pair(loaded, Text.from_dir(loaded.target.path), limits)
 
 
 class Pair:
@@ -84,11 +89,18 @@ class Pair:
         self.context_tok = target.model.config.max_positions
         self._model, self._dtype, self._eos = target.model, target.dtype, target.eos
         self._assistant = loaded.drafter.model if loaded.drafter else None
-        cache = Cache(self._model.specs, MAX_WIDTH, self._dtype)
+        self._limits = limits or Limits(kv_bytes=_kv_budget(loaded))
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget all requests and all cached keys and values, and begin with a new engine over the same weights."""
+        cache, most = Cache(self._model.specs, MAX_WIDTH, self._dtype), self._limits.kv_bytes
         self._depths: dict[int | str, Depth] = {}
-        limits = limits or Limits(kv_bytes=_kv_budget(loaded))
-        self._most_tok = cache.positions_in(limits.kv_bytes) if limits.kv_bytes is not None else self.context_tok
-        self._engine = Engine(self._model, cache, self._drafter(cache), depth_of(0), limits)
+        self._most_tok = self._share_tok = self.context_tok
+        if most is not None:
+            self._most_tok = cache.positions_in(most)
+            self._share_tok = cache.positions_in(most // self._limits.max_rows)
+        self._engine = Engine(self._model, cache, self._drafter(cache), depth_of(0), self._limits)
         self._inbox: dict[int, deque[Event]] = {}
 
     def _drafter(self, cache: Cache) -> Drafter:
@@ -179,6 +191,51 @@ class Pair:
             bad = int(ids[(ids < 0) | (ids >= size)][0])
             raise RequestError(f"token id {bad} is out of range; the vocabulary has {size} tokens, 0 to {size - 1}")
         return tuple(ids.tolist())
+
+    # a level lower: who drives the engine itself, as a server does -----------------------------------------------
+
+    @property
+    def eos(self) -> frozenset[int]:
+        """The checkpoint's end tokens."""
+        return self._eos
+
+    @property
+    def vocab_size(self) -> int:
+        return self._model.config.vocab_size
+
+    @property
+    def room_tok(self) -> int:
+        """The most positions one row can have: the context, or what the memory for keys and values holds."""
+        return min(self.context_tok, self._most_tok)
+
+    @property
+    def share_tok(self) -> int:
+        """The positions that every row can have when as many rows run as may."""
+        return min(self.context_tok, self._share_tok)
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request runs or waits."""
+        return self._engine.idle
+
+    def occupancy(self) -> tuple[int, int]:
+        """Requests that run, and requests that wait."""
+        return len(self._engine.scheduler.rows), len(self._engine.scheduler.waiting)
+
+    def submit(self, request: Request, width: int | str = "auto") -> int:
+        """Queue a request of token ids; `step` returns its events, without text. Raises RequestError."""
+        if width not in self._depths:
+            self._depths[width] = depth_of(width)
+        self._engine.depth = self._depths[width]
+        return self._engine.submit(request)
+
+    def step(self) -> list[Event]:
+        """One pass of the engine over everything that runs; returns all its events."""
+        return self._engine.step()
+
+    def cancel(self, request: int) -> Stats | None:
+        """Forget a request; its row is free before the next pass. Returns what it had cost, None if it had ended."""
+        return self._engine.cancel(request)
 
     # looking inside ---------------------------------------------------------------------------------------------
 

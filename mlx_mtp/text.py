@@ -105,6 +105,17 @@ class Text:
         """The text of token ids, special tokens left out."""
         return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
 
+    def spell(self, token: int) -> bytes:
+        """The bytes of one token by itself, special tokens by their name."""
+        name = self._tokenizer.id_to_token(token) or ""
+        if name[:3] == "<0x" and self._joining is not None and token in self._joining:
+            return bytes([int(name[3:5], 16)])
+        return self._tokenizer.decode([token], skip_special_tokens=False).encode()
+
+    def id_of(self, name: str) -> int | None:
+        """The id of a token by its name, None if the vocabulary lacks it."""
+        return self._tokenizer.token_to_id(name)
+
     def shows(self, token: int) -> bool:
         """Whether a token is part of the text: special tokens and ids without a token are not."""
         return token not in self._hidden and self._tokenizer.id_to_token(token) is not None
@@ -157,14 +168,16 @@ class StopStrings:
                 raise RequestError(f"stop is {stop!r}; expected a text of at least one character")
         self._stops = tuple(stops)
         self._held = ""
+        self.found: str | None = None  # the stop string that was completed
 
     def push(self, text: str) -> tuple[str, bool]:
         """Add text; return what can be shown for certain, and whether a stop string was found."""
         text = self._held + text
-        ends = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
+        ends = [(at + len(stop), at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if ends:
             self._held = ""
-            return text[: min(ends)[1]], True
+            _, at, self.found = min(ends)
+            return text[:at], True
         keep = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep], False

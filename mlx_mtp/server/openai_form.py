@@ -1,0 +1,237 @@
+"""The JSON that OpenAI's endpoints take, as pydantic models, and which fields are accepted without effect.
+
+A field that is `null` is absent (respond.parse drops it). A field that is neither here nor in NO_EFFECT is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, Strict
+
+from mlx_mtp.rows import MAX_LOGPROBS
+from mlx_mtp.server.nouns import ServerError, invalid
+
+# Bookkeeping, hints for caches that nothing need be told here, and limits on what this server never does.
+NO_EFFECT = frozenset(
+    {
+        "user",
+        "metadata",
+        "store",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "prompt_cache_options",
+        "cache_prompt",  # llama.cpp's: always on here
+        "prediction",  # a hint for speed; the text is the same without
+        "keep_alive",
+        "id_slot",
+        "session_id",
+        "request_id",
+    }
+)
+# Fields that mean nothing at these values, and cannot be honoured at others.
+ONLY_AT: dict[str, tuple[Any, ...]] = {
+    "tools": ([],),
+    "functions": ([],),
+    "tool_choice": ("none", "auto"),
+    "function_call": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+    "verbosity": ("medium",),
+    "min_tokens": (0,),
+    "length_penalty": (1, 1.0),
+    "use_beam_search": (False,),
+    "typical_p": (1, 1.0),
+    "skip_special_tokens": (True,),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "include_reasoning": (True,),
+    "return_token_ids": (False,),
+    "logit_bias": ({}, []),
+}
+
+Number = Annotated[float, Strict()]
+Integer = Annotated[int, Strict()]
+Flag = Annotated[bool, Strict()]
+Word = Annotated[str, Strict()]
+
+
+class _Form(BaseModel):
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+
+class StreamOptions(_Form):
+    include_usage: Flag | None = None
+    include_obfuscation: Flag | None = None  # padding against eavesdroppers; nothing leaves this machine
+    continuous_usage_stats: Literal[False] | None = None
+
+
+class Common(_Form):
+    """What both endpoints take."""
+
+    model: Word | None = None
+    stream: Flag = False
+    stream_options: StreamOptions | None = None
+    max_tokens: Annotated[Integer, Field(ge=1)] | None = None
+    temperature: Number | None = None
+    top_p: Number | None = None
+    top_k: Integer | None = None
+    min_p: Number | None = None
+    seed: Integer | None = None
+    presence_penalty: Number | None = None
+    frequency_penalty: Number | None = None
+    repetition_penalty: Number | None = None
+    logit_bias: dict[str, Number] | None = None
+    stop: Word | list[Word] | None = None
+    n: Annotated[Integer, Field(ge=1, le=128)] = 1
+    ignore_eos: Flag = False
+
+    def changes(self) -> dict[str, Any]:
+        """The fields of `Sampling` that the request names. Raises ServerError."""
+        names = ("temperature", "top_p", "top_k", "min_p", "seed")
+        names += ("presence_penalty", "frequency_penalty", "repetition_penalty")
+        out = {name: value for name in names if (value := vars(self)[name]) is not None}
+        if self.top_k == -1:  # vLLM's "all"
+            out["top_k"] = 0
+        if self.seed is not None and -(2**63) <= self.seed < 0:
+            out["seed"] = self.seed % 2**64
+        if self.logit_bias:
+            out["logit_bias"] = tuple((_token(key), bias) for key, bias in self.logit_bias.items())
+        return out
+
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings. Raises ServerError."""
+        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        if "" in stops:
+            raise invalid("stop holds an empty text; expected at least one character", "stop")
+        if len(stops) > 64:
+            raise invalid(f"stop holds {len(stops)} texts; 64 is the most", "stop")
+        return stops
+
+    def check_extras(self) -> None:
+        """Refuse fields that would change the answer and cannot be honoured. Raises ServerError."""
+        extras = {name: value for name, value in (self.model_extra or {}).items() if name not in NO_EFFECT}
+        bad = [n for n, v in extras.items() if not any(_same(v, ok) for ok in ONLY_AT.get(n, ()))]
+        if bad:
+            names = ", ".join(name[:60] for name in sorted(bad)[:20])
+            raise invalid(f"not supported by this server: {names}; leave the field out", sorted(bad)[0][:60])
+
+
+class ChatForm(Common):
+    """The body of /v1/chat/completions."""
+
+    messages: list[dict[str, Any]]
+    max_completion_tokens: Annotated[Integer, Field(ge=1)] | None = None
+    logprobs: Flag = False
+    top_logprobs: Annotated[Integer, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    enable_thinking: Flag | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    def limit(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    def alternatives(self) -> int | None:
+        """How many log-probabilities a token, None for none. Raises ServerError."""
+        if self.top_logprobs and not self.logprobs:
+            raise invalid("top_logprobs is given without logprobs; set logprobs to true", "top_logprobs")
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def options(self) -> dict[str, Any]:
+        """The template's variables, `enable_thinking` among them. Raises ServerError."""
+        options = dict(self.chat_template_kwargs or {})
+        for name in ("messages", "add_generation_prompt", "tools", "documents"):
+            if name in options:
+                raise invalid(f"chat_template_kwargs must not hold {name}", "chat_template_kwargs")
+        said = [options.pop("enable_thinking", None), self.enable_thinking]
+        said.append(None if self.reasoning_effort is None else self.reasoning_effort != "none")
+        said = [flag for flag in said if flag is not None]
+        if not all(isinstance(flag, bool) for flag in said):
+            raise invalid("enable_thinking must be true or false", "chat_template_kwargs")
+        if len(set(said)) > 1:
+            raise invalid("enable_thinking and reasoning_effort contradict each other; give one", "enable_thinking")
+        return {**options, "enable_thinking": bool(said and said[0])}
+
+
+class CompletionForm(Common):
+    """The body of /v1/completions. prompt is checked by hand: pydantic would report every element of a long list."""
+
+    prompt: Any
+    logprobs: Annotated[Integer, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+
+    def prompts(self) -> list[str] | list[list[int]]:
+        """One prompt or several. Raises ServerError."""
+        given = self.prompt
+        if isinstance(given, str):
+            return [given]
+        if isinstance(given, list) and given:
+            if all(type(item) is int for item in given):
+                return [given]
+            if all(isinstance(item, str) for item in given):
+                return given
+            if all(isinstance(item, list) and all(type(i) is int for i in item) for item in given):
+                return given
+        raise invalid("prompt must be a text, a list of texts, token ids, or a list of lists of ids", "prompt")
+
+
+def _token(key: str) -> int:
+    """A key of logit_bias."""
+    if not key.isascii() or not key.isdecimal() or len(key) > 9:
+        raise invalid(f"logit_bias has the key {key[:40]!r}; expected a token id", "logit_bias")
+    return int(key)
+
+
+def _same(value: Any, other: Any) -> bool:
+    return type(value) is type(other) and value == other
+
+
+def plain_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages as templates expect them: nulls left out, tool arguments as objects, no content as empty text.
+
+    Raises ServerError where arguments are no JSON object. OpenAI has them as text, Gemma's templates want an object.
+    """
+    out = []
+    for i, message in enumerate(messages):
+        message = {name: value for name, value in message.items() if value is not None}
+        if isinstance(calls := message.get("tool_calls"), list):
+            message["tool_calls"] = [_plain_call(call, f"messages.{i}.tool_calls") for call in calls]
+            if not calls:
+                del message["tool_calls"]
+        if message.get("role") == "assistant" and (message.get("tool_calls") or "reasoning_content" in message):
+            message.setdefault("content", "")
+        out.append(message)
+    return out
+
+
+def _plain_call(call: Any, param: str) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise invalid("a tool call needs a function with a name", param)
+    arguments = function.get("arguments") or {}
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError):
+            raise invalid("the arguments of a tool call are no JSON", param) from None
+    if not isinstance(arguments, dict):
+        raise invalid(f"the arguments of a tool call are a {type(arguments).__name__}; expected an object", param)
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+def error_body(error: ServerError) -> dict[str, Any]:
+    """An error in OpenAI's form."""
+    kinds = {
+        401: "authentication_error",
+        403: "permission_error",
+        404: "invalid_request_error",
+        429: "rate_limit_error",
+    }
+    kind = kinds.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
+    return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
