@@ -446,6 +446,11 @@ class Chat:
             self._said, self._shown = (*ids, *spoken), rendered + reply
 
 
+def leave_thread() -> None:
+    """End this thread's MLX streams; a thread that ran a pair must, or MLX 0.32 aborts the process at its exit."""
+    mx.clear_streams()
+
+
 def _kv_budget(loaded: LoadedPair) -> int:
     """Bytes for keys and values: most of what the weights leave of this machine's memory."""
     weights = loaded.target.weight_bytes + (loaded.drafter.weight_bytes if loaded.drafter else 0)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
-from mlx_mtp.pair import Pair
+from mlx_mtp.pair import Pair, leave_thread
 from mlx_mtp.rows import GREEDY, Event, Request, RequestError, Sampling
 from mlx_mtp.server.decoding import Decoder, joined
 from mlx_mtp.server.nouns import Delta, Finish, Job, ServerError, State, Usage, invalid
@@ -194,6 +194,12 @@ class Worker:
     # the engine thread ------------------------------------------------------------------------------------------
 
     def _main(self) -> None:
+        try:
+            self._run()
+        finally:
+            leave_thread()
+
+    def _run(self) -> None:
         try:
             pair = self._load()
             self._warm_up(pair)
