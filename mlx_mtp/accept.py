@@ -42,8 +42,11 @@ def verdict(
     logits [B, K+1, V] float32 of the target after [bonus | draft]; start [B] int32: the position of the bonus token.
     hidden [B, K+1, H]: the states the logits came from, without which there is no kernel to do it.
     Rows are judged by drafter-invariant coupling where their sampler is coupled (seeded and greedy requests), by
-    rejection sampling otherwise.
+    rejection sampling otherwise. Where the sampler has processors, every column is processed as if the drafts before
+    it had been said: it counts only if they are kept, and then they have been.
     """
+    if sampler.processors is not None:
+        logits = sampler.processors.columns(logits, draft.tokens)
     if sampler.greedy:
         judged = _by_kernel(draft, logits, None, hidden, None)
         return judged or matching(draft.tokens, mx.argmax(logits, axis=-1).astype(mx.int32))

@@ -14,17 +14,20 @@ from __future__ import annotations
 import itertools
 import time
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, cast
 
 import mlx.core as mx
 
+from mlx_mtp import logprobs
 from mlx_mtp.accept import Verdict, verdict
 from mlx_mtp.cache import Cache, Snapshot
 from mlx_mtp.depth import Depth
 from mlx_mtp.drafters import Drafter
 from mlx_mtp.models.experts import distinct_experts
 from mlx_mtp.models.gemma4 import ALL, LAST, Gemma4
-from mlx_mtp.rows import Draft, Event, Forward, Request, Stats
+from mlx_mtp.processors import History, check_ids
+from mlx_mtp.rows import Draft, Event, Forward, Request, Stats, TokenLogprob
 from mlx_mtp.sampling import RowSampler, Sampler
 from mlx_mtp.scheduler import Chunk, Limits, Row, Scheduler
 
@@ -37,7 +40,8 @@ class Pass:
     chunks: prompt chunks beside it. draft: evaluated first, so that the device starts on it while the rest is
     still being dispatched. out: int32, everything the host will read: per decoded row its width + 1 tokens, then
     every decoded row's kept count, then one number per chunk (the first token, where the prompt ends here), then the
-    round's distinct experts summed over layers, where there are any.
+    round's distinct experts summed over layers, where there are any (`counted`), then per row of `scored` as many
+    tokens' log-probabilities as it has columns, with the `most` best.
     """
 
     decoded: list[Row]
@@ -46,10 +50,27 @@ class Pass:
     chunks: list[Chunk]
     draft: mx.array | None
     out: mx.array
+    counted: bool
+    scored: list[tuple[Row, int]]
+    most: int
 
     @property
     def rows(self) -> list[Row]:
         return [*self.active, *(c.row for c in self.chunks)]
+
+
+@dataclass(frozen=True)
+class Round:
+    """What a round brings. draft: tokens [B, K] (K may be less than was asked for), None where nothing was drafted.
+
+    experts: one array [1], how many distinct ones; none where there are no experts. scores: one array with the packed
+    log-probabilities of the rows that ask for them, in order, flat; none where no row asks.
+    """
+
+    draft: mx.array | None
+    judged: Verdict
+    experts: list[mx.array]
+    scores: list[mx.array]
 
 
 class Engine:
@@ -72,6 +93,7 @@ class Engine:
         self._profile, self._sent_s, self._left_s = profile, 0.0, 0.0
         self._ids = itertools.count()
         self._bonus = mx.zeros((0,), mx.int32)  # [R] newest token of every row
+        self._history = History(target.config.vocab_size)
         self._running: Pass | None = None
         self._samplers: dict[tuple, Sampler] = {}
         self._kept: dict[int, Snapshot] = {}
@@ -83,8 +105,9 @@ class Engine:
         """Queue a request; returns its id. Its tokens come as events of `step`.
 
         begin: a snapshot whose tokens the prompt begins with; only the rest is computed. keep: when the request
-        ends, `take` has a snapshot of its prompt and text.
+        ends, `take` has a snapshot of its prompt and text. Raises RequestError for what can never run here.
         """
+        check_ids(request.sampling, self.target.config.vocab_size)
         row = Row(next(self._ids), request, RowSampler.of(request.sampling), begin=begin, keep=keep)
         row.stats.prompt_tokens = len(request.prompt)
         if begin is not None:
@@ -148,23 +171,29 @@ class Engine:
         chunks = self.scheduler.chunks()
         if not decoded and not chunks:
             return None
-        outs, draft, experts, width, active = [], None, None, 0, []
+        active = [r for r in decoded if r.decoding and not r.done]
+        begun = _asking([c.row for c in chunks if c.last])
+        most = max((r.request.logprobs or 0 for r in (*active, *begun)), default=0)
+        most = min(most, self.target.config.vocab_size)
+        outs, scores, draft, width, experts = [], [], None, 0, []
         if decoded:
-            active = [r for r in decoded if r.decoding and not r.done]
-            width = self._width(active)
-            draft, judged, experts = self._round(decoded, active, width)
-            width = judged.tokens.shape[1] - 1  # a drafter may propose less than it was asked for
-            outs += [judged.tokens.reshape(-1), judged.kept]
+            round_ = self._round(decoded, active, self._width(active), most)
+            draft, experts, width = round_.draft, round_.experts, round_.judged.tokens.shape[1] - 1
+            outs += [round_.judged.tokens.reshape(-1), round_.judged.kept]
+            scores += round_.scores
         for chunk in chunks:
-            outs.append(self._chunk(chunk))
-        if experts is not None:
-            outs.append(experts)
-        return Pass(decoded, active, width, chunks, draft, mx.concatenate(outs))
+            first, score = self._chunk(chunk, most)
+            outs.append(first)
+            scores += score
+        scored = [*((r, width + 1) for r in _asking(active)), *((r, 1) for r in begun)]
+        out = mx.concatenate([*outs, *experts, *scores])
+        return Pass(decoded, active, width, chunks, draft, out, bool(experts), scored, most)
 
     def _join(self, row: Row) -> None:
         request = row.request
         self.cache.join(len(request.prompt) + min(request.max_tokens, 256), row.begin)
         row.begin = None
+        self._history.join(request)
         self._bonus = mx.concatenate([self._bonus, mx.zeros((1,), mx.int32)])
 
     def _width(self, active: list[Row]) -> int:
@@ -172,11 +201,10 @@ class Engine:
         useful = max((r.room for r in active), default=1) - 1
         return max(0, min(self.depth.choose(len(active)), useful))
 
-    def _round(
-        self, decoded: list[Row], active: list[Row], width: int
-    ) -> tuple[mx.array | None, Verdict, mx.array | None]:
-        """Draft, verify, commit; returns the draft [B, K], the verdict, and the count of experts touched [1]."""
-        rows, sampler = slice(0, len(decoded)), self._sampler(decoded)
+    def _round(self, decoded: list[Row], active: list[Row], width: int, most: int) -> Round:
+        """Draft, verify, commit. most: log-probabilities of so many tokens go with each where they are asked for."""
+        rows, asking = slice(0, len(decoded)), [i for i, r in enumerate(decoded) if r in _asking(active)]
+        sampler = self._sampler(decoded, rows)
         bonus = self._bonus[rows]
         draft = Draft(mx.zeros((len(decoded), 0), mx.int32))
         if width:
@@ -185,22 +213,25 @@ class Engine:
         tokens = mx.concatenate([bonus[:, None], draft.tokens], axis=1)
         pass_ = self.cache.open(rows, width + 1)
         hidden, taps = self.target.forward(tokens, pass_, self.drafter.taps)
-        logits = self.target.logits(hidden, capped=not sampler.greedy)
+        logits = self.target.logits(hidden, capped=bool(asking) or not sampler.order_decides)
         judged = verdict(draft, logits, pass_.start, sampler, hidden)
         kept = judged.kept
         if len(active) < len(decoded):  # rows still feeding their prompt stand still
             kept = kept * mx.array([int(r.decoding and not r.done) for r in decoded], mx.int32)
         self.cache.commit(rows, kept, width + 1)
         self.drafter.observe(Forward(rows, tokens, hidden, taps, width, judged.picked), kept)
+        self._history.add(rows, judged.tokens, kept)
         newest = mx.where(kept > 0, judged.bonus, bonus)
         self._bonus = mx.concatenate([newest, self._bonus[len(decoded) :]])
         for row in active:
             row.pending += 1
-        experts = distinct_experts(pass_.routed)[None] if pass_.routed else None
-        return (draft.tokens if width else None), Verdict(judged.tokens, kept), experts
+        experts = [distinct_experts(pass_.routed)[None]] if pass_.routed else []
+        scores = _scores(logits, judged.tokens, asking, most)
+        return Round(draft.tokens if width else None, Verdict(judged.tokens, kept), experts, scores)
 
-    def _chunk(self, chunk: Chunk) -> mx.array:
-        """A prompt chunk; returns the token after it, [1] int32, which counts only at the prompt's end."""
+    def _chunk(self, chunk: Chunk, most: int) -> tuple[mx.array, list[mx.array]]:
+        """A prompt chunk; returns the token after it, [1] int32, which counts only at the prompt's end, and scores as
+        in `Round`."""
         row, count = chunk.row, chunk.count
         rows = slice(row.index, row.index + 1)
         tokens = mx.array([row.request.prompt[row.prefilled : row.prefilled + count]], mx.int32)
@@ -212,30 +243,32 @@ class Engine:
         self.drafter.observe(Forward(rows, tokens, hidden, taps, 0), kept)
         row.prefilled += count
         if not chunk.last:
-            return self.cache.lengths[rows]  # something to wait for
+            return self.cache.lengths[rows], []  # something to wait for
         row.pending += 1
-        sampler = self._sampler([row])
+        sampler, asking = self._sampler([row], rows), [0] if _asking([row]) else []
         nothing = Draft(mx.zeros((1, 0), mx.int32))
-        logits = self.target.logits(hidden[:, LAST], capped=not sampler.greedy)
-        first = verdict(nothing, logits, pass_.start + (count - 1), sampler, hidden[:, LAST]).tokens[:, 0]
+        logits = self.target.logits(hidden[:, LAST], capped=bool(asking) or not sampler.order_decides)
+        judged = verdict(nothing, logits, pass_.start + (count - 1), sampler, hidden[:, LAST])
+        self._history.add(rows, judged.tokens, judged.kept)
+        first = judged.tokens[:, 0]
         bonus = mx.array(self._bonus)
         bonus[row.index] = first[0]
         self._bonus = bonus
-        return first
+        return first, _scores(logits, judged.tokens, asking, most)
 
-    def _sampler(self, rows: list[Row]) -> Sampler:
-        """The rows' settings as arrays, built once for a set of rows."""
+    def _sampler(self, rows: list[Row], where: slice) -> Sampler:
+        """The rows' settings as arrays, built once for a set of rows, with what their texts do to the next logits."""
         key = tuple(r.id for r in rows)
         if key not in self._samplers:
             if len(self._samplers) > 64:
                 self._samplers.clear()
             self._samplers[key] = Sampler([r.sampler for r in rows])
-        return self._samplers[key]
+        return self._samplers[key].steered(self._history.processors(where))
 
     # running ----------------------------------------------------------------------------------------------------
 
     def _state(self) -> tuple[Any, ...]:
-        return self.cache.state(), self.drafter.state(), self._bonus
+        return self.cache.state(), self.drafter.state(), self._bonus, self._history.state()
 
     def _dispatch(self, built: Pass) -> None:
         self._running, self._sent_s, drafted_s = built, time.perf_counter(), 0.0
@@ -255,7 +288,8 @@ class Engine:
         self._running = self._last = None
         if built is None:
             return
-        cache, drafter, self._bonus = state
+        cache, drafter, self._bonus, history = state
+        self._history.restore(history)
         self.cache.restore(cache)
         self.drafter.restore(drafter)
         for row in built.decoded:
@@ -266,12 +300,14 @@ class Engine:
 
     def _read(self, done: Pass, away_s: float) -> list[Event]:
         """Wait for a pass, and turn what it brought into events. away_s: how long the caller had kept us waiting."""
-        values = cast(list[int], done.out.tolist())
+        values = iter(cast(list[int], done.out.tolist()))
         self.host_reads += 1
-        now = time.perf_counter()
-        rows, columns = len(done.decoded), done.width + 1
-        kept, rest = values[rows * columns : rows * (columns + 1)], values[rows * (columns + 1) :]
-        experts = rest.pop() / len(self.target.layers) if len(rest) > len(done.chunks) else 0.0
+        now, columns = time.perf_counter(), done.width + 1
+        tokens = [list(islice(values, columns)) for _ in done.decoded]
+        kept, firsts = list(islice(values, len(done.decoded))), list(islice(values, len(done.chunks)))
+        experts = next(values) / len(self.target.layers) if done.counted else 0.0
+        size = logprobs.packed_size(done.most)
+        scores = {row.id: list(islice(values, count * size)) for row, count in done.scored}
         events = []
         for i, row in enumerate(done.decoded):
             if row.index >= 0:
@@ -280,17 +316,21 @@ class Engine:
                 row.stats.host_reads += 1
                 row.stats.device_s += now - self._sent_s
                 row.stats.experts += experts
-                events.append(self._emit(row, values[i * columns :][: kept[i]], done.width, now))
-        for chunk, first in zip(done.chunks, rest, strict=True):
-            chunk.row.stats.host_reads += 1
-            if chunk.last and not chunk.row.done:
-                chunk.row.first_token_s = now
-                chunk.row.stats.prefill_s = now - chunk.row.started_s
-                events.append(self._emit(chunk.row, [first], None, now))
+                said = tokens[i][: kept[i]]
+                events.append(self._emit(row, said, done.width, now, _told(row, scores, said, done.most)))
+        for chunk, first in zip(done.chunks, firsts, strict=True):
+            row = chunk.row
+            row.stats.host_reads += 1
+            if chunk.last and not row.done:
+                row.first_token_s = now
+                row.stats.prefill_s = now - row.started_s
+                events.append(self._emit(row, [first], None, now, _told(row, scores, [first], done.most)))
         self._report(done, kept, now, away_s)
         return events
 
-    def _emit(self, row: Row, tokens: list[int], width: int | None, now: float) -> Event:
+    def _emit(
+        self, row: Row, tokens: list[int], width: int | None, now: float, scores: tuple[TokenLogprob, ...]
+    ) -> Event:
         """Append new text to a row; ends it at an end token or at its limit. width is None for the first token."""
         row.pending -= 1
         kept, request = len(tokens), row.request
@@ -306,7 +346,7 @@ class Engine:
         if end is not None or len(row.tokens) == request.max_tokens:
             reason = "stop" if end is not None else "length"
             self._end(row, now)
-        return Event(row.id, tuple(tokens), "", reason, stats if reason else None)
+        return Event(row.id, tuple(tokens), "", reason, stats if reason else None, scores[: len(tokens)])
 
     def _end(self, row: Row, now: float) -> None:
         row.done = True
@@ -332,7 +372,29 @@ class Engine:
             last = self.scheduler.leave(row)
             self.cache.leave(index)
             self.drafter.leave(index, last)
+            self._history.leave(index)
             order = list(range(last))
             if index != last:
                 order[index] = last
             self._bonus = self._bonus[mx.array(order, mx.int32)] if order else self._bonus[:0]
+
+
+def _asking(rows: list[Row]) -> list[Row]:
+    """Those of the rows whose tokens' log-probabilities are asked for."""
+    return [r for r in rows if r.request.logprobs is not None]
+
+
+def _scores(logits: mx.array, tokens: mx.array, asking: list[int], most: int) -> list[mx.array]:
+    """`Round.scores` of tokens [B, L] by logits [B, L, V], for some of the rows."""
+    if not asking:
+        return []
+    if len(asking) < logits.shape[0]:
+        some = mx.array(asking, mx.int32)
+        logits, tokens = logits[some], tokens[some]
+    return [logprobs.pack(logits, tokens, most).reshape(-1)]
+
+
+def _told(row: Row, scores: dict[int, list[int]], tokens: list[int], most: int) -> tuple[TokenLogprob, ...]:
+    """What a pass brought of the log-probabilities that a row has asked for."""
+    wanted = row.request.logprobs
+    return () if wanted is None else logprobs.unpack(scores[row.id], tokens, most, wanted)

@@ -7,13 +7,16 @@ Shapes: B rows, L columns, V vocabulary, C candidate tokens.
 
 from __future__ import annotations
 
+import copy
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 
 from mlx_mtp.kernels.choice import Draw
 from mlx_mtp.kernels.noise import gumbel
+from mlx_mtp.processors import Processors
 from mlx_mtp.rows import Sampling
 
 # Streams of noise for unseeded rows, whose draft, acceptance test and correction must be independent.
@@ -48,6 +51,7 @@ class Sampler:
         self.greedy = all(r.sampling.greedy for r in rows)
         self.rejecting = any(not r.coupled for r in rows)
         self.keep_logits = keep_logits or self.rejecting
+        self.processors: Processors | None = None
         if self.greedy:
             return
         column = [1.0 if r.sampling.greedy else 1.0 / r.sampling.temperature for r in rows]
@@ -61,6 +65,19 @@ class Sampler:
         self._most = max(s.top_k for s in drawn)
         if self._filtered:
             self._filters = _Filters([r.sampling for r in rows])
+
+    def steered(self, processors: Processors | None) -> Sampler:
+        """The same settings with what the rows' texts do to the logits of one round."""
+        if processors is None:
+            return self
+        out = copy.copy(self)
+        out.processors = processors
+        return out
+
+    @property
+    def order_decides(self) -> bool:
+        """Whether the order of the logits is all that matters, so that a soft cap may be left out."""
+        return self.greedy and self.processors is None
 
     def filter(self, logits: mx.array) -> mx.array:
         """logits [B, L, C] float32 -> the same over temperature, with what the filters drop at -inf."""
@@ -94,8 +111,9 @@ class Sampler:
 
     @property
     def drafts_by_kernel(self) -> bool:
-        """Whether `drafting` says all there is to know of a draft: nothing is filtered, no logits are kept."""
-        return not self.keep_logits and (self.greedy or not self._filtered)
+        """Whether `drafting` says all there is to know of a draft: nothing is processed or filtered (the kernel takes
+        the head's logits as they come), no logits are kept."""
+        return self.processors is None and not self.keep_logits and (self.greedy or not self._filtered)
 
     def drafting(self, position: mx.array) -> Draw | None:
         """`draw`'s noise as kernels take it, with logits as they come, at position [B]; None: all rows are greedy."""
@@ -119,11 +137,17 @@ class Sampler:
         """[B, 1] uint32: 0 where the row is coupled, `value` where it draws independently."""
         return mx.where(self.coupled, mx.array(0, mx.uint32), mx.array(value, mx.uint32))
 
-    def draw(self, logits: mx.array, ids: mx.array | None, position: mx.array) -> tuple[mx.array, mx.array | None]:
+    def draw(
+        self, logits: mx.array, ids: mx.array | None, position: mx.array, drafted: Sequence[mx.array] = ()
+    ) -> tuple[mx.array, mx.array | None]:
         """A draft: logits [B, C] of tokens `ids` [B, C] (None: column c is token c), position [B] int32.
 
+        drafted: the tokens [B] drafted before it in this round. They steer it as they will the target's choice; without
+        them fewer drafts of requests with penalties are kept, and nothing else changes.
         Returns tokens [B] int32 and, where rejection sampling will ask, the filtered logits [B, C] they came from.
         """
+        if self.processors is not None:
+            logits = self.processors.step(logits, ids, drafted)
         if self.greedy:
             column, kept = mx.argmax(logits, axis=-1), logits if self.keep_logits else None
         else:

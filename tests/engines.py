@@ -157,7 +157,7 @@ class ModelDrafter:
             self._cache.commit(rows, one, 1)
             if i < width:
                 scores = self._model.logits(hidden[:, 0])
-                token, kept = sampler.draw(scores, None, start + 1 + i)
+                token, kept = sampler.draw(scores, None, start + 1 + i, tokens)
                 tokens.append(token)
                 logits.append(kept)
         self._cache.commit(rows, -one * (width + 1), 0)

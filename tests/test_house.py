@@ -16,7 +16,7 @@ LAYERS = (
     ("cli", "server", "__main__"),
     ("pair",),
     ("engine", "load", "text", "hub", "pairs", "doctor", "few_rows", "quantized", "tensors", "weights"),
-    ("scheduler", "depth", "drafters", "accept", "sampling"),
+    ("scheduler", "depth", "drafters", "accept", "sampling", "processors", "logprobs"),
     ("models",),
     ("cache", "kernels"),
     ("rows",),

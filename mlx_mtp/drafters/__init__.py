@@ -20,7 +20,9 @@ class Drafter(Protocol):
     """Target layers whose outputs `observe` needs."""
 
     def propose(self, rows: slice, bonus: mx.array, sampler: Sampler, width: int) -> Draft:
-        """Draft `width` >= 1 tokens to follow bonus [B] int32 (emitted, not yet in the cache), drawn by `sampler`."""
+        """Draft `width` >= 1 tokens to follow bonus [B] int32 (emitted, not yet in the cache), drawn by `sampler`.
+
+        A drafter that draws one after the other tells `sampler.draw` what it has drafted before."""
         ...
 
     def observe(self, fwd: Forward, kept: mx.array) -> None:

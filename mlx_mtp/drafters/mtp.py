@@ -54,7 +54,7 @@ class MtpDrafter:
                 tokens.append(token)
                 continue
             scores, which = self._assistant.logits(y)
-            token, kept = sampler.draw(scores, which, length + 1 + i)
+            token, kept = sampler.draw(scores, which, length + 1 + i, tokens)
             tokens.append(token)
             logits.append(kept)
             ids.append(which)
