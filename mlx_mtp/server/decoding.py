@@ -13,7 +13,13 @@ from mlx_mtp.rows import TokenLogprob
 from mlx_mtp.server.nouns import Job, Kind, Part
 from mlx_mtp.text import Detokenizer, StopStrings, Text
 
-OPEN, CLOSE = "<|channel>", "<channel|>"
+OPEN, CLOSE, TURN = "<|channel>", "<channel|>", "<|turn>"
+
+
+def in_thought(text: Text, tokens: Sequence[int]) -> bool:
+    """Whether a prompt ends inside a thought: some templates open one, after a tool's result for example."""
+    opened, ends = text.id_of(OPEN), {text.id_of(CLOSE), text.id_of(TURN)}
+    return next((token == opened for token in reversed(tokens) if token == opened or token in ends), False)
 
 
 class Splitter:

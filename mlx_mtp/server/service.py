@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mlx_mtp.rows import RequestError, Sampling
+from mlx_mtp.server.decoding import in_thought
 from mlx_mtp.server.metrics import Metrics
 from mlx_mtp.server.nouns import Job, ServerError, Settings, invalid
 from mlx_mtp.server.worker import Generation, Model, Worker
@@ -57,7 +58,8 @@ class Service:
     async def chat(self, messages: list[dict], options: dict[str, Any]) -> Prompt:
         """A conversation by the checkpoint's template; options are template variables. Raises ServerError."""
         text = self.model.text
-        return await self._prepare(lambda: text.chat(messages, options=options), "messages")
+        prompt = await self._prepare(lambda: text.chat(messages, options=options), "messages")
+        return replace(prompt, thinking=in_thought(text, prompt.tokens))
 
     async def text(self, prompt: str) -> Prompt:
         """Text to continue. Raises ServerError."""
