@@ -20,7 +20,7 @@ from mlx_mtp.models.config import AssistantConfig, read_assistant, read_target
 from mlx_mtp.models.gemma4 import Gemma4
 from mlx_mtp.models.gemma4_assistant import Assistant
 from mlx_mtp.pairs import check_pair, find_drafter
-from mlx_mtp.rows import GREEDY, CheckpointError, DownloadError, RequestError, Sampling
+from mlx_mtp.rows import CheckpointError, DownloadError, RequestError, Sampling
 from mlx_mtp.tensors import read_headers, read_json
 from mlx_mtp.weights import Folder, Plan, Report, plan, read
 
@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 # Keys of generation_config.json that would change the text and are not supported: their neutral values.
-UNSUPPORTED = {"repetition_penalty": 1.0, "num_beams": 1, "typical_p": 1.0, "no_repeat_ngram_size": 0}
+UNSUPPORTED = {"num_beams": 1, "typical_p": 1.0, "no_repeat_ngram_size": 0}
 
 
 @dataclass(frozen=True)
@@ -251,15 +251,14 @@ def _token_ids(value: Any, where: str) -> set[int]:
 
 
 def _sampling(values: dict[str, Any], where: str) -> Sampling:
-    """transformers' rule: greedy unless do_sample is true; keys left out or null take its defaults."""
+    """transformers' rule: greedy unless do_sample is true; keys left out or null take its defaults. A repetition
+    penalty holds for both."""
     sample = values.get("do_sample")
     if sample not in (None, True, False):
         raise CheckpointError(f"{where}: do_sample is {sample!r}; expected true or false")
-    if not sample:
-        return GREEDY
-    defaults = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0}
-    given = {k: values[k] for k in defaults if values.get(k) is not None}
+    chosen: dict[str, Any] = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+    chosen |= {k: values[k] for k in chosen if values.get(k) is not None}
     try:
-        return Sampling(**(defaults | given))
+        return Sampling(**chosen) if sample else Sampling(0.0, repetition_penalty=chosen["repetition_penalty"])
     except RequestError as error:
         raise CheckpointError(f"{where}: {error}") from None

@@ -34,8 +34,7 @@ def pack(logits: mx.array, tokens: mx.array, most: int) -> mx.array:
 def unpack(values: list[int], tokens: list[int], most: int, wanted: int) -> tuple[TokenLogprob, ...]:
     """What `pack` gave for the columns of one row, flat, as far as there are tokens; the best `wanted` of the `most`.
 
-    Best first, the lowest id first on ties. A token that ties with the last of them takes its place, so that a greedy
-    choice is always there.
+    Best first, the lowest id first on ties, the token itself among them: so a greedy choice always comes first.
     """
     out, size = [], packed_size(most)
     for i, token in enumerate(tokens):

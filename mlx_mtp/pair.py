@@ -26,6 +26,7 @@ from mlx_mtp.drafters.mtp import MtpDrafter
 from mlx_mtp.drafters.plain import PlainDrafter
 from mlx_mtp.engine import Engine
 from mlx_mtp.load import LoadedPair, load_pair
+from mlx_mtp.processors import check_ids
 from mlx_mtp.rows import (
     GREEDY,
     Completion,
@@ -36,6 +37,7 @@ from mlx_mtp.rows import (
     RequestError,
     Sampling,
     Stats,
+    TokenLogprob,
 )
 from mlx_mtp.sampling import RowSampler, Sampler
 from mlx_mtp.scheduler import Limits
@@ -117,6 +119,7 @@ class Pair:
         width: int | str = "auto",
         max_tokens: int | None = None,
         stop: Sequence[str] = (),
+        logprobs: int | None = None,
     ) -> list[Completion]:
         """Complete one or several prompts, up to eight at a time; one Completion each, in order.
 
@@ -124,9 +127,10 @@ class Pair:
         width: tokens drafted per round, 0 (plain decoding) to 15, "heuristic", or "auto": what pays. All requests
         that run at the same time share one width. max_tokens: None takes what the context and the
         memory leave.
-        stop: strings that end the text (they are not part of it). Raises RequestError before anything runs.
+        stop: strings that end the text (they are not part of it). logprobs: 0 to 20, every token's log-probability
+        with those of so many best ones. Raises RequestError before anything runs.
         """
-        runs = [_Run(self, p, sampling, width, max_tokens, stop) for p in _as_list(prompts)]
+        runs = [_Run(self, p, sampling, width, max_tokens, stop, logprobs) for p in _as_list(prompts)]
         try:
             for run in runs:
                 run.submit()
@@ -146,13 +150,14 @@ class Pair:
         width: int | str = "auto",
         max_tokens: int | None = None,
         stop: Sequence[str] = (),
+        logprobs: int | None = None,
     ) -> Generator[Event, None, None]:
         """Complete one prompt as a stream of events; arguments as in `generate`.
 
         The last event carries finish_reason and stats. Closing the iterator cancels the request. Several streams
         may be open at once; their requests then share every pass.
         """
-        return self._events(_Run(self, prompt, sampling, width, max_tokens, stop))
+        return self._events(_Run(self, prompt, sampling, width, max_tokens, stop, logprobs))
 
     def chat(self, system: str | None = None) -> Chat:
         """A conversation that keeps its cache from turn to turn."""
@@ -306,6 +311,7 @@ class _Run:
         width: int | str,
         max_tokens: int | None,
         stop: Sequence[str],
+        logprobs: int | None = None,
     ) -> None:
         ids, room = pair._tokens(prompt), pair.context_tok
         if len(ids) >= room:
@@ -325,8 +331,11 @@ class _Run:
         if not isinstance(stop, (list, tuple)):
             raise RequestError(f"stop is a {type(stop).__name__}; expected a list of strings")
         left = max(1, min(room, pair._most_tok) - len(ids))
-        self.request = Request(ids, max_tokens or left, sampling or pair.default_sampling, pair._eos)
+        sampling = sampling or pair.default_sampling
+        check_ids(sampling, pair._model.config.vocab_size)
+        self.request = Request(ids, max_tokens or left, sampling, pair._eos, logprobs=logprobs)
         self.tokens: list[int] = []
+        self.logprobs: list[TokenLogprob] = []
         self.pieces: list[str] = []
         self.reason: FinishReason | None = None
         self.stats: Stats | None = None
@@ -364,16 +373,18 @@ class _Run:
                 text, stopped = self._stops.push(self._decoder.finish())
                 shown += [text] if stopped else [text, self._stops.finish()]
                 reason = "stop" if stopped else reason
+        logprobs = event.logprobs[: len(taken)]
         self.tokens += taken
+        self.logprobs += logprobs
         self.pieces += shown
         if reason and stats:
             stats.generated_tokens = len(self.tokens)
         self.reason, self.stats = reason, stats if reason else None
-        return Event(self._id, tuple(taken), "".join(shown), reason, self.stats)
+        return Event(self._id, tuple(taken), "".join(shown), reason, self.stats, logprobs)
 
     def completion(self) -> Completion:
         assert self.reason is not None and self.stats is not None
-        return Completion(self.tokens, "".join(self.pieces), self.reason, self.stats)
+        return Completion(self.tokens, "".join(self.pieces), self.reason, self.stats, tuple(self.logprobs))
 
     def snapshot(self) -> Snapshot | None:
         return self._pair._engine.take(self._id)

@@ -27,7 +27,18 @@ from mlx_mtp.engine import Engine
 from mlx_mtp.load import LoadedTarget, load_drafter, load_target
 from mlx_mtp.models.gemma4 import Gemma4
 from mlx_mtp.models.gemma4_assistant import Assistant
-from mlx_mtp.rows import GREEDY, Candidates, Draft, Event, FinishReason, Forward, Request, Sampling, Stats
+from mlx_mtp.rows import (
+    GREEDY,
+    Candidates,
+    Draft,
+    Event,
+    FinishReason,
+    Forward,
+    Request,
+    Sampling,
+    Stats,
+    TokenLogprob,
+)
 from mlx_mtp.sampling import Sampler
 from mlx_mtp.scheduler import Limits
 
@@ -305,6 +316,41 @@ def full_pass(models: Models, tokens: Sequence[int]) -> mx.array:
     ids = mx.array([list(tokens)], mx.int32)
     hidden, _ = models.target.forward(ids, rows.open(slice(0, 1), len(tokens)))
     return models.target.logits(hidden)[0]
+
+
+def processed(logits: np.ndarray, prompt: Sequence[int], text: Sequence[int], s: Sampling) -> np.ndarray:
+    """Logits [V] after a prompt and a text, token by token as the penalties are defined, in double precision."""
+    out = logits.astype(np.float64)
+    for token in {*prompt, *text}:
+        out[token] *= 1 / s.repetition_penalty if out[token] > 0 else s.repetition_penalty
+    for token in text:
+        out[token] -= s.frequency_penalty
+    for token in set(text):
+        out[token] -= s.presence_penalty
+    for token, bias in s.logit_bias:
+        out[token] += bias
+    return out
+
+
+def logprobs_of(outcome: Outcome) -> list[TokenLogprob]:
+    return [told for event in outcome.events for told in event.logprobs]
+
+
+def assert_true_logprobs(models: Models, wanted: Request, outcome: Outcome) -> None:
+    """Every token of a text has its log-probability, and the best ones beside it, as one pass over the text says."""
+    assert all(len(event.logprobs) == len(event.tokens) for event in outcome.events)
+    told = logprobs_of(outcome)
+    assert [one.token for one in told] == outcome.tokens
+    if not told:
+        return
+    logits = np.array(full_pass(models, (*wanted.prompt, *outcome.tokens))[len(wanted.prompt) - 1 : -1], np.float64)
+    true = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    for one, row in zip(told, true, strict=True):
+        assert abs(one.logprob - row[one.token]) < 1e-4
+        ids, values = [i for i, _ in one.top], [v for _, v in one.top]
+        assert len(set(ids)) == wanted.logprobs and values == sorted(values, reverse=True)
+        np.testing.assert_allclose(values, np.sort(row)[::-1][: len(ids)], atol=1e-4)
+        np.testing.assert_allclose(values, row[ids], atol=1e-4)
 
 
 def rounds_needed(generated: int, width: int) -> int:

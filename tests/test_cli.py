@@ -98,6 +98,12 @@ def test_a_seed_makes_sampled_text_repeatable(run):
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_penalties_change_the_text_and_drafting_does_not(run):
+    argv = ["generate", CODE, "--max-tokens", "30", "--frequency-penalty", "1.5", "--repetition-penalty", "1.2"]
+    steered = run(*argv, "--width", "3").out
+    assert steered == run(*argv, "--width", "0").out != run("generate", CODE, "--max-tokens", "30").out
+
+
 def test_a_message_goes_through_the_chat_template_when_asked(run):
     raw = json.loads(run("generate", "Write a function.", "--json", *SHORT).out)
     chat = json.loads(run("generate", "Write a function.", "--json", "--chat", *SHORT).out)
@@ -138,6 +144,9 @@ def test_on_a_terminal_the_text_ends_with_a_newline(run, monkeypatch):
         (["generate", "x", "--top-p", "0"], "top_p is 0"),
         (["generate", "x", "--top-k", "-3"], "top_k is -3"),
         (["generate", "x", "--min-p", "1.5"], "min_p is 1.5"),
+        (["generate", "x", "--repetition-penalty", "0"], "repetition_penalty is 0"),
+        (["generate", "x", "--presence-penalty", "3"], "presence_penalty is 3"),
+        (["generate", "x", "--frequency-penalty", "-3"], "frequency_penalty is -3"),
         (["generate", "x", "--seed", "-1"], "seed is -1"),
         (["generate", "x", "--stop", ""], "stop is ''"),
         (["generate", "x", "--quantize-drafter", "5"], "4 or 8"),

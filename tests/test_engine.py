@@ -5,6 +5,7 @@ import itertools
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -84,6 +85,24 @@ def test_the_host_reads_the_device_once_a_step(rows, kind, sampling, reads):
         steps += 1
         assert dict(reads) == {"tolist": 1} and engine.host_reads == before + 1
     assert steps > 3
+
+
+@pytest.mark.parametrize("kind", ["plain", "fit", "near"])
+def test_penalties_bias_and_log_probabilities_take_no_read_of_their_own(kind, reads):
+    models = fixture("edge")
+    mixed = [
+        Sampling(0.0, repetition_penalty=1.3),
+        Sampling(seed=3, frequency_penalty=0.5, presence_penalty=1.0),
+        Sampling(0.8, top_k=9, logit_bias=((5, 3.0), (8, -100.0))),
+        GREEDY,
+    ]
+    engine = engine_of(models, kind, Listed([3, 0, 1, 5]))
+    for i, p in enumerate(prompts(models, range(3, 7))):
+        engine.submit(replace(request(p, 9 + i, mixed[i]), logprobs=(None, 0, 5, 2)[i]))
+    while not engine.idle:
+        reads.clear()
+        engine.step()
+        assert dict(reads) == {"tolist": 1}
 
 
 def test_experts_are_counted_without_another_read(reads):

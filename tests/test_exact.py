@@ -9,9 +9,11 @@ from engines import (
     Job,
     Listed,
     Models,
+    assert_true_logprobs,
     engine_of,
     fixture,
     goldens,
+    logprobs_of,
     packed,
     prompts,
     random_widths,
@@ -180,7 +182,15 @@ def test_every_row_accepts_its_own_drafts_whoever_runs_beside_it(shape):
 
 LONGEST = 14  # tokens a text
 POOL = (1, 2, 3, 5, 7, 8, 9, 12, 16, 23)  # prompt lengths; the window is 8
-KINDS = (GREEDY, Sampling(seed=1), Sampling(temperature=0.7, top_k=6, seed=2), Sampling())
+KINDS = (
+    GREEDY,
+    Sampling(seed=1),
+    Sampling(temperature=0.7, top_k=6, seed=2),
+    Sampling(),
+    Sampling(temperature=0.0, repetition_penalty=1.5, frequency_penalty=0.5),
+    Sampling(seed=3, presence_penalty=1.5, logit_bias=((4, 2.0), (11, -100.0))),
+    Sampling(repetition_penalty=0.7, frequency_penalty=-0.5, logit_bias=((30, 2.0),)),
+)
 
 requests_ = st.fixed_dictionaries(
     {
@@ -191,6 +201,7 @@ requests_ = st.fixed_dictionaries(
         "cancel": st.none() | st.integers(0, 25),
         "end": st.none() | st.integers(0, LONGEST - 1),
         "priority": st.integers(0, 1),
+        "logprobs": st.none() | st.integers(0, 4),
     }
 )
 schedules = st.fixed_dictionaries(
@@ -217,7 +228,7 @@ def check_schedule(plan: dict) -> None:
         if known and row["end"] is not None:
             eos = frozenset({want[row["end"]]})
             want = want[: want.index(want[row["end"]]) + 1]
-        wanted = replace(longest, max_tokens=row["tokens"], eos=eos, priority=row["priority"])
+        wanted = replace(longest, max_tokens=row["tokens"], eos=eos, priority=row["priority"], logprobs=row["logprobs"])
         jobs.append(Job(wanted, row["at"], row["cancel"]))
         expected.append(want[: row["tokens"]] if known else None)
     limits = Limits(plan["max_rows"], chunk_tok=plan["chunk"], first_chunk_tok=plan["first_chunk"])
@@ -230,6 +241,10 @@ def check_schedule(plan: dict) -> None:
             assert len(outcome.tokens) == job.request.max_tokens
         else:
             assert outcome.tokens == want
+        if job.request.logprobs is not None:
+            assert_true_logprobs(models, job.request, outcome)
+        assert bool(logprobs_of(outcome)) == (job.request.logprobs is not None and bool(outcome.tokens))
+    assert engine._history.state() == (None, None, None)
     assert not engine.cache.bounds and not engine.scheduler.rows
 
 

@@ -173,14 +173,18 @@ def test_defaults_come_from_the_generation_config(target: Path) -> None:
     assert load_target(str(target)).eos == {1, 7}
     write_json(file, do_sample=False, temperature=0.7)
     assert load_target(str(target)).sampling == GREEDY
+    write_json(file, do_sample=True, repetition_penalty=1.1)
+    assert load_target(str(target)).sampling == Sampling(1.0, 50, 1.0, repetition_penalty=1.1)
+    write_json(file, repetition_penalty=1.1)
+    assert load_target(str(target)).sampling == Sampling(0.0, repetition_penalty=1.1)
     file.unlink()
     assert load_target(str(target)).sampling == GREEDY and load_target(str(target)).eos == {1}
 
 
 def test_a_default_that_cannot_be_honoured_is_noted(target: Path) -> None:
-    write_json(target / "generation_config.json", repetition_penalty=1.1, num_beams=1)
+    write_json(target / "generation_config.json", typical_p=0.9, num_beams=1)
     notes = load_pair(str(target), None).notes
-    assert len(notes) == 1 and "repetition_penalty 1.1 is not supported" in notes[0]
+    assert len(notes) == 1 and "typical_p 0.9 is not supported" in notes[0]
 
 
 @pytest.mark.parametrize(
@@ -189,6 +193,7 @@ def test_a_default_that_cannot_be_honoured_is_noted(target: Path) -> None:
         ({"do_sample": True, "temperature": -1}, "temperature is -1"),
         ({"do_sample": True, "top_k": 2.5}, "top_k is 2.5"),
         ({"do_sample": True, "top_p": 7}, "top_p is 7"),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0"),
         ({"do_sample": "perhaps"}, "do_sample is 'perhaps'"),
         ({"eos_token_id": ["end"]}, "eos_token_id is"),
         ({"eos_token_id": -1}, "eos_token_id is -1"),

@@ -50,6 +50,13 @@ class Choice(Debug):
     top_k: Annotated[int | None, typer.Option(help="Keep the k most probable tokens; 0 keeps all.")] = None
     top_p: Annotated[float | None, typer.Option(help="Keep the smallest set of this probability.")] = None
     min_p: Annotated[float | None, typer.Option(help="Drop tokens below this share of the best.")] = None
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Make tokens of prompt and text less likely; 1 is off.")
+    ] = None
+    presence_penalty: Annotated[
+        float | None, typer.Option(help="Lower the logit of every token that stands in the text; 0 is off.")
+    ] = None
+    frequency_penalty: Annotated[float | None, typer.Option(help="The same, for every time it stands there.")] = None
     seed: Annotated[
         int | None, typer.Option(help="With a seed the text depends on weights, prompt and seed alone.")
     ] = None
@@ -58,6 +65,7 @@ class Choice(Debug):
 def sampling_changes(options: Choice) -> dict[str, Any]:
     """The sampling options that were given, checked before anything is loaded."""
     names = ("temperature", "top_k", "top_p", "min_p", "seed")
+    names += ("repetition_penalty", "presence_penalty", "frequency_penalty")
     given = {name: value for name in names if (value := vars(options)[name]) is not None}
     Sampling(**given)
     return given
