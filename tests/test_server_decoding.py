@@ -8,8 +8,9 @@ import pytest
 from servers import TINY, chunks, running
 
 from mlx_mtp.rows import GREEDY, TokenLogprob
-from mlx_mtp.server.decoding import Decoder, in_thought, joined
-from mlx_mtp.server.nouns import Job, Part
+from mlx_mtp.segments import Segment
+from mlx_mtp.server.decoding import Decoder, joined
+from mlx_mtp.server.nouns import Job
 from mlx_mtp.text import Text
 
 THOUGHT = "<|channel>thought\nlet me see.\n\nright<channel|>The answer"
@@ -24,42 +25,43 @@ def text() -> Text:
     return Text.from_dir(Path(TINY[0]))
 
 
-def job(**fields) -> Job:
-    return Job((2,), 99, GREEDY, **{"splits": True, **fields})
+def job(prompt: tuple[int, ...] = (2,), **fields) -> Job:
+    return Job(prompt, 99, GREEDY, **{"splits": True, **fields})
 
 
-def parts_of(text: Text, job: Job, said: str) -> tuple[tuple[Part, ...], Decoder]:
+def parts_of(text: Text, job: Job, said: str) -> tuple[tuple[Segment, ...], Decoder]:
     decoder, parts = Decoder(text, job), []
     for token in text.encode_rest(said):
-        parts += decoder.push([token], [])[0]
-        if decoder.stop:
+        parts += decoder.push([token])[0]
+        if decoder.ended:
             break
-    return joined(parts if decoder.stop else [*parts, *decoder.finish()]), decoder
+    return joined(parts if decoder.ended else [*parts, *decoder.finish(complete=True)]), decoder
 
 
 def test_a_thought_is_told_apart_without_its_name(text):
     parts, decoder = parts_of(text, job(), THOUGHT)
-    assert parts == (Part("reasoning", "let me see.\n\nright"), Part("answer", "The answer"))
+    assert parts == (Segment("reasoning", "let me see.\n\nright"), Segment("answer", "The answer"))
     inside = text.encode_rest(THOUGHT)
     assert decoder.reasoning_tok == inside.index(text.id_of("<channel|>")) + 1
 
 
 def test_an_empty_thought_is_nothing(text):
-    assert parts_of(text, job(), "<|channel>thought\n<channel|>Yes")[0] == (Part("answer", "Yes"),)
+    assert parts_of(text, job(), "<|channel>thought\n<channel|>Yes")[0] == (Segment("answer", "Yes"),)
 
 
 def test_a_text_may_begin_inside_a_thought_and_end_there(text):
-    assert parts_of(text, job(thinking=True), "so<channel|>yes")[0] == (Part("reasoning", "so"), Part("answer", "yes"))
-    assert parts_of(text, job(), "<|channel>thought\nso")[0] == (Part("reasoning", "so"),)
+    inside = tuple(text.encode("<|turn>model\n<|channel>thought\n"))
+    assert parts_of(text, job(inside), "so<channel|>yes")[0] == (Segment("reasoning", "so"), Segment("answer", "yes"))
+    assert parts_of(text, job(), "<|channel>thought\nso")[0] == (Segment("reasoning", "so"),)
 
 
 def test_where_nothing_is_split_all_text_is_answer(text):
-    assert parts_of(text, job(splits=False), THOUGHT)[0] == (Part("answer", text.decode(text.encode(THOUGHT))),)
+    assert parts_of(text, job(splits=False), THOUGHT)[0] == (Segment("answer", text.decode(text.encode(THOUGHT))),)
 
 
 def test_stop_strings_end_the_answer_and_not_a_thought(text):
     parts, decoder = parts_of(text, job(stop=("\n\n", "answ", "er")), THOUGHT)
-    assert parts == (Part("reasoning", "let me see.\n\nright"), Part("answer", "The "))
+    assert parts == (Segment("reasoning", "let me see.\n\nright"), Segment("answer", "The "))
     assert decoder.stop == "answ" and decoder.tokens < len(text.encode_rest(THOUGHT))
 
 
@@ -71,14 +73,15 @@ def test_log_probabilities_are_of_the_answers_tokens_alone(text):
     assert b"".join(text.spell(one.token) for one in shown) == b"The answer"
 
 
-def test_whether_a_prompt_ends_inside_a_thought(text):
-    for said, inside in (
-        ("<|turn>model\n<|channel>thought\n", True),
-        ("<|turn>model\n<|channel>thought\n<channel|>", False),
-        ("<|turn>user\n<|channel><turn|>\n<|turn>model\n", False),
-        ("hello", False),
-    ):
-        assert in_thought(text, text.encode(said)) is inside
+CALLS = '<|tool_call>call:look{at:<|"|>a<|"|>}<tool_call|><|tool_call>call:leave{}<tool_call|>'
+
+
+def test_tool_calls_are_told_apart_and_may_be_limited_to_one(text):
+    parts, decoder = parts_of(text, job(), "ok" + CALLS)
+    assert [part.kind for part in parts] == ["answer", "call", "arguments", "end", "call", "arguments", "end"]
+    assert decoder.calls == 2 and not decoder.ended
+    parts, decoder = parts_of(text, job(one_call=True), "ok" + CALLS)
+    assert parts[-1] == Segment("end", "", 0) and decoder.calls == 1 and decoder.ended and decoder.stop is None
 
 
 def test_every_token_is_spelt_as_the_text_has_it(text):

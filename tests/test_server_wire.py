@@ -73,6 +73,8 @@ def test_a_completion_stream_has_the_form_that_clients_parse(live):
 
 IMAGE = {"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{oops"}}
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+EMPTY_CALL = {**CALL, "function": {"name": "f", "arguments": ""}}
 DEEP = b'{"prompt":' + b"[" * 90_000 + b"]" * 90_000 + b"}"
 REFUSED = {
     "not JSON": (TEXT, b"{"),
@@ -90,6 +92,17 @@ REFUSED = {
     "an unknown role": (CHAT, {"messages": [{"role": "root", "content": "a"}]}),
     "an image": (CHAT, {"messages": [{"role": "user", "content": [IMAGE]}]}),
     "tool arguments that are no JSON": (CHAT, {"messages": [*HELLO, {"role": "assistant", "tool_calls": [CALL]}]}),
+    "tool calls that are a number": (CHAT, {"messages": [*HELLO, {"role": "assistant", "tool_calls": 5}]}),
+    "tool arguments nested deeply": (
+        CHAT,
+        {
+            "messages": [
+                *HELLO,
+                {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[" * 60_000}}]},
+            ]
+        },
+    ),
+    "a role that is an object": (CHAT, {"messages": [{"role": {}, "content": "a"}]}),
     "tools that are text": (CHAT, {"messages": HELLO, "tools": "all"}),
     "template variables that are taken": (CHAT, {"messages": HELLO, "chat_template_kwargs": {"messages": []}}),
     "max_tokens negative": (TEXT, {"prompt": "a", "max_tokens": -1}),
@@ -153,6 +166,7 @@ TAKEN = {
     ),
     "what clients send for their own books": (TEXT, {"prompt": "a", "user": "me", "metadata": {}, "store": False}),
     "fields at the value that changes nothing": (TEXT, {"prompt": "a", "echo": False, "best_of": 1, "suffix": None}),
+    "tools not to be called": (CHAT, {"messages": HELLO, "tools": TOOLS, "tool_choice": "none"}),
     "no tools": (CHAT, {"messages": HELLO, "tools": [], "tool_choice": "auto", "parallel_tool_calls": False}),
     "parts of text": (CHAT, {"messages": [{"role": "user", "content": [{"type": "text", "text": "hello"}]}]}),
     "more tokens than there is room for": (TEXT, {"prompt": [5] * 4090, "max_tokens": 32000}),

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mlx_mtp.rows import RequestError, Sampling
-from mlx_mtp.server.decoding import in_thought
 from mlx_mtp.server.metrics import Metrics
 from mlx_mtp.server.nouns import Job, ServerError, Settings, invalid
 from mlx_mtp.server.worker import Generation, Model, Worker
@@ -19,10 +18,9 @@ MAX_WAIT_S = 30
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids ready to run. thinking: whether the template left them inside a thought."""
+    """Token ids ready to run."""
 
     tokens: tuple[int, ...]
-    thinking: bool = False
 
 
 class Service:
@@ -58,8 +56,7 @@ class Service:
     async def chat(self, messages: list[dict], options: dict[str, Any]) -> Prompt:
         """A conversation by the checkpoint's template; options are template variables. Raises ServerError."""
         text = self.model.text
-        prompt = await self._prepare(lambda: text.chat(messages, options=options), "messages")
-        return replace(prompt, thinking=in_thought(text, prompt.tokens))
+        return await self._prepare(lambda: text.chat(messages, options=options), "messages")
 
     async def text(self, prompt: str) -> Prompt:
         """Text to continue. Raises ServerError."""
@@ -84,6 +81,8 @@ class Service:
             tokens = await asyncio.to_thread(encode)
         except RequestError as error:
             raise invalid(str(error), param) from None
+        except RecursionError:
+            raise invalid(f"{param} is nested too deeply", param) from None
         return self._fitting(tuple(tokens), param)
 
     def _fitting(self, tokens: tuple[int, ...], param: str) -> Prompt:
