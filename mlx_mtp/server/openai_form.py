@@ -122,12 +122,26 @@ class Common(_Form):
             raise invalid(f"not supported by this server: {names}; leave the field out", sorted(bad)[0][:60])
 
 
+class CallForm(_Form):
+    """A tool call that was made earlier. arguments: an object, or its JSON text; empty text is an empty object."""
+
+    class Function(_Form):
+        name: Word
+        arguments: Word | dict[str, Any] | None = None
+
+    id: Word | None = None
+    function: Function
+
+
 class Message(_Form):
-    """A turn of a conversation. What templates do not know, such as a name, they leave out."""
+    """A turn of a conversation. What templates do not know, such as a user's name, they leave out."""
 
     role: Word
     content: Word | list[dict[str, Any]] | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    name: Word | None = None
+    reasoning_content: Word | None = None
+    tool_calls: list[CallForm] | None = None
+    tool_call_id: Word | None = None
 
 
 class Function(_Form):
