@@ -24,7 +24,7 @@ WORDS = (
     "é" * 7,
     "<|channel>",
     "<|turn>model\n",
-    "x" * 3000,
+    "x" * 300,
     "\u200d👩\u0644",
 )
 NUMBERS = (0, 1, -1, 2, 0.5, -0.0, 1e-9, 1e23, 1e308, 2**31, 2**63, 2**64, -(2**64), 10**40, math.nan, math.inf)
@@ -112,7 +112,7 @@ class Fuzz:
         if isinstance(body, dict):
             if chance.random() < 0.1:
                 body[str(self.value(9))] = self.value()
-            for name, most in (("max_tokens", 50), ("max_completion_tokens", 50), ("n", 9)):
+            for name, most in (("max_tokens", 6), ("max_completion_tokens", 6), ("n", 3)):
                 if isinstance(body.get(name), (int, float)) and body[name] > most:
                     body[name] = most  # more is legal, and would take minutes
         raw = json.dumps(body, ensure_ascii=chance.random() < 0.5).encode("utf-8", "surrogatepass")
@@ -204,7 +204,7 @@ def bombard(live: Live, count: int, seed: int, threads: int) -> None:
     if wrong and isinstance(wrong[0], Exception):
         raise wrong[0]
     assert not wrong and len(done) == count // threads * threads
-    assert 0.2 < sum(done) / len(done) < 0.8  # or it asks for too little that is right, or wrong
+    assert 0.15 < sum(done) / len(done) < 0.8  # or it asks for too little that is right, or wrong
     assert live.settled() and live.worker.faults == 0 and live.text(**ask) == want
 
 
