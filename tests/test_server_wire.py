@@ -7,9 +7,17 @@ import threading
 import pytest
 from servers import EDGE, Live, chunks, running, until
 
+from mlx_mtp.rows import GREEDY, Stats
+from mlx_mtp.server.decoding import Decoder, joined
+from mlx_mtp.server.nouns import Delta, Finish, Job, Usage
+from mlx_mtp.server.openai import ChatWriter
+from mlx_mtp.server.openai_form import ChatForm
+from mlx_mtp.server.respond import Text
+
 LONG = list(range(3, 700)) * 4  # token ids; several prompt chunks
 ENDLESS = {"ignore_eos": True, "max_tokens": 1200, "temperature": 0}
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+CALLS = '<|tool_call>call:look{at:<|"|>a, b<|"|>}<tool_call|><|tool_call>call:leave.it{}<tool_call|>'
 HELLO = [{"role": "user", "content": "hello there"}]
 
 
@@ -67,6 +75,36 @@ def test_a_completion_stream_has_the_form_that_clients_parse(live):
     assert all(set(d["choices"][0]) == {"index", "text", "logprobs", "finish_reason"} for d in data)
     assert "".join(d["choices"][0]["text"] for d in data) == live.text("hello", temperature=0)
     assert [d["choices"][0]["finish_reason"] for d in data[-2:]][-1] == "length"
+
+
+def test_tool_calls_have_the_form_that_clients_parse(live):
+    """The tiny models call no tools, so the calls are those of a text that is given."""
+    tokenizer = live.pair.text
+    form = ChatForm.model_validate({"messages": HELLO})
+    writer, decoder = ChatWriter(live.service, form), Decoder(tokenizer, Job((2,), 99, GREEDY, splits=True))
+    stats, sent, whole = Stats(), [], Text()
+    for token in tokenizer.encode_rest("so" + CALLS):
+        delta = Delta(joined(decoder.push([token])[0]), 1)
+        sent += writer.delta(0, delta)
+        whole.add(delta)
+    last = Delta(finish=Finish("stop", None, decoder.calls, 0, stats))
+    sent += writer.delta(0, last)
+    whole.add(last)
+    choices = [json.loads(line[6:])["choices"][0] for line in sent]
+    calls = [call for c in choices for call in c["delta"].get("tool_calls", [])]
+    assert choices[-1]["finish_reason"] == "tool_calls" and choices[-1]["delta"] == {}
+    opened = [call for call in calls if "id" in call]
+    assert [(c["index"], c["type"], c["function"]) for c in opened] == [
+        (0, "function", {"name": "look", "arguments": ""}),
+        (1, "function", {"name": "leave.it", "arguments": ""}),
+    ]
+    for i, arguments in enumerate(({"at": "a, b"}, {})):
+        pieces = [c["function"]["arguments"] for c in calls if c["index"] == i]
+        assert json.loads("".join(pieces)) == arguments
+    message = writer.body([whole], Usage(1, 0, 9, 0))["choices"][0]["message"]
+    assert message["content"] == "so" and len({c["id"] for c in message["tool_calls"]}) == 2
+    assert [c["function"]["name"] for c in message["tool_calls"]] == ["look", "leave.it"]
+    assert json.loads(message["tool_calls"][0]["function"]["arguments"]) == {"at": "a, b"}
 
 
 # bodies -----------------------------------------------------------------------------------------------------
