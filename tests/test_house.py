@@ -30,7 +30,7 @@ LAYERS = (
         "tensors",
         "weights",
     ),
-    ("scheduler", "depth", "drafters", "accept", "sampling", "processors", "logprobs"),
+    ("scheduler", "prefixes", "depth", "drafters", "accept", "sampling", "processors", "logprobs"),
     ("models",),
     ("cache", "kernels"),
     ("rows",),

@@ -44,6 +44,12 @@ class Serve(Choice):
         float | None,
         typer.Option(rich_help_panel=LIMIT, min=0.01, help="Memory for keys and values; unset = 85% less weights."),
     ] = None
+    prefix_gb: Annotated[
+        float | None,
+        typer.Option(
+            rich_help_panel=LIMIT, min=0, help="Of it, for prefixes of earlier prompts and texts; unset = half, 0 none."
+        ),
+    ] = None
     max_body_mb: Annotated[
         int, typer.Option(rich_help_panel=LIMIT, min=1, max=1024, help="Longest request body; beyond it 413.")
     ] = 32
@@ -139,12 +145,14 @@ def _load(options: Serve) -> Pair:
     from mlx_mtp.scheduler import Limits
 
     kv_bytes = None if options.kv_gb is None else int(options.kv_gb * 1e9)
+    prefix_bytes = None if options.prefix_gb is None else int(options.prefix_gb * 1e9)
     with progress() as report:
         pair = load(
             options.model,
             None if options.drafter == "none" else options.drafter,
             quantize_drafter=options.quantize_drafter,
             dtype=options.dtype,
+            prefix_bytes=prefix_bytes,
             limits=Limits(max_rows=options.rows, kv_bytes=kv_bytes),
             report=report,
         )
