@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
 from importlib import resources
 from typing import cast
 
@@ -56,6 +57,7 @@ def load(
     quantize_drafter: int | None = None,
     drafter_clusters: int | None = None,
     dtype: str | None = None,
+    limits: Limits | None = None,
     prefix_bytes: int | None = None,
     report: Callable[[str, int, int], None] | None = None,
 ) -> Pair:
@@ -67,6 +69,7 @@ def load(
     quantize_drafter: 4 or 8 bits, at load. drafter_clusters: cluster the vocabulary of a drafter that scores all of it,
     once (kept on disk), and score so many clusters a step: fewer drafts are kept, the text is the same.
     dtype: "float32", "bfloat16" or "float16"; None takes the checkpoint's on a GPU and float32 on a CPU.
+    limits: on rows and memory; without kv_bytes they take what the weights leave.
     prefix_bytes: memory for what has been computed of earlier prompts and replies, so that a later prompt that begins
     the same costs only the rest; None is half of that for all keys and values, which running requests take back as they
     need it; 0 keeps nothing. report: called with (stage, done bytes, total bytes) while weights are read.
@@ -86,7 +89,8 @@ def load(
         clusters=drafter_clusters,
         report=report,
     )
-    return Pair(loaded, Text.from_dir(loaded.target.path), _limits(loaded, prefix_bytes))
+    limits = _limits(loaded, limits or Limits(), prefix_bytes)
+    return Pair(loaded, Text.from_dir(loaded.target.path), limits)
 
 
 class Pair:
@@ -99,11 +103,18 @@ class Pair:
         self.context_tok = target.model.config.max_positions
         self._model, self._dtype, self._eos = target.model, target.dtype, target.eos
         self._loaded = loaded
-        cache = Cache(self._model.specs, MAX_WIDTH, self._dtype)
+        self._limits = limits or _limits(loaded, Limits(), None)
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget all requests and all cached keys and values, and begin with a new engine over the same weights."""
+        cache, most = Cache(self._model.specs, MAX_WIDTH, self._dtype), self._limits.kv_bytes
         self._depths: dict[int | str, Depth] = {}
-        limits = limits or _limits(loaded, None)
-        self._most_tok = cache.positions_in(limits.kv_bytes) if limits.kv_bytes is not None else self.context_tok
-        self._engine = Engine(self._model, cache, loaded.new_drafter(cache), depth_of(0), limits)
+        self._most_tok = self._share_tok = self.context_tok
+        if most is not None:
+            self._most_tok = cache.positions_in(most)
+            self._share_tok = cache.positions_in(most // self._limits.max_rows)
+        self._engine = Engine(self._model, cache, self._loaded.new_drafter(cache), depth_of(0), self._limits)
         self._inbox: dict[int, deque[Event]] = {}
 
     @property
@@ -201,6 +212,51 @@ class Pair:
             bad = int(ids[(ids < 0) | (ids >= size)][0])
             raise RequestError(f"token id {bad} is out of range; the vocabulary has {size} tokens, 0 to {size - 1}")
         return tuple(ids.tolist())
+
+    # a level lower: who drives the engine itself, as a server does -----------------------------------------------
+
+    @property
+    def eos(self) -> frozenset[int]:
+        """The checkpoint's end tokens."""
+        return self._eos
+
+    @property
+    def vocab_size(self) -> int:
+        return self._model.config.vocab_size
+
+    @property
+    def room_tok(self) -> int:
+        """The most positions one row can have: the context, or what the memory for keys and values holds."""
+        return min(self.context_tok, self._most_tok)
+
+    @property
+    def share_tok(self) -> int:
+        """The positions that every row can have when as many rows run as may."""
+        return min(self.context_tok, self._share_tok)
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request runs or waits."""
+        return self._engine.idle
+
+    def occupancy(self) -> tuple[int, int]:
+        """Requests that run, and requests that wait."""
+        return len(self._engine.scheduler.rows), len(self._engine.scheduler.waiting)
+
+    def submit(self, request: Request, width: int | str = "auto") -> int:
+        """Queue a request of token ids; `step` returns its events, without text. Raises RequestError."""
+        if width not in self._depths:
+            self._depths[width] = depth_of(width)
+        self._engine.depth = self._depths[width]
+        return self._engine.submit(request)
+
+    def step(self) -> list[Event]:
+        """One pass of the engine over everything that runs; returns all its events."""
+        return self._engine.step()
+
+    def cancel(self, request: int) -> Stats | None:
+        """Forget a request; its row is free before the next pass. Returns what it had cost, None if it had ended."""
+        return self._engine.cancel(request)
 
     # looking inside ---------------------------------------------------------------------------------------------
 
@@ -410,12 +466,21 @@ class Chat:
             self._said, self._shown = (*ids, *spoken), rendered + reply
 
 
-def _limits(loaded: LoadedPair, prefix_bytes: int | None) -> Limits:
+def leave_thread() -> None:
+    """End this thread's MLX streams; a thread that ran a pair must, or MLX 0.32 aborts the process at its exit."""
+    mx.clear_streams()
+
+
+def _limits(loaded: LoadedPair, limits: Limits, prefix_bytes: int | None) -> Limits:
     """For keys and values most of what the weights leave of this machine's memory; of that a share for prefixes."""
     weights = loaded.target.weight_bytes + (loaded.drafter.weight_bytes if loaded.drafter else 0)
-    kv_bytes = max(MIN_KV_BYTES, int(0.85 * memory_bytes()) - weights)
-    return Limits(
-        kv_bytes=kv_bytes, prefix_bytes=int(PREFIX_SHARE * kv_bytes) if prefix_bytes is None else prefix_bytes
+    kv_bytes = limits.kv_bytes
+    if kv_bytes is None:
+        kv_bytes = max(MIN_KV_BYTES, int(0.85 * memory_bytes()) - weights)
+    return replace(
+        limits,
+        kv_bytes=kv_bytes,
+        prefix_bytes=int(PREFIX_SHARE * kv_bytes) if prefix_bytes is None else prefix_bytes,
     )
 
 

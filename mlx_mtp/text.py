@@ -14,15 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
+from mlx_mtp.messages import check_messages, check_tools, for_template
 from mlx_mtp.rows import CheckpointError, RequestError
-
-ROLES = frozenset({"system", "developer", "user", "assistant", "model", "tool"})
 
 # Decoders that see one token at a time, except that ByteFallback joins a run of byte tokens.
 LOCAL_DECODERS = frozenset({"Replace", "ByteFallback", "Fuse"})
@@ -89,14 +88,24 @@ class Text:
         return self.encode(self.render(messages, add_generation_prompt=add_generation_prompt, options=options))
 
     def render(self, messages: list[dict], *, add_generation_prompt: bool = True, options: dict | None = None) -> str:
-        """The text of a conversation; `options` are more template variables (`enable_thinking`, `tools`)."""
+        """The text of a conversation; `options` are more template variables (`enable_thinking`, `tools`).
+
+        Tools are written as in OpenAI's chat completions, and so are their calls and results in the messages. Raises
+        RequestError for tools if the template has no place for them.
+        """
         if self._template_source is None:
             raise RequestError("this checkpoint has no chat template (a base model?); give the prompt as plain text")
-        _check_messages(messages)
+        check_messages(messages)
         variables: dict[str, Any] = {"tools": None, "documents": None, **self._special, **(options or {})}
+        if variables["tools"]:
+            check_tools(variables["tools"])
+            if "tools" not in self.template_variables:
+                raise RequestError("this checkpoint's chat template has no place for tools; send the request without")
+        joins_results = "tool_responses" in self._template_source and "tool_call_id" not in self._template_source
+        plain = _plain(for_template(messages, joins_results))
         try:
             return self._template.render(
-                messages=_plain(messages), add_generation_prompt=add_generation_prompt, **_plain(variables)
+                messages=plain, add_generation_prompt=add_generation_prompt, **_plain(variables)
             )
         except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
             raise RequestError(f"the chat template refused the messages: {_one_line(error)}") from error
@@ -105,6 +114,17 @@ class Text:
         """The text of token ids, special tokens left out."""
         return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
 
+    def spell(self, token: int) -> bytes:
+        """The bytes of one token by itself, special tokens by their name."""
+        name = self._tokenizer.id_to_token(token) or ""
+        if name[:3] == "<0x" and self._joining is not None and token in self._joining:
+            return bytes([int(name[3:5], 16)])
+        return self._tokenizer.decode([token], skip_special_tokens=False).encode()
+
+    def id_of(self, name: str) -> int | None:
+        """The id of a token by its name, None if the vocabulary lacks it."""
+        return self._tokenizer.token_to_id(name)
+
     def shows(self, token: int) -> bool:
         """Whether a token is part of the text: special tokens and ids without a token are not."""
         return token not in self._hidden and self._tokenizer.id_to_token(token) is not None
@@ -112,6 +132,13 @@ class Text:
     def joins_next(self, token: int) -> bool:
         """Whether what this token shows can depend on the token after it."""
         return self._joining is None or token in self._joining
+
+    @cached_property
+    def template_variables(self) -> frozenset[str]:
+        """What the chat template can be told (`tools`, `enable_thinking`, ...); anything else would be ignored."""
+        self._template  # noqa: B018  it says what is wrong with a broken one
+        tree = _environment().parse(self._template_source or "")
+        return frozenset(meta.find_undeclared_variables(tree))
 
     @cached_property
     def _template(self) -> jinja2.Template:
@@ -157,14 +184,16 @@ class StopStrings:
                 raise RequestError(f"stop is {stop!r}; expected a text of at least one character")
         self._stops = tuple(stops)
         self._held = ""
+        self.found: str | None = None  # the stop string that was completed
 
     def push(self, text: str) -> tuple[str, bool]:
         """Add text; return what can be shown for certain, and whether a stop string was found."""
         text = self._held + text
-        ends = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
+        ends = [(at + len(stop), at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if ends:
             self._held = ""
-            return text[: min(ends)[1]], True
+            _, at, self.found = min(ends)
+            return text[:at], True
         keep = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep], False
@@ -234,27 +263,6 @@ def _find_template(path: Path, config: dict) -> str | None:
             f"{path}: chat_template is a {type(found).__name__}; expected text, or a list of named templates"
         )
     return found
-
-
-def _check_messages(messages: list[dict]) -> None:
-    """Raise RequestError unless these are messages that a text model can read."""
-    if not isinstance(messages, (list, tuple)) or not messages:
-        raise RequestError("the conversation is empty; expected a list of at least one message")
-    for i, message in enumerate(messages):
-        if not isinstance(message, dict):
-            raise RequestError(f"message {i} is a {type(message).__name__}; expected an object with role and content")
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES:
-            raise RequestError(f"message {i} has role {role!r}; expected one of {', '.join(sorted(ROLES))}")
-        parts = content if isinstance(content, list) else []
-        for part in parts:
-            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            if kind != "text" or not isinstance(part.get("text"), str):
-                raise RequestError(
-                    f"message {i} has a part of type {kind!r}; expected text (no image or audio support)"
-                )
-        if not isinstance(content, (str, list)) and not message.get("tool_calls"):
-            raise RequestError(f"message {i} has content {content!r}; expected text")
 
 
 def _plain(value: Any) -> Any:

@@ -15,7 +15,22 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     ("cli", "server", "__main__"),
     ("pair",),
-    ("engine", "load", "text", "hub", "pairs", "doctor", "few_rows", "quantized", "tensors", "weights", "clusters"),
+    (
+        "engine",
+        "load",
+        "text",
+        "segments",
+        "arguments",
+        "messages",
+        "hub",
+        "pairs",
+        "doctor",
+        "few_rows",
+        "quantized",
+        "tensors",
+        "weights",
+        "clusters",
+    ),
     ("scheduler", "prefixes", "depth", "drafters", "accept", "sampling", "processors", "logprobs"),
     ("models",),
     ("cache", "kernels"),
@@ -23,7 +38,14 @@ LAYERS = (
 )
 HEIGHT = {name: -depth for depth, layer in enumerate(LAYERS) for name in layer}
 # The two exceptions: the package shows what users need, and the nouns stand on nothing of ours.
-ONLY = {"__init__": {"pair", "rows"}, "rows": set(), "text": {"rows"}}
+ONLY = {
+    "__init__": {"pair", "rows"},
+    "rows": set(),
+    "text": {"rows", "messages"},
+    "messages": {"rows"},
+    "segments": {"text", "arguments"},
+    "arguments": set(),
+}
 
 MAX_FUNCTION_LINES = 80
 MAX_FILE_LINES = {"models": 700}

@@ -1,0 +1,115 @@
+"""A server under test: the real application and engine behind a real socket, on threads of this process.
+
+with running(TINY) as live:
+    live.client.post("/v1/completions", json={"prompt": "import os"})
+"""
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import httpx
+from checkpoints import FIXTURES
+
+from mlx_mtp.pair import Pair, load
+from mlx_mtp.scheduler import Limits
+from mlx_mtp.server.metrics import Metrics
+from mlx_mtp.server.nouns import Settings
+from mlx_mtp.server.run import Server, listen
+from mlx_mtp.server.service import Service
+from mlx_mtp.server.worker import Reports, Worker
+
+TINY = (str(resources.files("mlx_mtp") / "data" / "tiny" / "target"), "auto")
+EDGE = (str(FIXTURES / "edge" / "target"), str(FIXTURES / "edge" / "assistant_fit"))
+LATE_S = 60.0  # no answer is waited for longer, however busy the machine
+
+
+@dataclass
+class Live:
+    """A server that answers. pair: the engine's own, to be read only while it is idle, or to inject a fault."""
+
+    url: str
+    service: Service
+    client: httpx.Client
+    pair: Pair
+    server: Server
+
+    @property
+    def worker(self) -> Worker:
+        return self.service.worker
+
+    def chat(self, text: str, **fields: Any) -> httpx.Response:
+        messages = [{"role": "user", "content": text}]
+        return self.client.post("/v1/chat/completions", json={"messages": messages, **fields})
+
+    def complete(self, prompt: Any, **fields: Any) -> httpx.Response:
+        return self.client.post("/v1/completions", json={"prompt": prompt, **fields})
+
+    def text(self, prompt: Any, **fields: Any) -> str:
+        """The text of one completion."""
+        answer = self.complete(prompt, **fields)
+        assert answer.status_code == 200, answer.text
+        return answer.json()["choices"][0]["text"]
+
+    def lines(self, path: str, **fields: Any) -> list[str]:
+        """A stream's lines, blank ones left out."""
+        with self.client.stream("POST", path, json={"stream": True, **fields}) as answer:
+            assert answer.status_code == 200, answer.read()
+            return [line for line in answer.iter_lines() if line]
+
+    def settled(self) -> bool:
+        """Wait until nothing runs; returns whether the engine is as if new."""
+        until(lambda: not self.worker.open and not self.worker.running and not self.worker.waiting)
+        engine = self.pair._engine
+        return engine.idle and not engine.cache.bounds and not self.pair._inbox
+
+
+def until(holds: Any, seconds: float = LATE_S) -> None:
+    """Wait for a condition; fails if it does not come true."""
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "this never came true"
+        time.sleep(0.005)
+
+
+def chunks(lines: list[str]) -> list[dict]:
+    """The JSON of a stream's data lines, which [DONE] must end; comments are left out."""
+    assert lines[-1] == "data: [DONE]", lines[-1]
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1] if not line.startswith(":")]
+
+
+@contextlib.contextmanager
+def running(model: tuple[str, str | None] = EDGE, kv_bytes: int | None = None, **settings: Any) -> Iterator[Live]:
+    """A server on a free port of this machine, ended afterwards."""
+    chosen = Settings(**{"name": "tiny", "width": 3, "grace_s": 1.0, **settings})
+    pairs: list[Pair] = []
+
+    def make() -> Pair:
+        limits = Limits(max_rows=chosen.rows, kv_bytes=kv_bytes)
+        pairs.append(load(*model, dtype="float32", limits=limits))
+        return pairs[0]
+
+    worker = Worker(make, chosen.width, Reports())
+    service = Service(chosen, worker, Metrics())
+    bound = listen("127.0.0.1", 0)
+    url = f"http://127.0.0.1:{bound.getsockname()[1]}"
+    server = Server(service)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, name="server")
+    thread.start()
+    try:
+        until(lambda: worker.state != "loading")
+        assert worker.state == "ready", worker.error
+        limits = httpx.Limits(max_connections=64)
+        headers = {} if chosen.api_key is None else {"authorization": b"Bearer " + chosen.api_key.encode()}
+        with httpx.Client(base_url=url, timeout=LATE_S, limits=limits, headers=headers) as client:
+            yield Live(url, service, client, pairs[0], server)
+    finally:
+        pairs.clear()
+        server.should_exit = True
+        thread.join(LATE_S)
+        assert not thread.is_alive() and worker.join(LATE_S)
