@@ -367,18 +367,22 @@ class Pass:
         self._masks: dict[tuple, mx.array] = {}
         self._slots: dict[int, tuple] = {}
 
-    def store(self, layer: int, keys: mx.array, values: mx.array) -> View:
-        """Write [B, H, L, D] keys and values of the new columns; returns what the queries of this pass see."""
+    def store(self, layer: int, keys: mx.array, values: mx.array, *, causal: bool = True) -> View:
+        """Write [B, H, L, D] keys and values of the new columns; returns what the queries of this pass see.
+
+        causal: False shows every query all columns of the pass, those ahead of it too; not for prompt chunks.
+        """
         window = self.cache.specs[layer].window
         if window is None:
-            return self._store_full(layer, keys, values)
+            return self._store_full(layer, keys, values, causal)
         if self._chunk:
+            assert causal
             return self._store_chunk(layer, keys, values, window)
         self._write_ring(layer, keys, values, self.columns)
         last = self.start[:, None] + (self.columns - 1)
         k, v, at = self.cache._ring_view(layer, self.rows, self.columns, last)
-        whole = self.cache.whole_ring(layer, self.rows, self.start, window)
-        return View((Part(k, v, self._mask(("ring", window), at, window), whole),))
+        whole = self.cache.whole_ring(layer, self.rows, self.start, window) if causal else None
+        return View((Part(k, v, self._mask(("ring", window), at, window, causal), whole),))
 
     def _store_chunk(self, layer: int, keys: mx.array, values: mx.array, window: int) -> View:
         """A chunk wider than the ring's slack attends over the ring and itself, and leaves its last columns there."""
@@ -404,8 +408,9 @@ class Pass:
             _put(v, where, values[:, :, self.columns - last :].transpose(0, 2, 1, 3)),
         )
 
-    def _store_full(self, layer: int, keys: mx.array, values: mx.array) -> View:
+    def _store_full(self, layer: int, keys: mx.array, values: mx.array, causal: bool) -> View:
         buffers, parts = self.cache._full[layer], []
+        upto = self._at if causal else self._at[:, -1:]  # [B, L or 1]
         for b, row in enumerate(range(self.rows.start, self.rows.stop)):
             k, v = buffers[row]
             need = self.cache.bounds[row] + self.columns
@@ -419,17 +424,22 @@ class Pass:
             buffers[row] = (k, v)
             k, v = self.cache._full_view(layer, row, self.columns)
             used = k.shape[2]
-            if (row, used) not in self._masks:
-                self._masks[row, used] = (mx.arange(used) <= self._at[b][:, None])[None, None]
-            whole = None if self._chunk else self.cache.whole_full(layer, row, at)
-            parts.append(Part(k, v, self._masks[row, used], whole))
+            key = row, used, causal
+            if key not in self._masks:
+                seen = mx.arange(used) <= upto[b][:, None]
+                self._masks[key] = mx.broadcast_to(seen, (self.columns, used))[None, None]
+            whole = self.cache.whole_full(layer, row, at) if causal and not self._chunk else None
+            parts.append(Part(k, v, self._masks[key], whole))
         return View(tuple(parts))
 
-    def _mask(self, key: tuple, at: mx.array, window: int) -> mx.array:
-        """[B, 1, L, T]: key positions at [B, T] a query sees: stored, not ahead of it, inside the window."""
+    def _mask(self, key: tuple, at: mx.array, window: int, causal: bool = True) -> mx.array:
+        """[B, 1, L, T]: key positions at [B, T] a query sees: stored, not ahead of it (or in this pass), inside the
+        window."""
+        key = *key, causal
         if key not in self._masks:
             at, query = at[:, None, :], self._at[:, :, None]
-            self._masks[key] = ((at >= 0) & (at <= query) & (at > query - window))[:, None]
+            upto = query if causal else self._at[:, -1:, None]
+            self._masks[key] = ((at >= 0) & (at <= upto) & (at > query - window))[:, None]
         return self._masks[key]
 
 
