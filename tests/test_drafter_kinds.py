@@ -28,7 +28,9 @@ def test_a_kind_is_known_by_its_config(folder, kind):
 
 
 def test_a_config_of_no_kind_is_refused_with_those_there_are():
-    with pytest.raises(CheckpointError, match=r"there: model_type is 'llama', no drafter .* one of: mtp, dflash, draft_model"):
+    with pytest.raises(
+        CheckpointError, match=r"there: model_type is 'llama', no drafter .* one of: mtp, dflash, draft_model"
+    ):
         kind_of({"model_type": "llama"}, "there")
 
 
