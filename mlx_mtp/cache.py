@@ -130,9 +130,9 @@ def arrays_of(state: Any) -> Iterator[mx.array]:
             yield leaf
 
 
-def trunks_of(state: Any) -> Iterator[Trunk]:
-    """The trunks of all snapshots in a tree."""
-    return (leaf.trunk for _, leaf in tree_flatten(state) if isinstance(leaf, Snapshot))
+def snapshots_of(state: Any) -> Iterator[Snapshot]:
+    """All snapshots in a tree."""
+    return (leaf for _, leaf in tree_flatten(state) if isinstance(leaf, Snapshot))
 
 
 @dataclass(frozen=True)

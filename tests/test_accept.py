@@ -362,12 +362,13 @@ def check_engine(kind: str, texts: int, seen: float, sampling: Sampling = THREE)
     assert fits(counts, p)
 
 
-def test_an_engine_says_the_first_three_tokens_as_often_as_the_target_would():
-    check_engine("near", 240, 0.35)
+@pytest.mark.parametrize("kind", ["near", "near+lookup"])
+def test_an_engine_says_the_first_three_tokens_as_often_as_the_target_would(kind):
+    check_engine(kind, 240, 0.35)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["near", "rand"])
+@pytest.mark.parametrize("kind", ["near", "rand", "lookup", "rand+lookup"])
 @pytest.mark.parametrize("sampling", [THREE, replace(THREE, **PENALTIES)], ids=["as_it_is", "steered"])
 def test_an_engine_says_the_first_three_tokens_as_often_in_many_texts(kind, sampling):
     check_engine(kind, 6000, 0.08, sampling)

@@ -29,6 +29,7 @@ LAYERS = (
         "quantized",
         "tensors",
         "weights",
+        "clusters",
     ),
     ("scheduler", "prefixes", "depth", "drafters", "accept", "sampling", "processors", "logprobs"),
     ("models",),
