@@ -64,14 +64,6 @@ def load(
     """Load a target and its drafter.
 
     target: a checkpoint folder, a hub id, or "tiny", the small pair that comes with this package.
-<<<<<<< HEAD
-    drafter: a folder or hub id; "auto" finds the one made for the target; None decodes plainly.
-    quantize_drafter: 4 or 8 bits, at load. dtype: "float32", "bfloat16" or "float16"; None takes the checkpoint's
-    on a GPU and float32 on a CPU. prefix_bytes: memory for what has been computed of earlier prompts and replies, so
-    that a later prompt that begins the same costs only the rest; None is half of that for all keys and values, which
-    running requests take back as they need it; 0 keeps nothing. report: called with (stage, done bytes, total bytes)
-    while weights are read. limits: on rows and memory; without kv_bytes they take what the weights leave.
-=======
     drafter: a folder or hub id; "auto" finds the one made for the target; None or "none" decodes plainly; "lookup"
     copies from prompt and text, alone or, as in "auto+lookup", before another drafter.
     quantize_drafter: 4 or 8 bits, at load. drafter_clusters: cluster the vocabulary of a drafter that scores all of it,
@@ -79,8 +71,8 @@ def load(
     dtype: "float32", "bfloat16" or "float16"; None takes the checkpoint's on a GPU and float32 on a CPU.
     prefix_bytes: memory for what has been computed of earlier prompts and replies, so that a later prompt that begins
     the same costs only the rest; None is half of that for all keys and values, which running requests take back as they
-    need it; 0 keeps nothing. report: called with (stage, done bytes, total bytes) while weights are read.
->>>>>>> d7403ad769cbbf0b3e3284cf4a460ee24e745925
+    need it; 0 keeps nothing. limits: on rows and memory; without kv_bytes they take what the weights leave.
+    report: called with (stage, done bytes, total bytes) while weights are read.
     Raises CheckpointError, DownloadError, PairingError or RequestError, before weights are read where possible.
     """
     if dtype is not None and dtype not in DTYPES:
@@ -110,8 +102,7 @@ class Pair:
         self.target_name, self.drafter_name = target.name, loaded.drafter_name
         self.context_tok = target.model.config.max_positions
         self._model, self._dtype, self._eos = target.model, target.dtype, target.eos
-<<<<<<< HEAD
-        self._assistant = loaded.drafter.model if loaded.drafter else None
+        self._loaded = loaded
         self._limits = limits or _limits(loaded, Limits(), None)
         self.restart()
 
@@ -123,15 +114,7 @@ class Pair:
         if most is not None:
             self._most_tok = cache.positions_in(most)
             self._share_tok = cache.positions_in(most // self._limits.max_rows)
-        self._engine = Engine(self._model, cache, self._drafter(cache), depth_of(0), self._limits)
-=======
-        self._loaded = loaded
-        cache = Cache(self._model.specs, MAX_WIDTH, self._dtype)
-        self._depths: dict[int | str, Depth] = {}
-        limits = limits or _limits(loaded, None)
-        self._most_tok = cache.positions_in(limits.kv_bytes) if limits.kv_bytes is not None else self.context_tok
-        self._engine = Engine(self._model, cache, loaded.new_drafter(cache), depth_of(0), limits)
->>>>>>> d7403ad769cbbf0b3e3284cf4a460ee24e745925
+        self._engine = Engine(self._model, cache, self._loaded.new_drafter(cache), depth_of(0), self._limits)
         self._inbox: dict[int, deque[Event]] = {}
 
     @property
