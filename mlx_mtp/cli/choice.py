@@ -13,6 +13,7 @@ from mlx_mtp.rows import Sampling
 
 if TYPE_CHECKING:
     from mlx_mtp.pair import Pair
+    from mlx_mtp.scheduler import Limits
 
 EMBEDDED = "tiny"
 
@@ -91,7 +92,7 @@ def parse_width(text: str) -> int | str:
     return width
 
 
-def load_pair(options: Choice) -> Pair:
+def load_pair(options: Choice, limits: Limits | None = None, prefix_bytes: int | None = None) -> Pair:
     from mlx_mtp.pair import load
 
     with progress() as report:
@@ -101,6 +102,8 @@ def load_pair(options: Choice) -> Pair:
             quantize_drafter=options.quantize_drafter,
             drafter_clusters=options.drafter_clusters,
             dtype=options.dtype,
+            limits=limits,
+            prefix_bytes=prefix_bytes,
             report=report,
         )
     for warning in pair.warnings:
