@@ -21,6 +21,8 @@ LAYERS = (
         "text",
         "segments",
         "arguments",
+        "grammar",
+        "call_grammar",
         "messages",
         "hub",
         "pairs",
@@ -30,7 +32,7 @@ LAYERS = (
         "tensors",
         "weights",
     ),
-    ("scheduler", "depth", "drafters", "accept", "sampling", "processors", "logprobs"),
+    ("scheduler", "depth", "drafters", "accept", "sampling", "processors", "logprobs", "guide"),
     ("models",),
     ("cache", "kernels"),
     ("rows",),
@@ -44,6 +46,8 @@ ONLY = {
     "messages": {"rows"},
     "segments": {"text", "arguments"},
     "arguments": set(),
+    "grammar": {"call_grammar", "rows", "text"},
+    "call_grammar": {"rows"},
 }
 
 MAX_FUNCTION_LINES = 80
