@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from mlx_mtp.cache import Snapshot
-from mlx_mtp.rows import Request, RequestError, Stats
+from mlx_mtp.rows import Follower, Request, RequestError, Stats
 from mlx_mtp.sampling import RowSampler
 
 CHUNK_STEP = 16  # prompt chunks beside running rows are multiples of this
@@ -39,6 +39,7 @@ class Row:
     prefilled: prompt tokens in the cache or on their way. tokens: what the host has read so far.
     pending: rounds dispatched or built whose verdict the host has not read.
     begin: the cached beginning of its prompt, if any, until it joins. keep: leave a snapshot behind.
+    follower: where its text stands in the request's constraint, as far as the host has read it.
     """
 
     id: int
@@ -52,6 +53,7 @@ class Row:
     done: bool = False
     begin: Snapshot | None = None
     keep: bool = False
+    follower: Follower | None = None
     started_s: float = 0.0
     first_token_s: float = 0.0
 

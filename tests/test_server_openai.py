@@ -89,8 +89,7 @@ def test_log_probabilities_stream_with_their_tokens(client):
             streamed += piece.choices[0].logprobs.content
     assert [t.token for t in streamed] == [t.token for t in whole.logprobs.content]
     assert all(
-        a.logprob == pytest.approx(b.logprob, abs=1e-4)
-        for a, b in zip(streamed, whole.logprobs.content, strict=True)
+        a.logprob == pytest.approx(b.logprob, abs=1e-4) for a, b in zip(streamed, whole.logprobs.content, strict=True)
     )
 
 
