@@ -112,11 +112,13 @@ class Grammars:
 
     def json(self, schema: Any = None, thought: Thought = "none") -> Grammar:
         """A JSON value that a schema describes; None: any object. Raises RequestError where it cannot be honoured."""
+        return self._compile(self._after_thought("answer", thought), [self._json_rule(schema)], "the JSON schema")
+
+    def _json_rule(self, schema: Any) -> str:
         schema = {"type": "object"} if schema is None or schema is True else schema
         if not isinstance(schema, dict):
             raise RequestError(f"the JSON schema is a {type(schema).__name__}; expected an object")
-        body = json.dumps({**schema, "x-guidance": SPACING}, ensure_ascii=False)
-        return self._compile(self._after_thought("answer", thought), [f"answer: %json {body}"], "the JSON schema")
+        return f"answer: %json {json.dumps({**schema, 'x-guidance': SPACING}, ensure_ascii=False)}"
 
     def calls(
         self,
@@ -124,19 +126,27 @@ class Grammars:
         thought: Thought = "none",
         must: bool = False,
         several: bool = True,
+        answer: Any = None,
     ) -> Grammar:
         """Calls of some tools in Gemma's notation. must: at least one and nothing else; otherwise text may come before
-        and after, or alone. several: more than one may come. Raises RequestError."""
+        and after, or alone. several: more than one may come. answer: the JSON schema of what may come instead of
+        calls. Raises RequestError."""
         ids = [self._text.id_of(name) for name in ("<|tool_call>", "<tool_call|>", '<|"|>')]
         if any(i is None for i in ids):
             raise RequestError("this tokenizer has no tokens for tool calls, so calls cannot be held to a schema")
         grammar = CallGrammar(Marks(*(i for i in ids if i is not None)))
         call = " | ".join(grammar.call(tool.name, tool.parameters, tool.strict) for tool in tools)
+        rules = [f"call: {call}", *grammar.rules]
+        if answer is not None and not must:
+            start = "answer | call+" if several else "answer | call"
+            return self._compile(
+                self._after_thought(f"({start})", thought), [self._json_rule(answer), *rules], "the tools"
+            )
         if must:
             start = "call+" if several else "call"
         else:
             start = f"{ANY_TEXT} (call {ANY_TEXT})*" if several else f"{ANY_TEXT} (call {ANY_TEXT})?"
-        return self._compile(self._after_thought(start, thought), [f"call: {call}", *grammar.rules], "the tools")
+        return self._compile(self._after_thought(start, thought), rules, "the tools")
 
     def _after_thought(self, start: str, thought: Thought) -> str:
         opening, closing = self._text.id_of("<|channel>"), self._text.id_of("<channel|>")

@@ -20,13 +20,15 @@ CHUNK_STEP = 16  # prompt chunks beside running rows are multiples of this
 class Limits:
     """max_rows: requests that run at once.
     stall_s: how much longer than a round alone a round may take because a prompt chunk runs beside it.
-    chunk_tok: the widest prompt chunk, used while no row decodes; a request that comes later waits for two of them.
-    first_chunk_tok: beside running rows, until the machine's speed is known. kv_bytes: what all rows' keys and values
-    may take; None is no limit.
+    alone_tok: the prompt chunk while no row decodes; a request that comes then waits for two of them at most. Fixed, so
+    that a prompt alone is always computed in the same pieces; 128 tokens took no longer a token than 512.
+    chunk_tok: the widest prompt chunk beside running rows. first_chunk_tok: there, until the machine's speed is known.
+    kv_bytes: what all rows' keys and values may take; None is no limit.
     """
 
     max_rows: int = 8
     stall_s: float = 0.25
+    alone_tok: int = 128
     chunk_tok: int = 512
     first_chunk_tok: int = 64
     kv_bytes: int | None = None
@@ -167,7 +169,7 @@ class Scheduler:
     def _budget(self) -> int:
         """Prompt tokens in the coming pass."""
         if not any(r.decoding and not r.done for r in self.rows):
-            return self.limits.chunk_tok
+            return self.limits.alone_tok
         if self._seconds_per_token is None:
             return min(self.limits.first_chunk_tok, self.limits.chunk_tok)
         fits = int(self.limits.stall_s / self._seconds_per_token)

@@ -105,7 +105,7 @@ def running(model: tuple[str, str | None] = EDGE, kv_bytes: int | None = None, *
         until(lambda: worker.state != "loading")
         assert worker.state == "ready", worker.error
         limits = httpx.Limits(max_connections=64)
-        headers = {} if chosen.api_key is None else {"authorization": f"Bearer {chosen.api_key}"}
+        headers = {} if chosen.api_key is None else {"authorization": b"Bearer " + chosen.api_key.encode()}
         with httpx.Client(base_url=url, timeout=LATE_S, limits=limits, headers=headers) as client:
             yield Live(url, service, client, pairs[0], server)
     finally:

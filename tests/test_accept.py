@@ -1,15 +1,17 @@
 """Both acceptance rules are exact: the text has the target's own distribution, or is the target's own choice."""
 
 import math
+from dataclasses import replace
 from itertools import product
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from engines import Models, engine_of, full_pass, prompts, request, run, smallest
+from engines import Models, engine_of, full_pass, processed, prompts, request, run, smallest
 
 from mlx_mtp.accept import Verdict, matching, rejection, verdict
-from mlx_mtp.rows import GREEDY, Candidates, Draft, Sampling
+from mlx_mtp.processors import History, Processors
+from mlx_mtp.rows import GREEDY, Candidates, Draft, Request, Sampling
 from mlx_mtp.sampling import RowSampler, Sampler
 
 # A false alarm once in ten million runs; where seeds are fixed, a pass stays a pass.
@@ -50,6 +52,9 @@ def fits(counts: np.ndarray, p: np.ndarray) -> bool:
 
 VOCAB, WIDTH, SAMPLES = 6, 3, 120_000
 SAMPLING = Sampling(temperature=0.9, top_k=5)
+PENALTIES = {"presence_penalty": 0.8, "frequency_penalty": 0.7, "repetition_penalty": 1.6, "logit_bias": ((2, 1.0),)}
+STEERED = replace(SAMPLING, **PENALTIES)
+PROMPT = (1, 4)
 
 
 def tree(seed: int, scale: float = 1.2) -> np.ndarray:
@@ -72,7 +77,23 @@ def fresh(count: int, seed: int, sampling: Sampling = SAMPLING) -> Sampler:
     """`count` rows that judge by rejection sampling, each with its own seed."""
     rng = np.random.default_rng(seed)
     seeds = [int(s) for s in rng.integers(0, 2**63, count)]
-    return Sampler([RowSampler(sampling, s, False) for s in seeds])
+    return Sampler([RowSampler(sampling, s, False) for s in seeds]).steered(begun(count, sampling))
+
+
+def begun(count: int, sampling: Sampling) -> Processors | None:
+    """What steers so many rows alike, which have read PROMPT and said nothing."""
+    history = History(VOCAB)
+    history.join(Request(PROMPT, 1, sampling))
+    one = history.processors(slice(0, 1))
+    if one is None:
+        return None
+    return Processors(**{k: mx.broadcast_to(v, (count, *v.shape[1:])) for k, v in vars(one).items()})
+
+
+def columns(sampler: Sampler, logits: mx.array, said: mx.array) -> mx.array:
+    """logits [N, V] after the tokens said [N, n] as the sampler filters them, [N, 1, V]."""
+    z = logits[:, None]
+    return sampler.filter(sampler.processors.columns(z, said, said.shape[1]) if sampler.processors else z)
 
 
 def clustered(z: mx.array, step: int) -> tuple[mx.array, mx.array]:
@@ -89,7 +110,7 @@ def drafted(sampler: Sampler, count: int, few: bool, certain: bool) -> Draft:
         z, which = after(DRAFTER, said), None
         if few:
             z, which = clustered(z, i)
-        token, kept = sampler.draw(z, which, mx.full((count,), 11 + i, mx.int32))
+        token, kept = sampler.draw(z, which, mx.full((count,), 11 + i, mx.int32), [said[:, m] for m in range(i)])
         if certain:
             best = mx.argmax(z, axis=-1, keepdims=True)
             token = best[:, 0] if which is None else mx.take_along_axis(which, best, axis=-1)[:, 0]
@@ -112,20 +133,24 @@ def continued(result: Verdict, sampler: Sampler) -> np.ndarray:
     tokens = np.array(result.tokens)[:, :3]
     kept = np.array(result.kept)
     for have in (1, 2):
-        z = sampler.filter(after(TARGET, mx.array(tokens[:, :have]))[:, None])
+        said = mx.array(tokens[:, :have])
+        z = columns(sampler, after(TARGET, said), said)
         own = np.array(sampler.choose(z, mx.full((len(tokens), 1), 100 + have, mx.int32)))[:, 0]
         tokens[:, have] = np.where(kept <= have, own, tokens[:, have])
     return tokens
 
 
-def joint(sampler: Sampler) -> np.ndarray:
+def joint(sampling: Sampling = SAMPLING) -> np.ndarray:
     """Exact probabilities [V, V, V] of the first three tokens."""
     p = np.zeros((VOCAB,) * 3)
-    one = fresh(1, 0)
+    one = Sampler([RowSampler(sampling, 0, False)])
     for a, b in product(range(VOCAB), repeat=2):
         chance = 1.0
         for said in ((), (a,), (a, b)):
-            z = one.filter(after(TARGET, mx.array([said], mx.int32).reshape(1, -1))[:, None])
+            logits = np.array(after(TARGET, mx.array([said], mx.int32).reshape(1, -1))[0])
+            if sampling.processes:
+                logits = processed(logits, PROMPT, said, sampling).astype(np.float32)
+            z = one.filter(mx.array(logits)[None, None])
             share = np.array(mx.softmax(z[0, 0].astype(mx.float32)), np.float64)
             chance = chance * (share / share.sum() if len(said) == 2 else (share / share.sum())[(a, b)[len(said)]])
         p[a, b] = chance
@@ -150,11 +175,12 @@ def shifted(p: np.ndarray, by: float) -> np.ndarray:
 CASES = {"all_tokens": (False, False), "few_tokens": (True, False), "certain": (False, True)}
 
 
+@pytest.mark.parametrize("sampling", [SAMPLING, STEERED], ids=["as_it_is", "steered"])
 @pytest.mark.parametrize("case", CASES)
-def test_rejection_sampling_has_the_targets_distribution_over_three_positions(case):
-    sampler = fresh(SAMPLES, 3)
+def test_rejection_sampling_has_the_targets_distribution_over_three_positions(case, sampling):
+    sampler = fresh(SAMPLES, 3, sampling)
     result = judged(drafted(sampler, SAMPLES, *CASES[case]), sampler)
-    p = joint(sampler)
+    p = joint(sampling)
     assert p.sum() == pytest.approx(1)
     counts = counts_of(continued(result, sampler))
     assert fits(counts, p.ravel())
@@ -166,7 +192,7 @@ def test_rejection_sampling_has_the_targets_distribution_over_three_positions(ca
 
 
 def test_the_test_of_the_distribution_would_see_a_difference_of_two_hundredths():
-    p = joint(fresh(1, 0))
+    p = joint()
     for depth in (1, 2, 3):
         q = p.sum(tuple(range(depth, 3))).ravel()
         wrong = shifted(q, 0.02)
@@ -183,7 +209,13 @@ def test_drafts_of_highest_score_judged_as_if_drawn_are_seen_to_be_biased():
     source = Candidates(sampler.filter(mx.stack(columns, axis=1)), None)
     assert drawn.source.logits.shape == source.logits.shape
     result = judged(Draft(best.tokens, source), sampler)
-    assert not fits(counts_of(continued(result, sampler)), joint(sampler).ravel())
+    assert not fits(counts_of(continued(result, sampler)), joint().ravel())
+
+
+def test_the_steered_distribution_is_far_from_one_in_which_what_is_said_does_not_count():
+    p, still = joint(STEERED).ravel(), joint(replace(STEERED, presence_penalty=0.0, frequency_penalty=0.0)).ravel()
+    assert abs(p - still).sum() / 2 > 0.1
+    assert power(p, shifted(p, 0.02), SAMPLES) > 0.99
 
 
 def test_rejection_sampling_keeps_as_many_drafts_as_any_exact_rule_can():
@@ -303,7 +335,8 @@ def exact(models: Models, prompt: tuple[int, ...], sampling: Sampling, depth: in
     for _ in range(depth):
         longer = {}
         for said, chance in chances.items():
-            z = one.filter(full_pass(models, prompt + said)[-1][None, None])
+            logits = np.array(full_pass(models, prompt + said)[-1])
+            z = one.filter(mx.array(processed(logits, prompt, said, sampling).astype(np.float32))[None, None])
             share = np.array(mx.softmax(z[0, 0]), np.float64)
             for token in np.flatnonzero(share):
                 longer[*said, int(token)] = chance * float(share[token] / share.sum())
@@ -311,9 +344,12 @@ def exact(models: Models, prompt: tuple[int, ...], sampling: Sampling, depth: in
     return chances
 
 
-def check_engine(kind: str, texts: int, seen: float) -> None:
+THREE = Sampling(temperature=1.0, top_k=3)
+
+
+def check_engine(kind: str, texts: int, seen: float, sampling: Sampling = THREE) -> None:
     """The first three tokens of many texts against their exact chances; `seen`: the total variation it would notice."""
-    models, sampling = smallest(), Sampling(temperature=1.0, top_k=3)
+    models = smallest()
     (prompt,) = prompts(models, (6,), seed=2)
     chances = exact(models, prompt, sampling, 3)
     p = np.array(list(chances.values()))
@@ -332,5 +368,6 @@ def test_an_engine_says_the_first_three_tokens_as_often_as_the_target_would():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["near", "rand"])
-def test_an_engine_says_the_first_three_tokens_as_often_in_many_texts(kind):
-    check_engine(kind, 6000, 0.08)
+@pytest.mark.parametrize("sampling", [THREE, replace(THREE, **PENALTIES)], ids=["as_it_is", "steered"])
+def test_an_engine_says_the_first_three_tokens_as_often_in_many_texts(kind, sampling):
+    check_engine(kind, 6000, 0.08, sampling)

@@ -207,7 +207,7 @@ def test_a_request_may_be_cancelled_before_any_step(kind):
     models = fixture("edge")
     g = goldens("edge")
     first, second, third = (request(g[f"{p}/ids"], 12) for p in ("long", "short", "w"))
-    limits = Limits(max_rows=2, chunk_tok=17, first_chunk_tok=6)
+    limits = Limits(max_rows=2, alone_tok=17, chunk_tok=17, first_chunk_tok=6)
     for cut in range(0, 9, 2 if kind == "fit" else 3):
         jobs = [Job(first, 0, cut), second, third]
         outcomes = run(engine_of(models, kind, 2, limits), jobs)
@@ -331,7 +331,7 @@ def test_the_depth_policy_hears_of_every_round():
 def test_a_prompt_chunk_beside_a_round_says_nothing_about_its_time():
     models, depth = smallest(), Noting(1)
     first, second = prompts(models, (4, 40))
-    engine = engine_of(models, "rand", depth, Limits(chunk_tok=8, first_chunk_tok=8))
+    engine = engine_of(models, "rand", depth, Limits(alone_tok=8, chunk_tok=8, first_chunk_tok=8))
     run(engine, [request(first, 30), Job(request(second, 2), 8)])
     assert sum(seconds is None for _, _, seconds in depth.told) >= 5
 

@@ -34,7 +34,7 @@ from mlx_mtp.scheduler import Limits
 shapes = pytest.mark.parametrize("shape", SHAPES)
 SEEDED = Sampling(temperature=0.8, top_k=40, seed=7)
 NUCLEUS = Sampling(temperature=1.1, top_p=0.9, min_p=0.01, seed=2**63)
-SMALL_CHUNKS = Limits(chunk_tok=11, first_chunk_tok=5)
+SMALL_CHUNKS = Limits(alone_tok=11, chunk_tok=11, first_chunk_tok=5)
 
 
 def four(models: Models, tokens: int = 16) -> list[Request]:
@@ -92,7 +92,7 @@ def test_quantised_targets_are_as_exact(shape, bits):
 def test_more_rows_than_fit_wait_and_have_the_same_texts(shape):
     models = fixture(shape)
     wanted = four(models)
-    engine = engine_of(models, "fit", 3, Limits(max_rows=2, chunk_tok=8))
+    engine = engine_of(models, "fit", 3, Limits(max_rows=2, alone_tok=8, chunk_tok=8))
     assert texts(run(engine, wanted)) == [solo(models, r) for r in wanted]
 
 
@@ -100,7 +100,7 @@ def test_more_rows_than_fit_wait_and_have_the_same_texts(shape):
 def test_a_long_prompt_stands_still_while_rows_behind_it_decode(kind):
     models = fixture("edge")
     wanted = [request(p, 10) for p in prompts(models, (60, 4, 7))]
-    limits = Limits(chunk_tok=6, first_chunk_tok=6)
+    limits = Limits(alone_tok=6, chunk_tok=6, first_chunk_tok=6)
     assert texts(run(engine_of(models, kind, 3, limits), wanted)) == [solo(models, r) for r in wanted]
 
 
@@ -231,7 +231,9 @@ def check_schedule(plan: dict) -> None:
         wanted = replace(longest, max_tokens=row["tokens"], eos=eos, priority=row["priority"], logprobs=row["logprobs"])
         jobs.append(Job(wanted, row["at"], row["cancel"]))
         expected.append(want[: row["tokens"]] if known else None)
-    limits = Limits(plan["max_rows"], chunk_tok=plan["chunk"], first_chunk_tok=plan["first_chunk"])
+    limits = Limits(
+        plan["max_rows"], alone_tok=plan["chunk"], chunk_tok=plan["chunk"], first_chunk_tok=plan["first_chunk"]
+    )
     engine = engine_of(models, plan["drafter"], Listed(plan["widths"]), limits)
     for job, outcome, want in zip(jobs, run(engine, jobs), expected, strict=True):
         if outcome.reason is None:

@@ -40,6 +40,7 @@ KINDS = {
 }
 SEEDED = Sampling(temperature=0.9, seed=3)
 FILTERED = Sampling(temperature=0.8, top_k=12, top_p=0.95, seed=5)
+STEERED = Sampling(temperature=0.9, seed=3, repetition_penalty=1.4, frequency_penalty=0.5, logit_bias=((7, 3.0),))
 PROMPTS = ((5, 9, 2, 77), tuple(range(3, 40)), (100, 4), tuple(range(60, 82)))  # before, at and past the window of 16
 
 
@@ -108,6 +109,7 @@ TEXTS = [
     ("edge", 4, GREEDY, 1),
     ("edge", 4, FILTERED, 4),
     ("moe", 4, SEEDED, 4),
+    ("edge", 4, STEERED, 2),
     pytest.param("edge", 4, GREEDY, 4, marks=pytest.mark.slow),
     pytest.param("edge", 4, SEEDED, 1, marks=pytest.mark.slow),
     pytest.param("edge", None, FILTERED, 4, marks=pytest.mark.slow),
@@ -127,8 +129,9 @@ def test_texts_and_kept_drafts_are_those_of_the_plain_path(kind, bits, sampling,
         assert outcomes(models, 3, wanted) == plain
     used = {launch.definition.name.split("_")[0] for launch in launches[checked:]}
     expected = {"rows", "attend", "verdict"} | ({"experts"} if kind == "moe" else set())
-    expected |= {"head"} if sampling is not FILTERED else set()
+    expected |= {"head"} if sampling not in (FILTERED, STEERED) else set()
     assert used >= expected, used
+    assert sampling is not STEERED or "head" not in used, "it cannot be steered"
 
 
 # rows that are computed alone -------------------------------------------------------------------------------

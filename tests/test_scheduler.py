@@ -116,22 +116,22 @@ def arrays(engine: Engine) -> list[mx.array]:
 
 
 def test_while_nobody_decodes_a_prompt_enters_in_the_widest_chunks():
-    made = scheduler(row(0, 70), chunk_tok=32)
+    made = scheduler(row(0, 70), alone_tok=32, chunk_tok=32)
     made.admit()
     assert [feed(made) for _ in range(4)] == [{0: 32}, {0: 32}, {0: 6}, {}]
 
 
 def test_beside_running_rows_a_chunk_is_small_until_the_speed_is_known():
-    made = scheduler(row(0, 3), row(1, 500), chunk_tok=256, first_chunk_tok=48, max_rows=1)
+    made = scheduler(row(0, 3), row(1, 500), alone_tok=256, chunk_tok=256, first_chunk_tok=48, max_rows=1)
     made.admit()
     feed(made)
-    made.limits = Limits(chunk_tok=256, first_chunk_tok=48)
+    made.limits = Limits(alone_tok=256, chunk_tok=256, first_chunk_tok=48)
     made.admit()
     assert feed(made) == {1: 48}
 
 
 def test_a_chunk_beside_running_rows_takes_no_longer_than_the_bound():
-    made = scheduler(row(0, 3), row(1, 50_000), chunk_tok=2048, stall_s=0.1)
+    made = scheduler(row(0, 3), row(1, 50_000), alone_tok=2048, chunk_tok=2048, stall_s=0.1)
     made.admit()
     made.rows[0].prefilled = 3
     for _ in range(40):  # a round takes 20 ms, a prompt token half a millisecond
@@ -144,7 +144,7 @@ def test_a_chunk_beside_running_rows_takes_no_longer_than_the_bound():
 
 
 def test_a_short_prompt_behind_a_long_one_enters_at_once_and_the_long_one_goes_on():
-    made = scheduler(row(0, 1000), row(1, 10), row(2, 30), chunk_tok=64)
+    made = scheduler(row(0, 1000), row(1, 10), row(2, 30), alone_tok=64, chunk_tok=64)
     made.admit()
     assert feed(made) == {0: 32, 1: 10, 2: 22}
     made.rows[1].done = True  # it decodes and ends; the others go on
@@ -152,7 +152,7 @@ def test_a_short_prompt_behind_a_long_one_enters_at_once_and_the_long_one_goes_o
 
 
 def test_every_prompt_ends_however_many_short_ones_come():
-    made = scheduler(row(0, 200), chunk_tok=20, max_rows=8)
+    made = scheduler(row(0, 200), alone_tok=20, chunk_tok=20, max_rows=8)
     for i in range(1, 60):
         made.submit(row(i, 15))
         made.admit()
@@ -165,7 +165,7 @@ def test_every_prompt_ends_however_many_short_ones_come():
 
 
 def test_a_prompt_of_higher_priority_is_fed_first():
-    made = scheduler(row(0, 100), row(1, 100, priority=1), chunk_tok=40)
+    made = scheduler(row(0, 100), row(1, 100, priority=1), alone_tok=40, chunk_tok=40)
     made.admit()
     assert made.rows[0].id == 1
     sent = feed(made)
@@ -199,7 +199,7 @@ def first_token_step(engine: Engine, wanted: int) -> int:
 def test_a_short_request_behind_a_long_prompt_waits_for_a_pass_and_not_for_the_prompt(chunk):
     models = smallest()
     long, short = prompts(models, (300, 4))
-    engine = engine_of(models, "rand", 3, Limits(chunk_tok=chunk, first_chunk_tok=chunk))
+    engine = engine_of(models, "rand", 3, Limits(alone_tok=chunk, chunk_tok=chunk, first_chunk_tok=chunk))
     engine.submit(request(long, 4))
     for _ in range(3):
         engine.step()
@@ -209,7 +209,7 @@ def test_a_short_request_behind_a_long_prompt_waits_for_a_pass_and_not_for_the_p
 def test_running_rows_get_tokens_in_every_step_while_a_long_prompt_enters():
     models = smallest()
     short, long = prompts(models, (4, 200))
-    engine = engine_of(models, "near", 2, Limits(chunk_tok=16, first_chunk_tok=16))
+    engine = engine_of(models, "near", 2, Limits(alone_tok=16, chunk_tok=16, first_chunk_tok=16))
     running = engine.submit(request(short, 60))
     for _ in range(4):
         engine.step()
@@ -235,9 +235,9 @@ def test_under_any_limits_the_texts_are_the_same():
     bytes_ = engine_of(models, "fit", 0).cache.row_bytes(32)
     for limits in (
         Limits(max_rows=1),
-        Limits(chunk_tok=1),
+        Limits(alone_tok=1, chunk_tok=1),
         Limits(stall_s=0.0, first_chunk_tok=3),
-        Limits(chunk_tok=17, kv_bytes=2 * bytes_),
+        Limits(alone_tok=17, chunk_tok=17, kv_bytes=2 * bytes_),
     ):
         jobs = [Job(one, at) for at, one in enumerate(wanted)]
         assert texts(run(engine_of(models, "fit", random_widths(2), limits), jobs)) == [

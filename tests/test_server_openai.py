@@ -155,9 +155,10 @@ def test_a_completion_takes_texts_and_token_ids_one_or_several(client, live):
 
 def test_penalties_and_bias_change_the_text_as_they_say(client, live):
     plain = ask(client, max_tokens=24).choices[0].message.content
-    word = live.pair.text.encode("import")[-1]
+    word = live.pair.text.encode(plain[:3])[-1]
+    forced = ask(client, max_tokens=5, logit_bias={str(word): 100}).choices[0].message.content
     banned = ask(client, max_tokens=24, logit_bias={str(word): -100}).choices[0].message.content
-    assert "import" in plain and "import" not in banned
+    assert forced == 5 * live.pair.text.decode([word]) and not banned.startswith(plain[:3])
     for fields in ({"presence_penalty": 2}, {"frequency_penalty": 2}, {"extra_body": {"repetition_penalty": 1.5}}):
         assert ask(client, max_tokens=24, **fields).choices[0].message.content != plain
     same = {"extra_body": {"repetition_penalty": 1.0, "min_p": 0.0, "top_k": 0}}

@@ -44,6 +44,12 @@ def make_app(service: Service) -> ASGIApp:
         response.headers.update(error.headers or {})
         return response
 
+    async def fault(request: Request, error: Exception) -> Response:
+        request.state.log["error"] = f"{type(error).__name__}: {error}"[:300]
+        shown = ServerError(500, "internal_error", "a fault of the server; its log has more")
+        return error_response(render_error(request.url.path, shown), shown)
+
+    app.add_exception_handler(Exception, fault)
     app.add_exception_handler(ServerError, refused)
     app.add_exception_handler(HTTPException, not_found)
     inner: ASGIApp = app

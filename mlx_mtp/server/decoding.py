@@ -1,107 +1,101 @@
-"""One choice's tokens to text: thoughts apart from the answer, cut at a stop string. Runs on the engine thread.
+"""One choice's tokens to text: thoughts, answer and tool calls, cut at a stop string. Runs on the engine thread.
 
-Gemma 4 writes a thought as `<|channel>thought\\n...<channel|>`. A stop string ends the answer; in a thought it is
-text like any other, since a client that stops at a blank line means the answer's.
+A stop string ends the answer; in a thought or a call it is text like any other, since a client that stops at a blank
+line means the answer's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
 
 from mlx_mtp.rows import TokenLogprob
-from mlx_mtp.server.nouns import Job, Kind, Part
+from mlx_mtp.segments import Segment, Segmenter
+from mlx_mtp.server.nouns import Job
 from mlx_mtp.text import Detokenizer, StopStrings, Text
 
-OPEN, CLOSE, TURN = "<|channel>", "<channel|>", "<|turn>"
 
+class Plain:
+    """Tokens to text that is all answer; has what of a Segmenter is used here."""
 
-def in_thought(text: Text, tokens: Sequence[int]) -> bool:
-    """Whether a prompt ends inside a thought: some templates open one, after a tool's result for example."""
-    opened, ends = text.id_of(OPEN), {text.id_of(CLOSE), text.id_of(TURN)}
-    return next((token == opened for token in reversed(tokens) if token == opened or token in ends), False)
+    calls = reasoning_tok = 0
+    answering = True
 
+    def __init__(self, text: Text, stops: tuple[str, ...]) -> None:
+        self._decoder, self._stops = Detokenizer(text), StopStrings(stops)
 
-class Splitter:
-    """Tokens to parts of text. A thought's first line is the channel's name, which is not shown."""
+    @property
+    def stop(self) -> str | None:
+        return self._stops.found
 
-    def __init__(self, text: Text, splits: bool, thinking: bool) -> None:
-        self._open, self._close = (text.id_of(OPEN), text.id_of(CLOSE)) if splits else (None, None)
-        self._decoder = Detokenizer(text)
-        self.kind: Kind = "reasoning" if thinking else "answer"
-        self._naming = False
-        self.reasoning_tok = 0
+    def push(self, tokens: Sequence[int]) -> list[Segment]:
+        return _answer(self._stops.push(self._decoder.push(tokens))[0])
 
-    def push(self, token: int) -> list[Part]:
-        """Add a token; return what has become certain."""
-        marker = token in (self._open, self._close)
-        if self.kind == "reasoning" or marker:
-            self.reasoning_tok += 1
-        if not marker:
-            return self._parts(self._decoder.push([token]))
-        parts = self._parts(self._decoder.finish())
-        self.kind, self._naming = ("reasoning", True) if token == self._open else ("answer", False)
-        return parts
-
-    def finish(self) -> list[Part]:
-        return self._parts(self._decoder.finish())
-
-    def _parts(self, text: str) -> list[Part]:
-        if self._naming:
-            _, line_end, text = text.partition("\n")
-            self._naming = not line_end
-        return [Part(self.kind, text)] if text else []
+    def finish(self, complete: bool = True) -> list[Segment]:
+        text, stopped = self._stops.push(self._decoder.finish())
+        return _answer(text if stopped else text + self._stops.finish())
 
 
 class Decoder:
-    """A job's events to its text."""
+    """A job's events to its text. tokens: how many have been read."""
 
     def __init__(self, text: Text, job: Job) -> None:
-        self._text = text
-        self._splitter, self._stops = Splitter(text, job.splits, job.thinking), StopStrings(job.stop)
+        self._text, self._one_call = text, job.one_call
+        self._parser: Plain | Segmenter = Plain(text, job.stop)
+        if job.splits:
+            self._parser = Segmenter(text, job.prompt, job.stop, job.tools)
+        self._called = False
         self.tokens = 0
+
+    @property
+    def ended(self) -> bool:
+        """Whether the text ends here, whatever the model would have gone on to say."""
+        return self._parser.stop is not None or (self._called and self._one_call)
 
     @property
     def stop(self) -> str | None:
         """The stop string that ended the text."""
-        return self._stops.found
+        return self._parser.stop
+
+    @property
+    def calls(self) -> int:
+        return self._parser.calls
 
     @property
     def reasoning_tok(self) -> int:
-        return self._splitter.reasoning_tok
+        return self._parser.reasoning_tok
 
-    def push(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprob]) -> tuple[list[Part], list[TokenLogprob]]:
-        """Add tokens up to a stop string; returns text, and the log-probabilities of the answer's tokens that show."""
-        parts: list[Part] = []
+    def push(
+        self, tokens: Sequence[int], logprobs: Sequence[TokenLogprob] = ()
+    ) -> tuple[list[Segment], list[TokenLogprob]]:
+        """Add tokens up to the text's end; returns text, and log-probabilities of the answer's tokens that show."""
+        parts: list[Segment] = []
         shown: list[TokenLogprob] = []
         for i, token in enumerate(tokens):
             self.tokens += 1
-            if logprobs and self._splitter.kind == "answer" and self._text.shows(token):
+            if logprobs and self._parser.answering and self._text.shows(token):
                 shown.append(logprobs[i])
-            parts += self._cut(self._splitter.push(token))
-            if self.stop is not None:
+            new = self._parser.push([token])
+            parts += new
+            self._called = self._called or any(part.kind == "end" for part in new)
+            if self.ended:
                 break
         return parts, shown
 
-    def finish(self) -> list[Part]:
-        """The text that still waited for more."""
-        parts = self._cut(self._splitter.finish())
-        if self.stop is None and (held := self._stops.finish()):
-            parts.append(Part("answer", held))
-        return parts
-
-    def _cut(self, parts: list[Part]) -> list[Part]:
-        out = []
-        for part in parts:
-            if part.kind == "answer":
-                part = Part("answer", self._stops.push(part.text)[0])
-            if part.text:
-                out.append(part)
-            if self.stop is not None:
-                break
-        return out
+    def finish(self, complete: bool) -> list[Segment]:
+        """The text that still waited for more. complete: the model ended by itself, and not at a limit."""
+        return self._parser.finish(complete)
 
 
-def joined(parts: Sequence[Part]) -> tuple[Part, ...]:
+def joined(parts: Sequence[Segment]) -> tuple[Segment, ...]:
     """Neighbours of one kind made one, so that a round is one chunk on the wire."""
-    return tuple(Part(kind, "".join(p.text for p in same)) for kind, same in groupby(parts, lambda p: p.kind))
+    out: list[Segment] = []
+    for part in parts:
+        if out and part.kind == out[-1].kind != "call" and part.call == out[-1].call:
+            out[-1] = Segment(part.kind, out[-1].text + part.text, part.call)
+        else:
+            out.append(part)
+    return tuple(out)
+
+
+def _answer(text: str) -> list[Segment]:
+    return [Segment("answer", text)] if text else []

@@ -83,8 +83,8 @@ class Gate:
     def _check_key(self, headers: Headers, key: str) -> None:
         scheme, _, token = headers.get("authorization", "").partition(" ")
         given = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
-        # The same time for every wrong key; bytes, because str must be ASCII there.
-        if not hmac.compare_digest(given.encode("utf-8", "replace"), key.encode("utf-8", "replace")):
+        # The same time for every wrong key. Headers are bytes, which starlette reads as Latin-1.
+        if not hmac.compare_digest(given.encode("latin-1"), key.encode("utf-8", "replace")):
             raise ServerError(401, "invalid_api_key", "no valid API key: give it as Authorization: Bearer or x-api-key")
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mlx_mtp.rows import Sampling, Stats, TokenLogprob
+from mlx_mtp.rows import Constraint, Sampling, Stats, TokenLogprob
+from mlx_mtp.segments import Segment
 
-Kind = Literal["reasoning", "answer"]
 State = Literal["loading", "ready", "restarting", "failed", "stopped"]
 
 
@@ -44,9 +44,10 @@ class Settings:
 class Job:
     """One text to generate.
 
-    splits: whether thoughts and answer are told apart; if not, all text is answer. thinking: whether the prompt ends
-    inside a thought. stop: strings that end the answer. logprobs: how many alternatives a token, None for none at all.
-    ends: whether the checkpoint's end tokens end the text.
+    splits: whether thoughts, answer and tool calls are told apart; if not, all text is answer. tools: the JSON schema
+    of each tool's parameters by its name, to read calls with. one_call: end the text after its first tool call.
+    stop: strings that end the answer. logprobs: how many alternatives a token, None for none at all.
+    ends: whether the checkpoint's end tokens end the text. constraint: what the text must be.
     """
 
     prompt: tuple[int, ...]
@@ -55,36 +56,34 @@ class Job:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     splits: bool = False
-    thinking: bool = False
+    tools: dict[str, dict[str, Any]] | None = None
+    one_call: bool = False
     ends: bool = True
-
-
-@dataclass(frozen=True)
-class Part:
-    """A piece of text of one kind."""
-
-    kind: Kind
-    text: str
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True)
 class Finish:
-    """How a job ended. stop: the stop string that ended it. reasoning_tok: of thoughts, their markers included."""
+    """How a job ended. stop: the stop string that ended it. calls: tool calls in it.
+
+    reasoning_tok: tokens of thoughts, their markers included.
+    """
 
     reason: Literal["stop", "length", "cancelled"]
     stop: str | None
+    calls: int
     reasoning_tok: int
     stats: Stats
 
 
 @dataclass(frozen=True)
 class Delta:
-    """What a round added to a job: text that has become certain, and tokens of it. The last one has the finish.
+    """What a round added to a job: text that has become certain, and how many tokens. The last one has the finish.
 
-    logprobs: of the tokens that show, in order, where the job asked; text may come later than its tokens.
+    logprobs: of the answer's tokens that show, in order, where the job asked; text may come later than its tokens.
     """
 
-    parts: tuple[Part, ...] = ()
+    parts: tuple[Segment, ...] = ()
     tokens: int = 0
     logprobs: tuple[TokenLogprob, ...] = ()
     finish: Finish | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter
@@ -12,7 +13,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from mlx_mtp.rows import TokenLogprob
-from mlx_mtp.server.nouns import Delta, Job, ServerError, Usage
+from mlx_mtp.segments import Segment
+from mlx_mtp.server.asking import constraint_of
+from mlx_mtp.server.nouns import Delta, Finish, Job, ServerError, Usage
 from mlx_mtp.server.openai_form import ChatForm, Common, CompletionForm, error_body, plain_messages
 from mlx_mtp.server.respond import Body, Json, Text, dumps, read_body, respond
 from mlx_mtp.server.service import Prompt, Service
@@ -51,7 +54,12 @@ async def _chat(request: Request, service: Service, form: ChatForm) -> Response:
     service.check_name(form.model)
     options = form.options()
     prompt = await service.chat(plain_messages(form.messages), options)
-    jobs = _jobs(service, form, [prompt], form.limit(), form.alternatives(), splits=True)
+    jobs = _jobs(service, form, [prompt], form.limit(), form.alternatives())
+    must = form.must()
+    constraint = await constraint_of(service, prompt, must, options["enable_thinking"])
+    tools = {tool.name: dict(tool.parameters) for tool in must.tools}
+    one_call = not must.several
+    jobs = [replace(job, splits=True, tools=tools, one_call=one_call, constraint=constraint) for job in jobs]
     writer = ChatWriter(service, form)
     return await respond(request, service, jobs, writer, form.stream)
 
@@ -62,7 +70,7 @@ async def _complete(request: Request, service: Service, form: CompletionForm) ->
     prompts = []
     for prompt in form.prompts():
         prompts.append(await service.text(prompt) if isinstance(prompt, str) else service.ids(prompt))
-    jobs = _jobs(service, form, prompts, form.max_tokens, form.logprobs, splits=False)
+    jobs = _jobs(service, form, prompts, form.max_tokens, form.logprobs)
     return await respond(request, service, jobs, CompletionWriter(service, form, len(jobs)), form.stream)
 
 
@@ -72,7 +80,6 @@ def _jobs(
     prompts: Sequence[Prompt],
     limit: int | None,
     logprobs: int | None,
-    splits: bool,
 ) -> list[Job]:
     """A job for every choice of every prompt. With a seed, choice i has seed + i: the first is what n=1 gives."""
     changes, stops, jobs = form.changes(), form.stops(), []
@@ -82,9 +89,7 @@ def _jobs(
                 changes = {**changes, "seed": (changes["seed"] + 1) % 2**64}
             sampling = service.sampling(changes)
             most = service.limit(prompt, limit)
-            jobs.append(
-                Job(prompt.tokens, most, sampling, stops, logprobs, splits, prompt.thinking, not form.ignore_eos)
-            )
+            jobs.append(Job(prompt.tokens, most, sampling, stops, logprobs, ends=not form.ignore_eos))
         changes = form.changes()
     return jobs
 
@@ -155,12 +160,13 @@ class ChatWriter(_Writer):
     def delta(self, index: int, delta: Delta) -> Iterable[bytes]:
         logprobs = _chat_logprobs(self._text, delta.logprobs) if delta.logprobs else None
         for part in delta.parts:
-            yield self._choice(index, {_field(part.kind): part.text}, logprobs)
-            logprobs = None
+            if (change := _change(part)) is not None:
+                yield self._choice(index, change, logprobs)
+                logprobs = None
         if logprobs:
             yield self._choice(index, {"content": ""}, logprobs)
         if delta.finish:
-            yield self._choice(index, {}, finish=delta.finish.reason)
+            yield self._choice(index, {}, finish=_reason(delta.finish))
 
     def body(self, texts: Sequence[Text], usage: Usage) -> dict[str, Any]:
         choices = [self._whole(i, text) for i, text in enumerate(texts)]
@@ -177,8 +183,13 @@ class ChatWriter(_Writer):
         message: dict[str, Any] = {"role": "assistant", "content": text.answer}
         if text.reasoning:
             message["reasoning_content"] = text.reasoning
+        if text.calls:
+            message["tool_calls"] = [_call(i, call.name, call.arguments) for i, call in enumerate(text.calls)]
+            for call in message["tool_calls"]:
+                del call["index"]
+            message["content"] = text.answer or None
         logprobs = _chat_logprobs(self._text, text.logprobs) if text.logprobs else None
-        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": text.finish.reason}
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": _reason(text.finish)}
 
 
 class CompletionWriter(_Writer):
@@ -221,8 +232,27 @@ class CompletionWriter(_Writer):
         return out
 
 
-def _field(kind: str) -> str:
-    return "reasoning_content" if kind == "reasoning" else "content"
+def _change(part: Segment) -> dict[str, Any] | None:
+    """A segment as a chunk's delta; the end of a call is none."""
+    if part.kind == "reasoning":
+        return {"reasoning_content": part.text}
+    if part.kind == "answer":
+        return {"content": part.text}
+    if part.kind == "call":
+        return {"tool_calls": [_call(part.call, part.text, "")]}
+    if part.kind == "arguments":
+        return {"tool_calls": [{"index": part.call, "function": {"arguments": part.text}}]}
+    return None
+
+
+def _call(index: int, name: str, arguments: str) -> dict[str, Any]:
+    function = {"name": name, "arguments": arguments}
+    return {"index": index, "id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
+
+
+def _reason(finish: Finish) -> str:
+    """Clients run the calls only where this says so."""
+    return "tool_calls" if finish.calls and finish.reason == "stop" else finish.reason
 
 
 def _read(text: Tokenizer, token: int) -> str:

@@ -5,12 +5,13 @@ A field that is `null` is absent (respond.parse drops it). A field that is neith
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, Strict
 
 from mlx_mtp.rows import MAX_LOGPROBS
+from mlx_mtp.server import asking
+from mlx_mtp.server.asking import Must
 from mlx_mtp.server.nouns import ServerError, invalid
 
 # Bookkeeping, hints for caches that nothing need be told here, and limits on what this server never does.
@@ -34,12 +35,8 @@ NO_EFFECT = frozenset(
 )
 # Fields that mean nothing at these values, and cannot be honoured at others.
 ONLY_AT: dict[str, tuple[Any, ...]] = {
-    "tools": ([],),
     "functions": ([],),
-    "tool_choice": ("none", "auto"),
     "function_call": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "best_of": (1,),
     "echo": (False,),
@@ -89,7 +86,7 @@ class Common(_Form):
     frequency_penalty: Number | None = None
     repetition_penalty: Number | None = None
     logit_bias: dict[str, Number] | None = None
-    stop: Word | list[Word] | None = None
+    stop: Any = None  # a text or a list of texts, checked by hand: pydantic would report each kind it is not
     n: Annotated[Integer, Field(ge=1, le=128)] = 1
     ignore_eos: Flag = False
 
@@ -108,12 +105,14 @@ class Common(_Form):
 
     def stops(self) -> tuple[str, ...]:
         """The stop strings. Raises ServerError."""
-        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        stops = [self.stop] if isinstance(self.stop, str) else [] if self.stop is None else self.stop
+        if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
+            raise invalid("stop must be a text or a list of texts", "stop")
         if "" in stops:
             raise invalid("stop holds an empty text; expected at least one character", "stop")
         if len(stops) > 64:
             raise invalid(f"stop holds {len(stops)} texts; 64 is the most", "stop")
-        return stops
+        return tuple(stops)
 
     def check_extras(self) -> None:
         """Refuse fields that would change the answer and cannot be honoured. Raises ServerError."""
@@ -124,10 +123,81 @@ class Common(_Form):
             raise invalid(f"not supported by this server: {names}; leave the field out", sorted(bad)[0][:60])
 
 
+class CallForm(_Form):
+    """A tool call that was made earlier. arguments: an object, or its JSON text; empty text is an empty object."""
+
+    class Function(_Form):
+        name: Word
+        arguments: Word | dict[str, Any] | None = None
+
+    id: Word | None = None
+    function: Function
+
+
+class Message(_Form):
+    """A turn of a conversation. What templates do not know, such as a user's name, they leave out."""
+
+    role: Word
+    content: Word | list[dict[str, Any]] | None = None
+    name: Word | None = None
+    reasoning_content: Word | None = None
+    tool_calls: list[CallForm] | None = None
+    tool_call_id: Word | None = None
+
+
+class Function(_Form):
+    """What a tool is called with."""
+
+    name: Annotated[Word, Field(min_length=1, max_length=256)]
+    description: Word | None = None
+    parameters: dict[str, Any] | None = None
+    strict: Flag | None = None
+
+
+class Tool(_Form):
+    """A tool on offer."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class NamedTool(_Form):
+    """The choice of one tool."""
+
+    class Named(_Form):
+        name: Word
+
+    type: Literal["function"] = "function"
+    function: Named
+
+
+class ResponseFormat(_Form):
+    """What an answer must be."""
+
+    class Schema(_Form):
+        model_config = ConfigDict(extra="allow", frozen=True, populate_by_name=True)
+        definition: dict[str, Any] | None = Field(None, alias="schema")
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: Schema | None = None
+
+    def required(self) -> Any:
+        """The answer's schema; True for any object, None for any text. Raises ServerError."""
+        if self.type != "json_schema":
+            return True if self.type == "json_object" else None
+        if self.json_schema is None or self.json_schema.definition is None:
+            raise invalid("response_format has no json_schema.schema", "response_format")
+        return self.json_schema.definition
+
+
 class ChatForm(Common):
     """The body of /v1/chat/completions."""
 
-    messages: list[dict[str, Any]]
+    messages: list[Message]
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    response_format: ResponseFormat | None = None
+    parallel_tool_calls: Flag | None = None
     max_completion_tokens: Annotated[Integer, Field(ge=1)] | None = None
     logprobs: Flag = False
     top_logprobs: Annotated[Integer, Field(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -157,7 +227,26 @@ class ChatForm(Common):
             raise invalid("enable_thinking must be true or false", "chat_template_kwargs")
         if len(set(said)) > 1:
             raise invalid("enable_thinking and reasoning_effort contradict each other; give one", "enable_thinking")
+        if self.offered():
+            options["tools"] = [tool.model_dump(exclude_none=True) for tool in self.offered()]
         return {**options, "enable_thinking": bool(said and said[0])}
+
+    def must(self) -> Must:
+        """What the text has to be. Raises ServerError."""
+        named = isinstance(self.tool_choice, NamedTool)
+        choice = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else self.tool_choice
+        functions = [tool.function for tool in self.offered()]
+        return Must(
+            tools=tuple(asking.Tool(f.name, f.parameters or {}, bool(f.strict)) for f in functions),
+            choice="auto" if choice in (None, "none") else choice,
+            named=named,
+            several=self.parallel_tool_calls is not False,
+            schema=self.response_format.required() if self.response_format else None,
+        )
+
+    def offered(self) -> list[Tool]:
+        """The tools that the model may call."""
+        return [] if self.tool_choice == "none" else list(self.tools or ())
 
 
 class CompletionForm(Common):
@@ -192,37 +281,13 @@ def _same(value: Any, other: Any) -> bool:
     return type(value) is type(other) and value == other
 
 
-def plain_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages as templates expect them: nulls left out, tool arguments as objects, no content as empty text.
-
-    Raises ServerError where arguments are no JSON object. OpenAI has them as text, Gemma's templates want an object.
-    """
-    out = []
-    for i, message in enumerate(messages):
-        message = {name: value for name, value in message.items() if value is not None}
-        if isinstance(calls := message.get("tool_calls"), list):
-            message["tool_calls"] = [_plain_call(call, f"messages.{i}.tool_calls") for call in calls]
-            if not calls:
-                del message["tool_calls"]
-        if message.get("role") == "assistant" and (message.get("tool_calls") or "reasoning_content" in message):
+def plain_messages(messages: list[Message]) -> list[dict[str, Any]]:
+    """Messages as plain objects, nulls left out; beside calls there may be no content, and then it is empty."""
+    out = [message.model_dump(exclude_none=True) for message in messages]
+    for message in out:
+        if message.get("tool_calls") or message.get("reasoning_content"):
             message.setdefault("content", "")
-        out.append(message)
     return out
-
-
-def _plain_call(call: Any, param: str) -> dict[str, Any]:
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise invalid("a tool call needs a function with a name", param)
-    arguments = function.get("arguments") or {}
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except (ValueError, RecursionError):
-            raise invalid("the arguments of a tool call are no JSON", param) from None
-    if not isinstance(arguments, dict):
-        raise invalid(f"the arguments of a tool call are a {type(arguments).__name__}; expected an object", param)
-    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def error_body(error: ServerError) -> dict[str, Any]:

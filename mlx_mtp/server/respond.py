@@ -102,11 +102,20 @@ class Json(Response):
 
 
 @dataclass
+class Call:
+    """A tool call as a whole; arguments are JSON text."""
+
+    name: str
+    arguments: str = ""
+
+
+@dataclass
 class Text:
     """One choice as a whole."""
 
     reasoning: str = ""
     answer: str = ""
+    calls: list[Call] = field(default_factory=list)
     tokens: int = 0
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish: Finish | None = None
@@ -115,8 +124,12 @@ class Text:
         for part in delta.parts:
             if part.kind == "reasoning":
                 self.reasoning += part.text
-            else:
+            elif part.kind == "answer":
                 self.answer += part.text
+            elif part.kind == "call":
+                self.calls.append(Call(part.text))
+            elif part.kind == "arguments":
+                self.calls[part.call].arguments += part.text
         self.tokens += delta.tokens
         self.logprobs += delta.logprobs
         self.finish = delta.finish

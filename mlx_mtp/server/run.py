@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import socket
 import threading
@@ -20,6 +21,7 @@ from mlx_mtp.server.nouns import ServerError, Settings
 from mlx_mtp.server.service import Service
 from mlx_mtp.server.worker import Progress, Reports, Worker
 
+END_S = 3.0  # for the engine thread to see that it should end
 LINGER_S = 2.0  # after the grace, for the last error to reach its client
 
 
@@ -98,8 +100,11 @@ def serve(settings: Settings, load: Callable[[], Pair], bound: socket.socket, pr
     worker = Worker(load, settings.width, Reports(progress, failed))
     server = Server(Service(settings, worker, Metrics()))
     server.run(sockets=[bound])
+    worker.abort(ServerError(503, "shutting_down", "the server is shutting down"), stop=True)
+    ended = worker.join(END_S)
     if worker.state == "failed" and worker.error is not None:
         if worker.model is None:
             raise worker.error
         raise EngineFailed(f"the engine has failed: {type(worker.error).__name__}: {worker.error}") from None
-    worker.join(5.0)
+    if not ended:  # it loads, or is in a long pass; MLX would abort if the interpreter ended around it
+        os._exit(0)

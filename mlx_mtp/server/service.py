@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mlx_mtp.rows import RequestError, Sampling
-from mlx_mtp.server.decoding import in_thought
+from mlx_mtp.grammar import Grammars
+from mlx_mtp.rows import Constraint, RequestError, Sampling
 from mlx_mtp.server.metrics import Metrics
 from mlx_mtp.server.nouns import Job, ServerError, Settings, invalid
 from mlx_mtp.server.worker import Generation, Model, Worker
@@ -19,10 +20,9 @@ MAX_WAIT_S = 30
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids ready to run. thinking: whether the template left them inside a thought."""
+    """Token ids ready to run."""
 
     tokens: tuple[int, ...]
-    thinking: bool = False
 
 
 class Service:
@@ -32,6 +32,8 @@ class Service:
         self.settings, self.worker, self.metrics = settings, worker, metrics
         self.created = int(time.time())
         self.draining = False
+        self._grammars: Grammars | None = None  # made when the first request needs it
+        self._compiling = threading.Lock()
 
     @property
     def model(self) -> Model:
@@ -58,8 +60,7 @@ class Service:
     async def chat(self, messages: list[dict], options: dict[str, Any]) -> Prompt:
         """A conversation by the checkpoint's template; options are template variables. Raises ServerError."""
         text = self.model.text
-        prompt = await self._prepare(lambda: text.chat(messages, options=options), "messages")
-        return replace(prompt, thinking=in_thought(text, prompt.tokens))
+        return await self._prepare(lambda: text.chat(messages, options=options), "messages")
 
     async def text(self, prompt: str) -> Prompt:
         """Text to continue. Raises ServerError."""
@@ -84,6 +85,8 @@ class Service:
             tokens = await asyncio.to_thread(encode)
         except RequestError as error:
             raise invalid(str(error), param) from None
+        except RecursionError:
+            raise invalid(f"{param} is nested too deeply", param) from None
         return self._fitting(tuple(tokens), param)
 
     def _fitting(self, tokens: tuple[int, ...], param: str) -> Prompt:
@@ -101,6 +104,23 @@ class Service:
                 "context_length_exceeded",
             )
         return Prompt(tokens)
+
+    # constraints ------------------------------------------------------------------------------------------------
+
+    async def constraint(self, compile: Callable[[Grammars], Constraint]) -> Constraint:
+        """What a text must be, compiled beside the event loop. Raises ServerError where it cannot be honoured."""
+
+        def compiled() -> Constraint:
+            with self._compiling:
+                if self._grammars is None:
+                    model = self.model
+                    self._grammars = Grammars(model.text, model.vocab_size, model.eos)
+                return compile(self._grammars)
+
+        try:
+            return await asyncio.to_thread(compiled)
+        except RequestError as error:
+            raise invalid(str(error), "tools" if "tool" in str(error) else "response_format") from None
 
     # limits and sampling ----------------------------------------------------------------------------------------
 

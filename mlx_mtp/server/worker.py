@@ -267,7 +267,9 @@ class Worker:
             eos = pair.eos if job.ends else frozenset()
             try:
                 decoder = Decoder(pair.text, job)
-                request = Request(job.prompt, job.max_tokens, job.sampling, eos, logprobs=job.logprobs)
+                request = Request(
+                    job.prompt, job.max_tokens, job.sampling, eos, logprobs=job.logprobs, constraint=job.constraint
+                )
                 self._live[pair.submit(request, self._width)] = _Live(generation, index, decoder)
             except RequestError as error:
                 mine = [i for i, live in self._live.items() if live.generation is generation]
@@ -280,7 +282,7 @@ class Worker:
         for request in requests:
             live, stats = self._live.pop(request), pair.cancel(request)
             assert stats is not None, "a live job is known to the engine"
-            gone.append((live, Delta(finish=Finish("cancelled", None, live.decoder.reasoning_tok, stats))))
+            gone.append((live, Delta(finish=Finish("cancelled", None, 0, live.decoder.reasoning_tok, stats))))
         if not quietly:
             self._post(gone)
 
@@ -289,16 +291,16 @@ class Worker:
         decoder, stats, reason = live.decoder, event.stats, event.finish_reason
         before = decoder.tokens
         parts, logprobs = decoder.push(event.tokens, event.logprobs)
-        if reason and decoder.stop is None:
-            parts += decoder.finish()
-        if decoder.stop is not None:
+        if reason and not decoder.ended:
+            parts += decoder.finish(reason == "stop")
+        if decoder.ended:
             reason, stats = "stop", stats or pair.cancel(event.request)
         finish = None
         if reason:
             del self._live[event.request]
             assert stats is not None
             stats.generated_tokens = decoder.tokens
-            finish = Finish(reason, decoder.stop, decoder.reasoning_tok, stats)
+            finish = Finish(reason, decoder.stop, decoder.calls, decoder.reasoning_tok, stats)
         return live, Delta(joined(parts), decoder.tokens - before, tuple(logprobs), finish)
 
     # faults and the end -----------------------------------------------------------------------------------------

@@ -1,0 +1,237 @@
+"""The engine thread fails, and the server's answers to that; the process, its signals and its exit codes."""
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+
+import httpx
+import pytest
+from servers import EDGE, LATE_S, Live, running, until
+
+from mlx_mtp.server.nouns import ServerError
+
+ENDLESS = {"ignore_eos": True, "max_tokens": 2000, "temperature": 0}
+
+
+@pytest.fixture
+def live():
+    with running(EDGE, rows=2) as live:
+        yield live
+
+
+def break_next_pass(live: Live) -> None:
+    """The next pass of the engine raises in its middle, once."""
+    cache = live.pair._engine.cache
+    commit = cache.commit
+
+    def fail(*args):
+        cache.commit = commit
+        raise RuntimeError("no memory\nfor this")
+
+    cache.commit = fail
+
+
+def test_a_fault_is_told_to_every_open_request_and_a_new_engine_goes_on(live, capfd):
+    want = live.text("hello", max_tokens=12, temperature=0)
+    answers: list = []
+    asks = [
+        lambda: live.lines("/v1/completions", prompt="hello", **ENDLESS),
+        lambda: live.complete("hello", **ENDLESS),
+        lambda: live.complete("in the queue", **ENDLESS),
+    ]
+    threads = []
+    for i, ask in enumerate(asks):
+        threads.append(threading.Thread(target=lambda ask=ask: answers.append(ask())))
+        threads[-1].start()
+        until(lambda i=i: live.worker.running + live.worker.waiting == i + 1)
+    break_next_pass(live)
+    for thread in threads:
+        thread.join(LATE_S)
+    (stream,) = [a for a in answers if isinstance(a, list)]
+    error = json.loads(stream[-1].removeprefix("data: "))["error"]
+    assert error["message"] == "the engine has failed: RuntimeError: no memory for this"
+    assert error["type"] == "server_error" and len(stream) > 1
+    for answer in (a for a in answers if isinstance(a, httpx.Response)):
+        assert answer.status_code == 500 and answer.json()["error"] == error
+        assert answer.headers["x-should-retry"] == "false"  # or a client repeats what may have been the cause
+    assert live.text("hello", max_tokens=12, temperature=0) == want
+    health = live.client.get("/health")
+    assert health.status_code == 200 and health.json()["faults"] == 1 and "no memory" in health.json()["last_fault"]
+    assert "RuntimeError: no memory" in capfd.readouterr().err  # the traceback
+    assert live.settled()
+
+
+def test_a_third_fault_is_the_last(live):
+    for _ in range(3):
+        assert live.client.get("/health").status_code == 200
+        break_next_pass(live)
+        assert live.complete("hello").status_code == 500
+        until(lambda: live.worker.state != "restarting")
+    health = live.client.get("/health")
+    assert health.status_code == 503 and health.json()["status"] == "failed"
+    assert live.client.get("/health/live").status_code == 503
+    for answer in (live.complete("hello"), live.client.get("/v1/models")):
+        assert answer.status_code == 503 and answer.json()["error"]["code"] == "engine_failed"
+    assert live.worker.join(LATE_S)
+
+
+def test_while_a_new_engine_is_built_health_says_so_and_requests_wait(live, monkeypatch):
+    building, done, restart = threading.Event(), threading.Event(), live.pair.restart
+
+    def slowly():
+        building.set()
+        done.wait(LATE_S)
+        restart()
+
+    monkeypatch.setattr(live.pair, "restart", slowly)
+    break_next_pass(live)
+    assert live.complete("hello").status_code == 500
+    assert building.wait(LATE_S)
+    health = live.client.get("/health")
+    assert health.status_code == 503 and health.json()["status"] == "restarting"
+    assert live.client.get("/health/live").status_code == 200
+    answers = []
+    thread = threading.Thread(target=lambda: answers.append(live.complete("hello", max_tokens=3)))
+    thread.start()
+    until(lambda: live.worker.open == 1)
+    done.set()
+    thread.join(LATE_S)
+    assert answers[0].status_code == 200
+
+
+def test_an_abort_ends_all_requests_and_leaves_the_engine_empty(live):
+    answers = []
+    threads = [threading.Thread(target=lambda: answers.append(live.complete("hello", **ENDLESS))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    until(lambda: live.worker.running == 2 and live.worker.waiting == 1)
+    live.worker.abort(ServerError(503, "shutting_down", "enough"))
+    for thread in threads:
+        thread.join(LATE_S)
+    assert [a.status_code for a in answers] == [503] * 3 and live.settled()
+
+
+# the process ------------------------------------------------------------------------------------------------
+
+CLI = "import sys; from mlx_mtp.cli import main; "
+BROKEN = """
+from mlx_mtp.models.gemma4 import Gemma4
+forward = Gemma4.forward
+def fail(self, tokens, *rest):
+    if 700 in tokens.reshape(-1).tolist():
+        raise RuntimeError("poisoned")
+    return forward(self, tokens, *rest)
+Gemma4.forward = fail
+"""
+
+
+class Process:
+    """`mlx-mtp serve` as a process."""
+
+    def __init__(self, *options: str, before: str = "") -> None:
+        arguments = ["serve", "-m", EDGE[0], "--drafter", EDGE[1], "--port", "0", "--width", "3", *options]
+        command = [sys.executable, "-c", f"{before}\n{CLI}sys.exit(main({arguments!r}))"]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        self.said: list[str] = []
+        self.reader = threading.Thread(target=self._read)
+        self.reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.said.append(line)
+        self.process.stderr.close()
+
+    def ready(self) -> str:
+        until(lambda: any("ready: " in line for line in self.said) or self.process.poll() is not None)
+        assert self.process.poll() is None, self.said
+        return next(line for line in self.said if "ready: " in line).split("ready: ")[1].strip()
+
+    def ended(self) -> int:
+        code = self.process.wait(LATE_S)
+        self.reader.join(LATE_S)
+        return code
+
+
+def post(url: str, **body) -> tuple[int, bytes]:
+    request = urllib.request.Request(f"{url}/completions", json.dumps(body).encode())
+    try:
+        with urllib.request.urlopen(request, timeout=LATE_S) as answer:
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read()
+
+
+def test_after_sigterm_running_requests_finish_and_the_exit_code_is_0():
+    server = Process("--rows", "2")
+    url, answers = server.ready(), []
+    assert any("warm-up 1/" in line for line in server.said)
+    body = {"prompt": "hello", "max_tokens": 120, "ignore_eos": True}
+    thread = threading.Thread(target=lambda: answers.append(post(url, **body)))
+    thread.start()
+    until(lambda: b'running"} 1.0' in urllib.request.urlopen(url.removesuffix("/v1") + "/metrics").read())
+    server.process.send_signal(signal.SIGTERM)
+    thread.join(LATE_S)
+    assert answers[0][0] == 200 and json.loads(answers[0][1])["usage"]["completion_tokens"] == 120
+    assert server.ended() == 0
+
+
+def test_after_the_grace_running_requests_get_an_error_and_a_second_interrupt_ends_at_once():
+    for signals, options in (([signal.SIGTERM], ["--grace-s", "0.2"]), ([signal.SIGINT] * 2, ["--grace-s", "600"])):
+        server = Process(*options)
+        url, answers = server.ready(), []
+        body = {"prompt": "hello", "max_tokens": 4000, "ignore_eos": True, "stream": True}
+        thread = threading.Thread(target=lambda url=url, body=body, out=answers: out.append(post_anyhow(url, **body)))
+        thread.start()
+        until(lambda server=server, url=url: running_of(url) == 1)
+        for number in signals:
+            server.process.send_signal(number)
+            time.sleep(0.3)
+        assert server.ended() == 0
+        thread.join(LATE_S)
+        if len(signals) == 1:
+            assert b"shutting down" in answers[0]
+
+
+def running_of(url: str) -> float:
+    with urllib.request.urlopen(url.removesuffix("/v1") + "/metrics") as page:
+        return float(page.read().decode().split('mlx_mtp_texts{state="running"} ')[1].split()[0])
+
+
+def post_anyhow(url: str, **body) -> bytes:
+    """What came of a stream, however it ended."""
+    with httpx.stream("POST", f"{url}/completions", json=body, timeout=LATE_S) as answer:
+        out = b""
+        try:
+            for piece in answer.iter_bytes():
+                out += piece
+        except httpx.HTTPError:
+            pass
+        return out
+
+
+def test_after_faults_the_process_ends_with_code_1():
+    server = Process(before=BROKEN)
+    url = server.ready()
+    for _ in range(3):
+        assert post(url, prompt=[5, 700, 6])[0] == 500
+    assert server.ended() == 1
+    assert any("the engine has failed: RuntimeError: poisoned" in line for line in server.said)
+
+
+def test_mistakes_end_with_code_2_and_one_line():
+    for options, word in (
+        (["-m", "no/such/folder"], "no/such/folder"),
+        (["--host", "no.such.host.invalid"], "no.such.host.invalid"),
+        (["--temperature", "-1"], "temperature"),
+        (["--width", "99"], "width"),
+    ):
+        server = Process(*options)
+        assert server.ended() == 2
+        assert len(server.said) == 1 and word in server.said[0], server.said

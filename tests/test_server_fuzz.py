@@ -1,0 +1,287 @@
+"""Requests that nobody would write, in numbers; and hours of clients that come and go, in minutes."""
+
+import gc
+import json
+import math
+import random
+import socket
+import string
+import threading
+import time
+from typing import Any
+
+import httpx
+import pytest
+from servers import EDGE, TINY, Live, running
+
+ROUTES = ("/v1/models", "/health", "/metrics", "/", "/v1/%00", "/v1/models/%ff")
+WORDS = (
+    "",
+    "a",
+    "hello there",
+    "\x00",
+    "\ud800",
+    "é" * 7,
+    "<|channel>",
+    "<|turn>model\n",
+    "x" * 300,
+    "\u200d👩\u0644",
+)
+NUMBERS = (0, 1, -1, 2, 0.5, -0.0, 1e-9, 1e23, 1e308, 2**31, 2**63, 2**64, -(2**64), 10**40, math.nan, math.inf)
+CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+TURNS = [
+    {"role": "user", "content": [{"type": "text", "text": "hello"}]},
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "c", "content": "done"},
+]
+FIELDS = {
+    "model": "tiny",
+    "stream": True,
+    "stream_options": {"include_usage": True},
+    "temperature": 0.8,
+    "top_p": 0.9,
+    "top_k": 5,
+    "min_p": 0.1,
+    "seed": 4,
+    "n": 2,
+    "stop": ["\n"],
+    "logit_bias": {"5": 1},
+    "presence_penalty": 0.5,
+    "frequency_penalty": 0.5,
+    "repetition_penalty": 1.1,
+    "user": "me",
+    "ignore_eos": True,
+}
+OF_CHAT = {
+    "messages": TURNS[:1],
+    "max_completion_tokens": 3,
+    "logprobs": True,
+    "top_logprobs": 2,
+    "response_format": {"type": "text"},
+    "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}],
+    "tool_choice": "auto",
+    "parallel_tool_calls": False,
+    "enable_thinking": True,
+    "reasoning_effort": "low",
+    "chat_template_kwargs": {"a": 1},
+}
+OF_TEXT = {"prompt": "hello", "max_tokens": 3, "logprobs": 2, "suffix": "", "echo": False, "best_of": 1}
+
+
+class Fuzz:
+    """Random requests from one seed: some as they should be, most with something wrong."""
+
+    def __init__(self, seed: int) -> None:
+        self.chance = random.Random(seed)
+
+    def value(self, depth: int = 0) -> Any:
+        kind = self.chance.randrange(8 if depth < 4 else 5)
+        if kind == 0:
+            return self.chance.choice(NUMBERS)
+        if kind == 1:
+            return self.chance.choice(WORDS)
+        if kind == 2:
+            return self.chance.choice((None, True, False))
+        if kind == 3:
+            return self.chance.randrange(-5, 2000)
+        if kind == 4:
+            return "".join(self.chance.choices(string.printable, k=self.chance.randrange(40)))
+        if kind == 5:
+            return {str(self.value(9)): self.value(depth + 1) for _ in range(self.chance.randrange(4))}
+        return [self.value(depth + 1) for _ in range(self.chance.randrange(5))]
+
+    def bent(self, value: Any) -> Any:
+        """A value with one place in it changed."""
+        if isinstance(value, dict) and value and self.chance.random() < 0.8:
+            name = self.chance.choice(list(value))
+            return {**value, name: self.bent(value[name])}
+        if isinstance(value, list) and value and self.chance.random() < 0.8:
+            at = self.chance.randrange(len(value))
+            return [*value[:at], self.bent(value[at]), *value[at + 1 :]]
+        return self.value()
+
+    def body(self, chat: bool) -> bytes:
+        """A legal body, or one with up to five places changed, or that with bytes changed."""
+        chance, own = self.chance, OF_CHAT if chat else OF_TEXT
+        names = chance.sample([*FIELDS, *own], chance.randrange(6))
+        body: Any = {name: (FIELDS | own)[name] for name in (*names, "messages" if chat else "prompt")}
+        if chat and chance.random() < 0.3:
+            body["messages"] = TURNS
+        for _ in range(chance.choice((0, 0, 1, 1, 2, 5))):
+            body = self.bent(body) if isinstance(body, dict) and body else body
+        if isinstance(body, dict):
+            if chance.random() < 0.1:
+                body[str(self.value(9))] = self.value()
+            for name, most in (("max_tokens", 6), ("max_completion_tokens", 6), ("n", 3)):
+                if isinstance(body.get(name), (int, float)) and body[name] > most:
+                    body[name] = most  # more is legal, and would take minutes
+        raw = json.dumps(body, ensure_ascii=chance.random() < 0.5).encode("utf-8", "surrogatepass")
+        if chance.random() < 0.1:
+            at = chance.randrange(len(raw))
+            raw = raw[:at] + chance.randbytes(chance.randrange(4)) + raw[at + chance.randrange(3) :]
+        return raw
+
+    def headers(self) -> dict[str, bytes]:
+        chance, out = self.chance, {"content-type": b"application/json"}
+        if chance.random() < 0.1:
+            out["content-type"] = chance.choice((b"text/plain", b"application/json; charset=latin-1", b";", b"\xff"))
+        if chance.random() < 0.05:
+            name = chance.choice(("host", "origin", "authorization", "x-api-key", "accept", "content-encoding"))
+            out[name] = bytes(chance.choices(range(33, 256), k=chance.randrange(1, 30)))
+        return out
+
+    def send(self, client: httpx.Client) -> httpx.Response:
+        chance, chat = self.chance, self.chance.random() < 0.5
+        path, method = "/v1/chat/completions" if chat else "/v1/completions", "POST"
+        if chance.random() < 0.06:
+            path = chance.choice(ROUTES)
+        if chance.random() < 0.06:
+            method = chance.choice(("GET", "PUT", "DELETE", "OPTIONS", "HEAD", "PATCH", "NONSENSE"))
+        return client.request(method, path, content=self.body(chat), headers=self.headers())
+
+
+def check(answer: httpx.Response) -> None:
+    """Done, or refused with a reason; never a fault of the server."""
+    assert answer.status_code in (200, 400, 403, 404, 405, 413, 429), (answer.status_code, answer.text[:300])
+    request = answer.request
+    if request.method == "HEAD" or answer.headers["content-type"].startswith("text/plain"):
+        return
+    if answer.headers["content-type"].startswith("text/event-stream"):
+        assert answer.text.endswith("data: [DONE]\n\n"), answer.text[-300:]
+    elif answer.status_code == 200:
+        assert answer.json()
+    else:
+        assert answer.json()["error"]["message"], request.content
+
+
+def broken_line(live: Live, chance: random.Random) -> None:
+    """Bytes that are no HTTP, or half a request, and then nothing."""
+    with socket.create_connection(("127.0.0.1", live.client.base_url.port)) as line:
+        heads = (
+            b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n",
+            b"GET / HTTP/9.9\r\n\r\n",
+            b"\x16\x03\x01",
+            b"",
+        )
+        line.sendall(chance.choice(heads))
+        line.sendall(
+            chance.choice((b"content-length: 99\r\n\r\n{", b"content-length: -1\r\n\r\n", chance.randbytes(60)))
+        )
+
+
+def bombard(live: Live, count: int, seed: int, threads: int) -> None:
+    """Send requests from several threads while one text is asked for again and again, which must stay the same."""
+    ask = {"prompt": "hello", "max_tokens": 12, "temperature": 1.0, "seed": 1}
+    want, wrong, done, over = live.text(**ask), [], [], threading.Event()
+
+    def attack(number: int) -> None:
+        fuzz = Fuzz(seed + number)
+        try:
+            with httpx.Client(base_url=live.url, timeout=60) as client:
+                for _ in range(count // threads):
+                    answer = fuzz.send(client)
+                    check(answer)
+                    done.append(answer.status_code == 200)
+                    if fuzz.chance.random() < 0.02:
+                        broken_line(live, fuzz.chance)
+        except Exception as error:  # to the main thread
+            wrong.append(error)
+
+    def watch() -> None:
+        while not over.is_set():
+            answer = live.complete(**ask)
+            if answer.status_code != 429 and answer.json()["choices"][0]["text"] != want:
+                wrong.append(answer.text)
+
+    watcher = threading.Thread(target=watch)
+    attackers = [threading.Thread(target=attack, args=(i,)) for i in range(threads)]
+    for thread in (watcher, *attackers):
+        thread.start()
+    for thread in attackers:
+        thread.join()
+    over.set()
+    watcher.join()
+    if wrong and isinstance(wrong[0], Exception):
+        raise wrong[0]
+    assert not wrong and len(done) == count // threads * threads
+    assert 0.15 < sum(done) / len(done) < 0.8  # or it asks for too little that is right, or wrong
+    assert live.settled() and live.worker.faults == 0 and live.text(**ask) == want
+
+
+def test_no_request_breaks_the_server_or_another_requests_text():
+    with running(EDGE, rows=4, queue=16, max_tokens=4) as live:
+        bombard(live, 240, seed=1, threads=4)
+
+
+@pytest.mark.slow
+def test_ten_thousand_requests_do_not_either():
+    with running(EDGE, rows=8, queue=16, max_tokens=4) as live:
+        for turn in range(10):
+            bombard(live, 1000, seed=1000 * turn + 7, threads=8)
+
+
+# hours in minutes -------------------------------------------------------------------------------------------
+
+SOAK_S = 600.0  # of the slow test
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is in RAM, by /proc; skips where there is none."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * 4096
+    except FileNotFoundError:
+        pytest.skip("no /proc here")
+
+
+def stream_on(live: Live, seed: int, over: threading.Event, failed: list) -> None:
+    """One client: streams, of which every other is dropped somewhere."""
+    chance = random.Random(seed)
+    try:
+        with httpx.Client(base_url=live.url, timeout=120) as client:
+            while not over.is_set():
+                tokens = chance.randrange(5, 120)
+                body = {"prompt": [chance.randrange(3, 700) for _ in range(chance.randrange(1, 600))]}
+                body |= {"max_tokens": tokens, "stream": True, "ignore_eos": True, "temperature": 1.0}
+                with client.stream("POST", "/v1/completions", json=body) as answer:
+                    assert answer.status_code == 200
+                    leave = chance.randrange(tokens) if chance.random() < 0.5 else 10**9
+                    lines = [line for _, line in zip(range(leave), answer.iter_lines(), strict=False)]
+                    assert leave < 10**9 or lines[-2] == "data: [DONE]"
+    except Exception as error:
+        failed.append(error)
+
+
+def soak(live: Live, seconds: float) -> tuple[float, float]:
+    """Mean resident bytes in the middle third and in the last third of the time."""
+    over, failed, seen = threading.Event(), [], []
+    clients = [threading.Thread(target=stream_on, args=(live, seed, over, failed)) for seed in range(8)]
+    for client in clients:
+        client.start()
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not failed:
+        time.sleep(min(0.5, seconds / 30))
+        seen.append(resident_bytes())
+    over.set()
+    for client in clients:
+        client.join()
+    if failed:
+        raise failed[0]
+    assert live.settled() and live.worker.faults == 0
+    third = len(seen) // 3
+    return sum(seen[third : 2 * third]) / third, sum(seen[2 * third : 3 * third]) / third
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_while_eight_clients_come_and_go_for_ten_minutes():
+    with running(TINY, rows=8, width="auto") as live:
+        soak(live, 20.0)  # caches of graphs and kernels fill
+        gc.collect()
+        middle, last = soak(live, SOAK_S)
+        print(f"\nresident: middle third {middle / 2**20:.1f} MiB, last third {last / 2**20:.1f} MiB")
+        assert last < 1.03 * middle
+
+
+def test_clients_that_come_and_go_leave_no_row_behind():
+    with running(EDGE, rows=4, queue=8) as live:
+        soak(live, 1.5)

@@ -1,0 +1,329 @@
+"""What goes over the wire: streams to the byte, bodies of every kind, inputs that break other servers, disconnects."""
+
+import json
+import socket
+import threading
+
+import pytest
+from servers import EDGE, Live, chunks, running, until
+
+LONG = list(range(3, 700)) * 4  # token ids; several prompt chunks
+ENDLESS = {"ignore_eos": True, "max_tokens": 1200, "temperature": 0}
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+HELLO = [{"role": "user", "content": "hello there"}]
+
+
+@pytest.fixture(scope="module")
+def live():
+    with running(EDGE, rows=2, queue=2, keepalive_s=0.02, max_tokens=6, body_bytes=200_000) as live:
+        yield live
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind(live: Live):
+    yield
+    assert live.settled() and live.worker.faults == 0
+
+
+def post(live: Live, body: bytes, path: str = TEXT):
+    return live.client.post(path, content=body, headers={"content-type": "application/json"})
+
+
+# streams ----------------------------------------------------------------------------------------------------
+
+
+def test_a_chat_stream_has_the_form_that_clients_parse(live):
+    lines = live.lines(CHAT, messages=HELLO, temperature=0, stream_options={"include_usage": True})
+    data = chunks(lines)
+    assert {(d["object"], d["id"], d["model"]) for d in data} == {
+        ("chat.completion.chunk", data[0]["id"], "tiny")
+    } and all(isinstance(d["created"], int) for d in data)
+    first, *middle, last, usage = data
+    assert first["choices"] == [
+        {"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+    ]
+    assert all(set(d["choices"][0]["delta"]) == {"content"} for d in middle)
+    assert all(d["choices"][0]["finish_reason"] is None and d["usage"] is None for d in (first, *middle))
+    assert last["choices"][0]["delta"] == {} and last["choices"][0]["finish_reason"] == "length"
+    assert usage["choices"] == [] and usage["usage"] == {
+        "prompt_tokens": usage["usage"]["prompt_tokens"],
+        "completion_tokens": 6,
+        "total_tokens": usage["usage"]["prompt_tokens"] + 6,
+        "prompt_tokens_details": {"cached_tokens": 0},
+        "completion_tokens_details": {"reasoning_tokens": 0},
+    }
+    assert not any("usage" in d for d in chunks(live.lines(CHAT, messages=HELLO, stream_options={})))
+
+
+def test_headers_and_comments_come_before_the_prompt_has_run(live):
+    lines = live.lines(CHAT, messages=[{"role": "user", "content": "ab " * 1000}], max_tokens=1)
+    assert "assistant" in lines[0] and lines[1] == ": keepalive"
+    assert chunks(lines)[-1]["choices"][0]["finish_reason"] in ("length", "stop")
+
+
+def test_a_completion_stream_has_the_form_that_clients_parse(live):
+    data = chunks(live.lines(TEXT, prompt="hello", temperature=0))
+    assert all(d["object"] == "text_completion" for d in data)
+    assert all(set(d["choices"][0]) == {"index", "text", "logprobs", "finish_reason"} for d in data)
+    assert "".join(d["choices"][0]["text"] for d in data) == live.text("hello", temperature=0)
+    assert [d["choices"][0]["finish_reason"] for d in data[-2:]][-1] == "length"
+
+
+# bodies -----------------------------------------------------------------------------------------------------
+
+IMAGE = {"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{oops"}}
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+EMPTY_CALL = {**CALL, "function": {"name": "f", "arguments": ""}}
+DEEP = b'{"prompt":' + b"[" * 90_000 + b"]" * 90_000 + b"}"
+REFUSED = {
+    "not JSON": (TEXT, b"{"),
+    "a list": (TEXT, b"[]"),
+    "nothing": (TEXT, b""),
+    "not UTF-8": (TEXT, b'{"prompt":"\xff\xfe"}'),
+    "NaN": (TEXT, b'{"prompt":"a","temperature":NaN}'),
+    "nested deeply": (TEXT, DEEP),
+    "a number of many digits": (TEXT, b'{"prompt":"a","seed":' + b"9" * 9000 + b"}"),
+    "no messages": (CHAT, {}),
+    "no prompt": (TEXT, {"max_tokens": 3}),
+    "messages empty": (CHAT, {"messages": []}),
+    "messages of text": (CHAT, {"messages": "hello"}),
+    "a message of text": (CHAT, {"messages": ["hello"]}),
+    "an unknown role": (CHAT, {"messages": [{"role": "root", "content": "a"}]}),
+    "an image": (CHAT, {"messages": [{"role": "user", "content": [IMAGE]}]}),
+    "tool arguments that are no JSON": (CHAT, {"messages": [*HELLO, {"role": "assistant", "tool_calls": [CALL]}]}),
+    "tool calls that are a number": (CHAT, {"messages": [*HELLO, {"role": "assistant", "tool_calls": 5}]}),
+    "tool arguments nested deeply": (
+        CHAT,
+        {
+            "messages": [
+                *HELLO,
+                {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[" * 60_000}}]},
+            ]
+        },
+    ),
+    "a role that is an object": (CHAT, {"messages": [{"role": {}, "content": "a"}]}),
+    "tools that are text": (CHAT, {"messages": HELLO, "tools": "all"}),
+    "template variables that are taken": (CHAT, {"messages": HELLO, "chat_template_kwargs": {"messages": []}}),
+    "max_tokens negative": (TEXT, {"prompt": "a", "max_tokens": -1}),
+    "max_tokens 0": (TEXT, {"prompt": "a", "max_tokens": 0}),
+    "max_tokens true": (TEXT, {"prompt": "a", "max_tokens": True}),
+    "temperature negative": (TEXT, {"prompt": "a", "temperature": -1}),
+    "temperature of text": (TEXT, {"prompt": "a", "temperature": "hot"}),
+    "top_p 0": (TEXT, {"prompt": "a", "top_p": 0}),
+    "too many log-probabilities": (TEXT, {"prompt": "a", "logprobs": 21}),
+    "log-probabilities without asking": (CHAT, {"messages": HELLO, "top_logprobs": 2}),
+    "n 0": (TEXT, {"prompt": "a", "n": 0}),
+    "n too many": (TEXT, {"prompt": "a", "n": 5}),
+    "a schema": (CHAT, {"messages": HELLO, "response_format": {"type": "json_schema", "json_schema": {}}}),
+    "echo": (TEXT, {"prompt": "a", "echo": True}),
+    "best_of": (TEXT, {"prompt": "a", "best_of": 2}),
+    "an empty prompt": (TEXT, {"prompt": ""}),
+    "an empty prompt among others": (TEXT, {"prompt": ["a", ""]}),
+    "an empty list": (TEXT, {"prompt": []}),
+    "an empty list of ids": (TEXT, {"prompt": [[]]}),
+    "texts and ids": (TEXT, {"prompt": ["a", 1]}),
+    "ids and truth": (TEXT, {"prompt": [1, True]}),
+    "an id out of range": (TEXT, {"prompt": [1, 999_999]}),
+    "a negative id": (TEXT, {"prompt": [-1]}),
+    "half a character": (TEXT, b'{"prompt":"\\ud800"}'),
+    "stop of ids": (TEXT, {"prompt": "a", "stop": [1]}),
+    "stop a number": (TEXT, {"prompt": "a", "stop": 5}),
+    "stop empty": (TEXT, {"prompt": "a", "stop": ""}),
+    "a bias out of the vocabulary": (TEXT, {"prompt": "a", "logit_bias": {"999999": 5}}),
+    "a bias of no token": (TEXT, {"prompt": "a", "logit_bias": {"the": 5}}),
+    "a bias too strong": (TEXT, {"prompt": "a", "logit_bias": {"5": 1e9}}),
+    "a seed that is no integer": (TEXT, {"prompt": "a", "seed": 1e23}),
+    "a seed too large": (TEXT, {"prompt": "a", "seed": 2**64}),
+    "a prompt too long": (TEXT, {"prompt": LONG * 2}),
+    "contradicting thinking": (CHAT, {"messages": HELLO, "enable_thinking": False, "reasoning_effort": "high"}),
+    "a field nobody knows": (TEXT, {"prompt": "a", "\ud83d": 1}),
+}
+# Legal, and refused or fatal elsewhere.
+TAKEN = {
+    "nulls": (
+        CHAT,
+        {"messages": HELLO, "max_tokens": None, "temperature": None, "stop": None, "tools": None, "n": None},
+    ),
+    "two log-probabilities": (TEXT, {"prompt": "a", "logprobs": 2}),
+    "20 log-probabilities": (CHAT, {"messages": HELLO, "logprobs": True, "top_logprobs": 20}),
+    "two texts": (TEXT, {"prompt": ["abc", "def"]}),
+    "two choices": (TEXT, {"prompt": "a", "n": 2}),
+    "a negative seed": (TEXT, {"prompt": "a", "seed": -1}),
+    "tool arguments that are empty": (
+        CHAT,
+        {
+            "messages": [
+                *HELLO,
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "tool_calls": [{**CALL, "function": {"name": "f", "arguments": ""}}],
+                },
+                {"role": "tool", "tool_call_id": "1", "content": "done"},
+            ]
+        },
+    ),
+    "what clients send for their own books": (TEXT, {"prompt": "a", "user": "me", "metadata": {}, "store": False}),
+    "fields at the value that changes nothing": (TEXT, {"prompt": "a", "echo": False, "best_of": 1, "suffix": None}),
+    "tools not to be called": (CHAT, {"messages": HELLO, "tools": TOOLS, "tool_choice": "none"}),
+    "no tools": (CHAT, {"messages": HELLO, "tools": [], "tool_choice": "auto", "parallel_tool_calls": False}),
+    "parts of text": (CHAT, {"messages": [{"role": "user", "content": [{"type": "text", "text": "hello"}]}]}),
+    "more tokens than there is room for": (TEXT, {"prompt": [5] * 4090, "max_tokens": 32000}),
+    "an alias of max_tokens": (CHAT, {"messages": HELLO, "max_completion_tokens": 3}),
+    "a developer's message": (CHAT, {"messages": [{"role": "developer", "content": "be brief"}, *HELLO]}),
+}
+
+
+def test_what_cannot_be_honoured_is_refused_with_a_reason_and_harms_nobody(live):
+    """While a text is being generated, which none of it may change."""
+    want, got = live.text("hello", **{**ENDLESS, "max_tokens": 150}), []
+    beside = threading.Thread(
+        target=lambda: got.append(live.text("hello", **{**ENDLESS, "max_tokens": 150})),
+    )
+    beside.start()
+    for name, (path, body) in REFUSED.items():
+        raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+        answer = post(live, raw, path)
+        error = answer.json()["error"]
+        assert answer.status_code == 400, (name, answer.text)
+        assert error["message"] and error["type"] == "invalid_request_error", name
+        assert len(answer.content) < 600, name
+    beside.join()
+    assert got == [want]
+
+
+def test_what_is_legal_is_done(live):
+    for name, (path, body) in TAKEN.items():
+        answer = post(live, json.dumps(body).encode(), path)
+        assert answer.status_code == 200, (name, answer.text)
+        assert answer.json()["usage"]["completion_tokens"] > 0, name
+
+
+def test_a_refusal_names_the_field_at_fault(live):
+    for body, param in (
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"top_p": 7}, "top_p"),
+        ({"echo": True}, "echo"),
+        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"stop": [1]}, "stop"),
+    ):
+        assert live.complete("a", **body).json()["error"]["param"].startswith(param)
+
+
+def test_a_prompt_that_is_too_long_is_told_both_numbers(live):
+    error = live.complete([5] * 5000).json()["error"]
+    assert error["code"] == "context_length_exceeded" and "5000" in error["message"] and "4096" in error["message"]
+
+
+def test_a_prompt_that_ends_with_an_earlier_text_runs(live):
+    first = live.text("hello", temperature=0)
+    assert live.complete("hello" + first, temperature=0).status_code == 200
+    assert live.complete("hello" + first, temperature=0).status_code == 200
+
+
+def test_another_models_name_loads_nothing(live):
+    answer = live.complete("a", model="mlx-community/something")
+    assert answer.status_code == 404 and answer.json()["error"]["code"] == "model_not_found"
+    assert live.complete("a", model="tiny").status_code == live.complete("a", model=None).status_code == 200
+
+
+def test_a_body_may_come_in_chunks_but_not_without_end(live):
+    whole = json.dumps({"prompt": "hello", "temperature": 0}).encode()
+    answer = live.client.post(TEXT, content=iter([whole[:7], whole[7:]]))
+    assert answer.status_code == 200 and answer.json()["choices"][0]["text"] == live.text("hello", temperature=0)
+    for content in (b" " * 300_000, iter([b" " * 100_000] * 3)):
+        answer = live.client.post(TEXT, content=content)
+        assert answer.status_code == 413 and answer.json()["error"]["code"] == "request_too_large"
+
+
+def test_unknown_paths_and_methods_are_refused_in_json(live):
+    assert live.client.get("/v1/nothing").json()["error"]["message"] == "there is no /v1/nothing here"
+    answer = live.client.get(TEXT)
+    assert answer.status_code == 405 and answer.json()["error"] and answer.headers["allow"] == "POST"
+
+
+def test_models_and_metrics_can_be_read(live):
+    (model,) = live.client.get("/v1/models").json()["data"]
+    assert model["id"] == "tiny" and model["object"] == "model" and model["max_model_len"] == 4096
+    live.complete("hello", max_tokens=4)
+    until(lambda: 'path="/v1/completions",status="200"' in live.client.get("/metrics").text)
+    page = live.client.get("/metrics").text
+    assert "mlx_mtp_ready 1.0" in page and 'mlx_mtp_texts{state="running"} 0.0' in page
+    assert float(page.split('mlx_mtp_tokens_total{kind="generated"} ')[1].split()[0]) >= 4
+
+
+def test_every_request_leaves_one_line_of_facts(live, capfd):
+    shown = ""
+
+    def both() -> bool:
+        nonlocal shown
+        shown += capfd.readouterr().err
+        return shown.count("\n") == 2
+
+    live.complete("hello", max_tokens=5, temperature=0, ignore_eos=True)
+    live.complete("hello", max_tokens=0)
+    until(both)
+    done, refused = map(json.loads, shown.splitlines())
+    assert done["path"] == TEXT and done["status"] == 200 and done["finish"] == "length"
+    assert done["generated_tok"] == 5 and done["prompt_tok"] > 0 and done["cached_tok"] == 0
+    assert done["rounds"] > 0 and done["kept_per_round"] >= 0 and done["decode_tok_s"] > 0
+    assert 0 < done["first_token_s"] <= done["seconds"]
+    assert refused["status"] == 400 and "max_tokens" in refused["error"]
+
+
+# clients that go away ---------------------------------------------------------------------------------------
+
+
+def dial(live: Live, body: dict) -> socket.socket:
+    """A request on a socket of its own."""
+    raw = json.dumps(body).encode()
+    line = socket.create_connection(("127.0.0.1", live.client.base_url.port))
+    line.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n" % len(raw) + raw)
+    return line
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_frees_its_row_within_a_few_rounds(live, stream):
+    line = dial(live, {"prompt": "hello", "stream": stream, **ENDLESS})
+    engine = live.pair._engine
+    before = engine.host_reads
+    until(lambda: live.worker.running == 1 and engine.host_reads > before + 5)
+    gone_at = engine.host_reads
+    line.close()
+    until(lambda: live.worker.open == 0)
+    assert engine.host_reads - gone_at < 40 and engine.idle  # of the 300 rounds and more that it asked for
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_while_its_prompt_runs_frees_its_row(live, stream):
+    line = dial(live, {"prompt": LONG, "stream": stream, **ENDLESS})
+    until(lambda: live.worker.running == 1)
+    line.close()
+    until(lambda: live.worker.open == 0)
+    assert live.settled()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_from_the_queue_never_runs(live, stream):
+    first = [dial(live, {"prompt": "hello", "stream": True, **ENDLESS}) for _ in range(2)]
+    until(lambda: live.worker.running == 2)
+    line = dial(live, {"prompt": "bye", "stream": stream, **ENDLESS})
+    until(lambda: live.worker.waiting == 1)
+    line.close()
+    until(lambda: live.worker.open == 2 and live.worker.waiting == 0)
+    assert live.worker.running == 2
+    for line in first:
+        line.close()
+
+
+def test_a_full_queue_is_told_when_to_come_again(live):
+    lines = [dial(live, {"prompt": "hello", "stream": True, **ENDLESS}) for _ in range(4)]
+    until(lambda: live.worker.open == 4)
+    answer = live.complete("hello")
+    assert answer.status_code == 429 and answer.json()["error"]["code"] == "queue_full"
+    assert 1 <= int(answer.headers["retry-after"]) <= 30 and answer.headers["x-should-retry"] == "true"
+    for line in lines:
+        line.close()
+    until(lambda: live.worker.open == 0)
+    assert live.complete("hello").status_code == 200
