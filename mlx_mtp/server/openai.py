@@ -14,8 +14,9 @@ from starlette.responses import Response
 
 from mlx_mtp.rows import TokenLogprob
 from mlx_mtp.segments import Segment
+from mlx_mtp.server import infill
 from mlx_mtp.server.asking import constraint_of
-from mlx_mtp.server.nouns import Delta, Finish, Job, ServerError, Usage
+from mlx_mtp.server.nouns import Delta, Finish, Job, ServerError, Usage, invalid
 from mlx_mtp.server.openai_form import ChatForm, Common, CompletionForm, error_body, plain_messages
 from mlx_mtp.server.respond import Body, Json, Text, dumps, read_body, respond
 from mlx_mtp.server.service import Prompt, Service
@@ -69,8 +70,15 @@ async def _complete(request: Request, service: Service, form: CompletionForm) ->
     service.check_name(form.model)
     prompts = []
     for prompt in form.prompts():
-        prompts.append(await service.text(prompt) if isinstance(prompt, str) else service.ids(prompt))
+        if form.suffix and isinstance(prompt, str):
+            prompts.append(await infill.prompt_of(service, infill.Hole(prompt, form.suffix)))
+        elif form.suffix:
+            raise invalid("suffix is given with a prompt of token ids; expected text", "suffix")
+        else:
+            prompts.append(await service.text(prompt) if isinstance(prompt, str) else service.ids(prompt))
     jobs = _jobs(service, form, prompts, form.max_tokens, form.logprobs)
+    if form.suffix:
+        jobs = [replace(job, stop=(*job.stop, *infill.stops_of(form.suffix))) for job in jobs]
     return await respond(request, service, jobs, CompletionWriter(service, form, len(jobs)), form.stream)
 
 

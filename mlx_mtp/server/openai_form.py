@@ -40,7 +40,6 @@ ONLY_AT: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "best_of": (1,),
     "echo": (False,),
-    "suffix": ("",),
     "verbosity": ("medium",),
     "min_tokens": (0,),
     "length_penalty": (1, 1.0),
@@ -253,6 +252,7 @@ class CompletionForm(Common):
     """The body of /v1/completions. prompt is checked by hand: pydantic would report every element of a long list."""
 
     prompt: Any
+    suffix: Word | None = None
     logprobs: Annotated[Integer, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     def prompts(self) -> list[str] | list[list[int]]:

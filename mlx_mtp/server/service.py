@@ -58,8 +58,14 @@ class Service:
     # prompts ----------------------------------------------------------------------------------------------------
 
     async def chat(self, messages: list[dict], options: dict[str, Any]) -> Prompt:
-        """A conversation by the checkpoint's template; options are template variables. Raises ServerError."""
+        """A conversation by the checkpoint's template; options are template variables. Raises ServerError.
+
+        Tools come in the order of their names: clients list them in changing order, and each order would be a prompt
+        of its own, of which no cached part could be used.
+        """
         text = self.model.text
+        if "tools" in options:
+            options = {**options, "tools": sorted(options["tools"], key=lambda tool: tool["function"]["name"])}
         return await self._prepare(lambda: text.chat(messages, options=options), "messages")
 
     async def text(self, prompt: str) -> Prompt:
@@ -142,7 +148,7 @@ class Service:
             if token >= size:
                 raise invalid(f"logit_bias names token {token}; the vocabulary has {size} tokens", "logit_bias")
         try:
-            return replace(self.model.sampling, **self.settings.sampling, **changes)
+            return replace(self.model.sampling, **{**self.settings.sampling, **changes})
         except RequestError as error:
             param = next((name for name in changes if name in str(error)), None)
             raise invalid(str(error), param) from None
