@@ -23,6 +23,7 @@ LAYERS = (
         "arguments",
         "grammar",
         "call_grammar",
+        "loops",
         "messages",
         "hub",
         "pairs",
@@ -48,6 +49,7 @@ ONLY = {
     "arguments": set(),
     "grammar": {"call_grammar", "rows", "text"},
     "call_grammar": {"rows"},
+    "loops": {"rows"},
 }
 
 MAX_FUNCTION_LINES = 80
