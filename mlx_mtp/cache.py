@@ -5,7 +5,8 @@ length is masked and overwritten by the next write, so rejecting drafted columns
 
 Sliding layers share one ring for all rows, [R, H, S, D] with slot = p mod S. Writing n .. n+K overwrites n-S .. n+K-S
 while the drafter still sees n-1-W, so S >= W + K + 2 loses nothing. A row that has ended may have run one more pass,
-and a snapshot of it must hold all the same: S leaves room for two of the widest rounds.
+and a snapshot of it must hold all the same: S leaves room for two of the widest rounds. A snapshot of a row that has
+run past it by one round at most can be continued from up to one round earlier, too.
 Full layers have one buffer a row, [1, H, T, D], grown in steps: lengths differ a hundredfold between rows.
 
 MLX updates a buffer in place only while nothing in flight reads it, so a caller dispatches a pass only after the one
@@ -15,9 +16,13 @@ lengths stay on the device until the engine has read a verdict.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
+from weakref import WeakSet
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
 from mlx_mtp import kernels
 from mlx_mtp.kernels import attend
@@ -72,20 +77,62 @@ class Part:
         return mx.fast.scaled_dot_product_attention(queries, self.keys, self.values, scale=1.0, mask=mask)
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """A row as it was at `length` positions, of which `tokens` say what they hold: enough to begin another row there.
+class Trunk:
+    """Full layers' keys and values that all snapshots of a row share: the row's own while it lives, here afterwards.
 
-    ring: sliding layers, [1, H, S, D]; full: full layers, [1, H, T, D]; keys and values, by layer.
+    MLX writes in place only into what nobody else refers to. So a snapshot of a live row refers to none of its
+    buffers; whoever continues it copies what it needs, and a row that leaves hands its buffers over as they are.
     """
 
-    tokens: tuple[int, ...]
-    ring: dict[int, tuple[mx.array, mx.array]]
-    full: dict[int, tuple[mx.array, mx.array]]
+    def __init__(self) -> None:
+        self.buffers: dict[int, tuple[mx.array, mx.array]] = {}  # by layer, [1, H, T, D]; none while the row lives
+        self.snapshots: WeakSet[Snapshot] = WeakSet()  # all begin with the same tokens
 
     @property
-    def length(self) -> int:
-        return len(self.tokens)
+    def nbytes(self) -> int:
+        return sum(k.nbytes + v.nbytes for k, v in self.buffers.values())
+
+    def trim(self) -> None:
+        """Give back what no snapshot reaches any more, where that is half of it: what is left has to be copied."""
+        reach = _round_up(max((s.length for s in self.snapshots), default=0), GROW_TOK)
+        if reach and any(2 * reach <= k.shape[2] for k, _ in self.buffers.values()):
+            self.buffers = {i: (_fit_tokens(k, reach), _fit_tokens(v, reach)) for i, (k, v) in self.buffers.items()}
+            mx.async_eval(self.buffers)
+
+
+@dataclass(eq=False)
+class Snapshot:
+    """A row as it was at `length` positions: enough to begin another row there.
+
+    ring: of sliding layers, the slots in use, [1, H, S', D] keys and values by layer. trunk: has the full layers.
+    """
+
+    length: int
+    ring: dict[int, tuple[mx.array, mx.array]]
+    trunk: Trunk
+
+    def __post_init__(self) -> None:
+        self.trunk.snapshots.add(self)
+
+    def move(self, trunk: Trunk) -> None:
+        """Another trunk has the same first positions."""
+        self.trunk.snapshots.discard(self)
+        self.trunk = trunk
+        trunk.snapshots.add(self)
+
+
+def arrays_of(state: Any) -> Iterator[mx.array]:
+    """All arrays in a tree of arrays and snapshots, trunks left out."""
+    for _, leaf in tree_flatten(state):
+        if isinstance(leaf, Snapshot):
+            yield from (a for pair in leaf.ring.values() for a in pair)
+        elif isinstance(leaf, mx.array):
+            yield leaf
+
+
+def trunks_of(state: Any) -> Iterator[Trunk]:
+    """The trunks of all snapshots in a tree."""
+    return (leaf.trunk for _, leaf in tree_flatten(state) if isinstance(leaf, Snapshot))
 
 
 @dataclass(frozen=True)
@@ -115,6 +162,8 @@ class Cache:
         self.lengths = mx.zeros((0,), dtype=mx.int32)  # [R], R >= live rows
         self.bounds: list[int] = []  # per live row: no position at or past this has been written
         self._whole = kernels.usable("attend")  # whether parts carry what the kernel needs
+        self._trunks: list[Trunk] = []  # per live row
+        self._most: list[int] = []  # per live row: a full buffer grows no further unless it has to
         self._ring: dict[int, tuple[mx.array, mx.array]] = {}
         self._full: dict[int, list[tuple[mx.array, mx.array]]] = {
             i: [] for i, s in enumerate(specs) if s.window is None
@@ -124,9 +173,20 @@ class Cache:
         """Slots of a sliding layer's ring: the drafter's window (W + 1) and two of the widest rounds."""
         return _round_up(window + 1 + 2 * (self.max_width + 1), 8)
 
+    @property
+    def back(self) -> int:
+        """How many positions before a snapshot's length a row may begin, if the row it was taken of had not run past
+        that length by more than one of the widest rounds."""
+        return self.max_width + 1
+
+    def capacity(self, positions: int) -> int:
+        """The most positions that the buffers of a row which ends at `positions` may hold: it may run two of the
+        widest rounds further, as rings do."""
+        return _round_up(positions + 2 * (self.max_width + 1), GROW_TOK)
+
     def row_bytes(self, positions: int) -> int:
-        """What a row of so many positions takes: its rings, and its own buffers as they are allocated."""
-        full = _round_up(max(positions, 1), GROW_TOK)
+        """The most that a row which ends at `positions` takes: its rings, and its own buffers as they are allocated."""
+        full = self.capacity(max(positions, 1))
         slots = (self.ring_size(s.window) if s.window else full for s in self.specs)
         sizes = (2 * n * s.kv_heads * s.head_dim for n, s in zip(slots, self.specs, strict=True))
         return sum(sizes) * self.dtype.size
@@ -136,64 +196,89 @@ class Cache:
         rings, per_step = self.row_bytes(1), self.row_bytes(GROW_TOK + 1) - self.row_bytes(1)
         if budget_bytes < rings:
             return 0
-        return GROW_TOK * (1 + (budget_bytes - rings) // per_step) if per_step else 2**31 - 1
+        if not per_step:
+            return 2**31 - 1
+        return GROW_TOK * (1 + (budget_bytes - rings) // per_step) - 2 * (self.max_width + 1)
 
     # rows -------------------------------------------------------------------------------------------------------
 
-    def join(self, reserve: int, snapshot: Snapshot | None = None) -> int:
-        """Add a row, empty or as in a snapshot, with room for `reserve` positions; returns its index, the last."""
+    def join(
+        self, reserve: int, snapshot: Snapshot | None = None, length: int | None = None, most: int | None = None
+    ) -> int:
+        """Add a row with room for `reserve` positions; returns its index, the last.
+
+        snapshot: the row begins with it, or with its first `length` positions (`back` says how few those may be).
+        most: positions that the row will end at; its buffers then grow to what `row_bytes` says and no further.
+        """
         row = len(self.bounds)
         if row == self.lengths.shape[0]:
             self._resize(row + 1)
-        start = snapshot.length if snapshot else 0
+        start = 0 if snapshot is None else snapshot.length if length is None else length
         self.lengths = _put(self.lengths, row, start)
         self.bounds.append(start)
-        for i, buffers in self._full.items():
-            spec, room = self.specs[i], _round_up(max(reserve, 1), GROW_TOK)
-            if snapshot:
-                k, v = snapshot.full[i]
-                room = max(room, k.shape[2])
-                buffers.append((_fit_tokens(k, room), _fit_tokens(v, room)))
-            else:
-                shape = (1, spec.kv_heads, room, spec.head_dim)
+        self._most.append(2**31 if most is None else self.capacity(most))
+        room = min(_round_up(max(reserve, start, 1), GROW_TOK), self._most[row])
+        if snapshot is None:
+            self._trunks.append(Trunk())
+            for i, buffers in self._full.items():
+                shape = (1, self.specs[i].kv_heads, room, self.specs[i].head_dim)
                 buffers.append((mx.zeros(shape, self.dtype), mx.zeros(shape, self.dtype)))
-        if snapshot:
-            here = slice(row, row + 1)
-            for i, (k, v) in snapshot.ring.items():
-                into_k, into_v = self._ring[i]
-                self._ring[i] = (_put(into_k, here, k), _put(into_v, here, v))
+        else:
+            self._continue(snapshot, start, room)
         return row
 
-    def snapshot(self, row: int, tokens: tuple[int, ...]) -> Snapshot:
-        """Keep a row's first len(tokens) positions; at most one pass may have run past them. Copies its rings."""
-        cut = slice(row, row + 1)
-        ring = {i: (mx.contiguous(k[cut]), mx.contiguous(v[cut])) for i, (k, v) in self._ring.items()}
-        full = {i: buffers[row] for i, buffers in self._full.items()}
-        mx.async_eval(ring)
-        return Snapshot(tokens, ring, full)
+    def _continue(self, snapshot: Snapshot, start: int, room: int) -> None:
+        """Give the row that is joining what a snapshot has of its first `start` positions."""
+        row, trunk = len(self.bounds) - 1, snapshot.trunk
+        if trunk not in self._trunks and all(s.length <= start for s in trunk.snapshots):
+            held, trunk.buffers = trunk.buffers, {}  # what they reach does not change if the row goes on in them
+            room = min(max((room, *(k.shape[2] for k, _ in held.values()))), self._most[row])
+        elif trunk in self._trunks:
+            other = self._trunks.index(trunk)
+            held = {i: _first_tokens(buffers[other], start) for i, buffers in self._full.items()}
+            trunk = Trunk()
+        else:
+            held = {i: _first_tokens(pair, start) for i, pair in trunk.buffers.items()}
+            own = Trunk()
+            for one in [s for s in trunk.snapshots if s.length <= start]:
+                one.move(own)  # the old trunk may go when its longer ones go
+            trunk = own
+        self._trunks.append(trunk)
+        for i, buffers in self._full.items():
+            k, v = held[i]
+            buffers.append((_fit_tokens(k, room), _fit_tokens(v, room)))
+        for i, (k, v) in snapshot.ring.items():
+            where, (into_k, into_v) = (slice(row, row + 1), slice(None), slice(0, k.shape[2])), self._ring[i]
+            self._ring[i] = (_put(into_k, where, k), _put(into_v, where, v))
+
+    def snapshot(self, row: int, length: int) -> Snapshot:
+        """Keep a row's first `length` positions, which it may have run past by two of the widest rounds. Copies the
+        slots in use of its rings, unevaluated; the full layers stay where they are."""
+        cut = (slice(row, row + 1), slice(None), slice(0, length))
+        ring = {i: (_copy(k[cut]), _copy(v[cut])) for i, (k, v) in self._ring.items()}
+        return Snapshot(length, ring, self._trunks[row])
 
     def leave(self, row: int) -> None:
-        """Free a row; the last live row moves into its place."""
+        """Free a row, except for what its snapshots need; the last live row moves into its place."""
         last = len(self.bounds) - 1
+        self._trunks[row].buffers = {i: buffers[row] for i, buffers in self._full.items()}
         if row != last:
             self.lengths = _put(self.lengths, row, self.lengths[last])
             for i, (k, v) in self._ring.items():
                 self._ring[i] = (_put(k, row, k[last]), _put(v, row, v[last]))
-        self.bounds[row] = self.bounds[last]
-        self.bounds.pop()
-        for buffers in self._full.values():
-            buffers[row] = buffers[last]
-            buffers.pop()
-        if len(self.bounds) <= self.lengths.shape[0] // 2:
-            self._resize(len(self.bounds))
+        tables: list[list[Any]] = [self.bounds, self._most, self._trunks, *self._full.values()]
+        for per_row in tables:
+            per_row[row] = per_row[last]
+            per_row.pop()
+        self._resize(last)
 
     def _resize(self, rows: int) -> None:
         have = self.lengths.shape[0]
-        self.lengths = _fit_rows(self.lengths, rows)
+        self.lengths = _fit_rows(self.lengths, rows) if rows else mx.zeros((0,), dtype=mx.int32)
         for i, spec in enumerate(self.specs):
             if spec.window is None:
                 continue
-            if i not in self._ring:
+            if i not in self._ring or not rows:  # not what is left of the old one: it would live until it is evaluated
                 shape = (rows, spec.kv_heads, self.ring_size(spec.window), spec.head_dim)
                 self._ring[i] = (mx.zeros(shape, self.dtype), mx.zeros(shape, self.dtype))
             elif have != rows:
@@ -303,7 +388,7 @@ class Pass:
             ring_k, ring_v, at = self.cache._ring_view(layer, self.rows, 0, self.start[:, None] - 1)
             k, v = mx.concatenate([ring_k, keys], axis=2), mx.concatenate([ring_v, values], axis=2)
             seen = self._mask(("ring+chunk", window), mx.concatenate([at, self._at], axis=1), window)
-        self._write_ring(layer, keys, values, min(self.columns, window + 1))
+        self._write_ring(layer, keys, values, min(self.columns, self.cache.ring_size(window)))
         return View((Part(k, v, seen),))
 
     def _write_ring(self, layer: int, keys: mx.array, values: mx.array, last: int) -> None:
@@ -325,7 +410,8 @@ class Pass:
             k, v = buffers[row]
             need = self.cache.bounds[row] + self.columns
             if need > k.shape[2]:
-                room = _round_up(max(need, k.shape[2] + k.shape[2] // 4), GROW_TOK)
+                grown = min(k.shape[2] + k.shape[2] // 4, self.cache._most[row])
+                room = _round_up(max(need, grown), GROW_TOK)
                 k, v = _fit_tokens(k, room), _fit_tokens(v, room)
             at = self.start[b : b + 1]
             k = mx.slice_update(k, keys[b : b + 1], at, axes=(2,))
@@ -366,9 +452,22 @@ def _fit_rows(x: mx.array, rows: int) -> mx.array:
     return mx.concatenate([x, mx.zeros((rows - x.shape[0], *x.shape[1:]), x.dtype)])
 
 
+def _copy(x: mx.array) -> mx.array:
+    """x in a buffer of its own, to the bit. (`mx.contiguous` keeps a buffer that is up to 16 KiB larger, and a whole
+    one that a pass could then no longer write in place.)"""
+    return x * mx.array(1, x.dtype)
+
+
+def _first_tokens(pair: tuple[mx.array, mx.array], count: int) -> tuple[mx.array, mx.array]:
+    """The first `count` positions of keys and values [1, H, T, D]; to be copied before they are used."""
+    return pair[0][:, :, :count], pair[1][:, :, :count]
+
+
 def _fit_tokens(x: mx.array, room: int) -> mx.array:
-    """x [1, H, T, D] with T zero-padded to `room`."""
+    """x [1, H, T, D] with T cut or zero-padded to `room`."""
     if x.shape[2] == room:
         return x
+    if x.shape[2] > room:
+        return _copy(x[:, :, :room])
     pad = mx.zeros((*x.shape[:2], room - x.shape[2], x.shape[3]), x.dtype)
     return mx.concatenate([x, pad], axis=2)

@@ -21,15 +21,17 @@ from itertools import islice
 from typing import Any, cast
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_mtp import logprobs
 from mlx_mtp.accept import Verdict, verdict
-from mlx_mtp.cache import Cache, Snapshot
+from mlx_mtp.cache import Cache
 from mlx_mtp.depth import MAX_WIDTH, Depth
 from mlx_mtp.drafters import Drafter
 from mlx_mtp.guide import Guide, allowing
 from mlx_mtp.models.experts import distinct_experts
 from mlx_mtp.models.gemma4 import ALL, LAST, Gemma4
+from mlx_mtp.prefixes import Prefix
 from mlx_mtp.processors import History, check_ids
 from mlx_mtp.rows import Draft, Event, Forward, Request, Stats, TokenLogprob
 from mlx_mtp.sampling import RowSampler, Sampler
@@ -42,16 +44,17 @@ class Pass:
 
     decoded: the rows of the round, in cache order; `active` are those of them whose verdict counts.
     chunks: prompt chunks beside it. draft: evaluated first, so that the device starts on it while the rest is
-    still being dispatched. out: int32, everything the host will read: per decoded row its width + 1 tokens, then
-    every decoded row's kept count, then one number per chunk (the first token, where the prompt ends here), then the
-    round's distinct experts summed over layers, where there are any (`counted`), then per row of `scored` as many
-    tokens' log-probabilities as it has columns, with the `most` best.
+    still being dispatched. prefixes: to be kept when this has been dispatched. out: int32, everything the host will
+    read: per decoded row its width + 1 tokens, then every decoded row's kept count, then one number per chunk (the
+    first token, where the prompt ends here), then the round's distinct experts summed over layers, where there are any
+    (`counted`), then per row of `scored` as many tokens' log-probabilities as it has columns, with the `most` best.
     """
 
     decoded: list[Row]
     active: list[Row]
     width: int
     chunks: list[Chunk]
+    prefixes: list[Prefix]
     draft: mx.array | None
     out: mx.array
     counted: bool
@@ -91,7 +94,7 @@ class Engine:
     ) -> None:
         """profile: wait for every draft, to tell its time from the verifying pass's; costs a host wait a round."""
         self.target, self.cache, self.drafter, self.depth = target, cache, drafter, depth
-        self.scheduler = Scheduler(limits, cache.row_bytes)
+        self.scheduler = Scheduler(limits, cache.row_bytes, cache.back)
         self.host_reads = 0
         self.total = Stats()  # of all requests that have ended
         self._profile, self._sent_s, self._left_s = profile, 0.0, 0.0
@@ -101,25 +104,19 @@ class Engine:
         self._history = History(target.config.vocab_size)
         self._running: Pass | None = None
         self._samplers: dict[tuple, Sampler] = {}
-        self._kept: dict[int, Snapshot] = {}
         self._last: float | None = None  # when the pass before was read, if the device has been busy since
 
     # requests ---------------------------------------------------------------------------------------------------
 
-    def submit(self, request: Request, begin: Snapshot | None = None, keep: bool = False) -> int:
+    def submit(self, request: Request) -> int:
         """Queue a request; returns its id. Its tokens come as events of `step`.
 
-        begin: a snapshot whose tokens the prompt begins with; only the rest is computed. keep: when the request
-        ends, `take` has a snapshot of its prompt and text. Raises RequestError for what can never run here.
+        Raises RequestError for what can never run here.
         """
         check_ids(request.sampling, self.target.config.vocab_size)
         follower = request.constraint.begin() if request.constraint is not None else None
-        sampler = RowSampler.of(request.sampling)
-        row = Row(next(self._ids), request, sampler, begin=begin, keep=keep, follower=follower)
+        row = Row(next(self._ids), request, RowSampler.of(request.sampling), follower=follower)
         row.stats.prompt_tokens = len(request.prompt)
-        if begin is not None:
-            assert begin.tokens == request.prompt[: begin.length] and begin.length < len(request.prompt)
-            row.prefilled = row.stats.cached_tokens = begin.length
         self.scheduler.submit(row)
         return row.id
 
@@ -136,10 +133,6 @@ class Engine:
             if not self.scheduler.rows:
                 self._last = None  # nothing may run for a while: the time until the next read is no round's
         return row.stats
-
-    def take(self, request: int) -> Snapshot | None:
-        """The snapshot that a request submitted with keep=True has left; None if it never finished its prompt."""
-        return self._kept.pop(request, None)
 
     @property
     def idle(self) -> bool:
@@ -193,15 +186,17 @@ class Engine:
             first, score = self._chunk(chunk, most)
             outs.append(first)
             scores += score
+        prefixes = [self._marked(c.row) for c in chunks if c.row.stops and c.row.stops[0] == c.row.prefilled]
         scored = [*((r, width + 1) for r in _asking(active)), *((r, 1) for r in begun)]
         out = mx.concatenate([*outs, *experts, *scores])
-        return Pass(decoded, active, width, chunks, draft, out, bool(experts), scored, most)
+        return Pass(decoded, active, width, chunks, prefixes, draft, out, bool(experts), scored, most)
 
     def _join(self, row: Row) -> None:
-        request = row.request
-        self.cache.join(len(request.prompt) + min(request.max_tokens, 256), row.begin)
-        row.begin = None
-        self._history.join(request)
+        prompt, most, n = len(row.request.prompt), row.request.max_tokens, row.prefilled
+        begin, row.begin = row.begin, None
+        self.cache.join(prompt + min(most, 256), begin and begin.cache, n, most=prompt + most)
+        self.drafter.begin(row.index, n, begin and begin.drafter)
+        self._history.join(row.request)
         self._bonus = mx.concatenate([self._bonus, mx.zeros((1,), mx.int32)])
 
     def _constrained(self) -> bool:
@@ -299,6 +294,16 @@ class Engine:
         self._bonus = bonus
         return first, _scores(logits, judged.tokens, asking, most)
 
+    def _marked(self, row: Row) -> Prefix:
+        """What a row has computed of its prompt, after all passes that are built: nothing else writes to it then."""
+        row.marked = row.stops.pop(0)
+        own = row.marked - row.stats.cached_tokens  # nobody knows how far the row that it continues had run on
+        return self._prefix(row, row.prompt[: row.marked], min(own, self.cache.back))
+
+    def _prefix(self, row: Row, tokens: np.ndarray, back: int) -> Prefix:
+        n = len(tokens)
+        return Prefix(tokens, self.cache.snapshot(row.index, n), self.drafter.snapshot(row.index, n), back)
+
     def _sampler(self, rows: list[Row], where: slice) -> Sampler:
         """The rows' settings as arrays, built once for a set of rows, with what their texts do to the next logits."""
         key = tuple(r.id for r in rows)
@@ -321,7 +326,10 @@ class Engine:
         if self._profile and built.draft is not None:  # a second wait, only to tell drafting from verifying
             mx.eval(built.draft)
             drafted_s = time.perf_counter() - self._sent_s
-        mx.async_eval(built.out, self._state())
+        kept = [a for prefix in built.prefixes for a in prefix.arrays]  # first: done with before the next pass writes
+        mx.async_eval(kept, built.out, self._state())
+        for prefix in built.prefixes:
+            self.scheduler.keep(prefix)
         for row in built.active:
             if not row.done:
                 row.stats.draft_s += drafted_s
@@ -414,17 +422,26 @@ class Engine:
 
     def _drop_done(self) -> None:
         for row in [r for r in self.scheduler.rows if r.done]:
-            index = row.index
-            if row.keep and row.tokens:
-                self._kept[row.id] = self.cache.snapshot(index, (*row.request.prompt, *row.tokens[:-1]))
+            index, prefix = row.index, self._left(row)
             last = self.scheduler.leave(row)
             self.cache.leave(index)
             self.drafter.leave(index, last)
             self._history.leave(index)
+            self.scheduler.keep(prefix)
             order = list(range(last))
             if index != last:
                 order[index] = last
             self._bonus = self._bonus[mx.array(order, mx.int32)] if order else self._bonus[:0]
+
+    def _left(self, row: Row) -> Prefix | None:
+        """All that a row that leaves has computed, if it is to be kept and is not yet."""
+        n = row.committed
+        if not self.scheduler.keeps or n == row.marked:
+            return None
+        said = np.array(row.tokens, np.int32)
+        prefix = self._prefix(row, np.concatenate([row.prompt[: row.prefilled], said])[:n], 0)
+        mx.async_eval(prefix.arrays)
+        return prefix
 
 
 def _asking(rows: list[Row]) -> list[Row]:

@@ -18,7 +18,7 @@ from typing import cast
 import mlx.core as mx
 import numpy as np
 
-from mlx_mtp.cache import Cache, Snapshot
+from mlx_mtp.cache import Cache
 from mlx_mtp.depth import MAX_WIDTH, Depth, depth_of
 from mlx_mtp.doctor import memory_bytes
 from mlx_mtp.drafters import Drafter
@@ -48,6 +48,7 @@ Prompt = str | Sequence[int] | Sequence[dict]
 
 TINY = "tiny"  # names the embedded pair
 MIN_KV_BYTES = 256 * 2**20
+PREFIX_SHARE = 0.5  # of the memory for keys and values, what kept prefixes may take of it while no row needs it
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
@@ -58,6 +59,7 @@ def load(
     quantize_drafter: int | None = None,
     dtype: str | None = None,
     limits: Limits | None = None,
+    prefix_bytes: int | None = None,
     report: Callable[[str, int, int], None] | None = None,
 ) -> Pair:
     """Load a target and its drafter.
@@ -65,19 +67,22 @@ def load(
     target: a checkpoint folder, a hub id, or "tiny", the small pair that comes with this package.
     drafter: a folder or hub id; "auto" finds the one made for the target; None decodes plainly.
     quantize_drafter: 4 or 8 bits, at load. dtype: "float32", "bfloat16" or "float16"; None takes the checkpoint's
-    on a GPU and float32 on a CPU. limits: on rows and memory; without kv_bytes they take what the weights leave.
-    report: called with (stage, done bytes, total bytes) while weights are read.
+    on a GPU and float32 on a CPU. prefix_bytes: memory for what has been computed of earlier prompts and replies, so
+    that a later prompt that begins the same costs only the rest; None is half of that for all keys and values, which
+    running requests take back as they need it; 0 keeps nothing. report: called with (stage, done bytes, total bytes)
+    while weights are read. limits: on rows and memory; without kv_bytes they take what the weights leave.
     Raises CheckpointError, DownloadError, PairingError or RequestError, before weights are read where possible.
     """
     if dtype is not None and dtype not in DTYPES:
         raise RequestError(f"dtype is {dtype!r}; expected {', '.join(DTYPES)}")
+    if prefix_bytes is not None and (not isinstance(prefix_bytes, int) or prefix_bytes < 0):
+        raise RequestError(f"prefix_bytes is {prefix_bytes!r}; expected a number of bytes, or 0 to keep nothing")
     if target == TINY:
         target = str(resources.files("mlx_mtp") / "data" / "tiny" / "target")
     loaded = load_pair(
         target, drafter, dtype=DTYPES[dtype] if dtype else None, quantize=quantize_drafter, report=report
     )
-    if limits is not None and limits.kv_bytes is None:
-        limits = replace(limits, kv_bytes=_kv_budget(loaded))
+    limits = _limits(loaded, limits or Limits(), prefix_bytes)
     return Pair(loaded, Text.from_dir(loaded.target.path), limits)
 
 
@@ -91,7 +96,7 @@ class Pair:
         self.context_tok = target.model.config.max_positions
         self._model, self._dtype, self._eos = target.model, target.dtype, target.eos
         self._assistant = loaded.drafter.model if loaded.drafter else None
-        self._limits = limits or Limits(kv_bytes=_kv_budget(loaded))
+        self._limits = limits or _limits(loaded, Limits(), None)
         self.restart()
 
     def restart(self) -> None:
@@ -269,6 +274,8 @@ class Pair:
         hidden, taps = self._model.forward(ids, pass_, drafter.taps)
         kept = mx.full((ids.shape[0],), ids.shape[1], mx.int32)
         cache.commit(rows, kept, ids.shape[1])
+        for row in range(ids.shape[0]):
+            drafter.begin(row, 0, None)
         drafter.observe(Forward(rows, ids, hidden, taps, 0), kept)
         bonus = mx.argmax(self._model.logits(hidden[:, -1]), axis=-1).astype(mx.int32)
         sampler = Sampler([RowSampler.of(GREEDY)] * ids.shape[0], keep_logits=True)
@@ -343,10 +350,10 @@ class _Run:
         pair._depths.setdefault(width, depth_of(width))  # made anew to check it: True and 1.0 are keys equal to 1
         self._decoder, self._stops = Detokenizer(pair.text), StopStrings(tuple(stop))
 
-    def submit(self, begin: Snapshot | None = None, keep: bool = False) -> None:
+    def submit(self) -> None:
         pair = self._pair
         pair._engine.depth = pair._depths[self._width]
-        self._id = pair._engine.submit(self.request, begin, keep)
+        self._id = pair._engine.submit(self.request)
         pair._inbox[self._id] = deque()
 
     def collect(self) -> list[Event]:
@@ -386,9 +393,6 @@ class _Run:
         assert self.reason is not None and self.stats is not None
         return Completion(self.tokens, "".join(self.pieces), self.reason, self.stats, tuple(self.logprobs))
 
-    def snapshot(self) -> Snapshot | None:
-        return self._pair._engine.take(self._id)
-
     def close(self) -> None:
         """Cancel the request if it still runs, and forget it."""
         if self._id >= 0 and not self.reason:
@@ -397,7 +401,7 @@ class _Run:
 
 
 class Chat:
-    """A conversation. Each turn continues the cache of the one before; only what is new is computed.
+    """A conversation. Each turn continues the very tokens of the one before, so that the engine finds them computed.
 
     messages: the conversation so far, as the chat template takes it.
     """
@@ -409,7 +413,6 @@ class Chat:
     def reset(self) -> None:
         """Forget the conversation, except for its system message."""
         self.messages = [{"role": "system", "content": self._system}] if self._system else []
-        self._kept: Snapshot | None = None
         self._said: tuple[int, ...] = ()  # token ids of prompt and reply so far
         self._shown = ""  # and the text they render as
 
@@ -437,11 +440,7 @@ class Chat:
         return self._pair.text.encode(rendered)
 
     def _reply(self, run: _Run, messages: list[dict], rendered: str, ids: list[int]) -> Generator[Event, None, None]:
-        begin = self._kept
-        if begin is not None and tuple(ids[: begin.length]) != begin.tokens:
-            begin = None
-        run.submit(begin, keep=True)
-        begin = self._kept = None  # or its buffers could not be written in place
+        run.submit()
         try:
             while True:
                 yield from run.collect()
@@ -452,7 +451,6 @@ class Chat:
             run.close()
             reply = "".join(run.pieces)
             self.messages = [*messages, {"role": "assistant", "content": reply}]
-            self._kept = run.snapshot()
             spoken = [t for t in run.tokens if t not in self._pair._eos]
             self._said, self._shown = (*ids, *spoken), rendered + reply
 
@@ -462,10 +460,17 @@ def leave_thread() -> None:
     mx.clear_streams()
 
 
-def _kv_budget(loaded: LoadedPair) -> int:
-    """Bytes for keys and values: most of what the weights leave of this machine's memory."""
+def _limits(loaded: LoadedPair, limits: Limits, prefix_bytes: int | None) -> Limits:
+    """For keys and values most of what the weights leave of this machine's memory; of that a share for prefixes."""
     weights = loaded.target.weight_bytes + (loaded.drafter.weight_bytes if loaded.drafter else 0)
-    return max(MIN_KV_BYTES, int(0.85 * memory_bytes()) - weights)
+    kv_bytes = limits.kv_bytes
+    if kv_bytes is None:
+        kv_bytes = max(MIN_KV_BYTES, int(0.85 * memory_bytes()) - weights)
+    return replace(
+        limits,
+        kv_bytes=kv_bytes,
+        prefix_bytes=int(PREFIX_SHARE * kv_bytes) if prefix_bytes is None else prefix_bytes,
+    )
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -1,15 +1,18 @@
 """Who runs: requests wait in order, join as rows, and feed their prompts in chunks beside the rows that decode.
 
-Plain Python over live requests; no arrays.
+Plain Python over live requests; nothing of the device.
 """
 
 from __future__ import annotations
 
+import bisect
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from mlx_mtp.cache import Snapshot
+import numpy as np
+
+from mlx_mtp.prefixes import Prefix, Prefixes, Spacing, shared
 from mlx_mtp.rows import Follower, Request, RequestError, Stats
 from mlx_mtp.sampling import RowSampler
 
@@ -23,7 +26,8 @@ class Limits:
     alone_tok: the prompt chunk while no row decodes; a request that comes then waits for two of them at most. Fixed, so
     that a prompt alone is always computed in the same pieces; 128 tokens took no longer a token than 512.
     chunk_tok: the widest prompt chunk beside running rows. first_chunk_tok: there, until the machine's speed is known.
-    kv_bytes: what all rows' keys and values may take; None is no limit.
+    kv_bytes: what all keys and values may take, the rows' and those of kept prefixes; None is no limit. prefix_bytes:
+    of these, what prefixes may take while no row needs them. Less than a row's windows take keeps nothing.
     """
 
     max_rows: int = 8
@@ -32,6 +36,8 @@ class Limits:
     chunk_tok: int = 512
     first_chunk_tok: int = 64
     kv_bytes: int | None = None
+    prefix_bytes: int = 0
+    spacing: Spacing = Spacing()
 
 
 @dataclass
@@ -40,7 +46,9 @@ class Row:
 
     prefilled: prompt tokens in the cache or on their way. tokens: what the host has read so far.
     pending: rounds dispatched or built whose verdict the host has not read.
-    begin: the cached beginning of its prompt, if any, until it joins. keep: leave a snapshot behind.
+    begin: the kept beginning of its prompt, if any, until it joins. stops: lengths of the prompt at which a prefix
+    will be kept, ascending; no chunk runs past the next. marked: the last length at which one was. awaits: while it
+    waits, how much of its prompt another row is about to compute.
     follower: where its text stands in the request's constraint, as far as the host has read it.
     """
 
@@ -53,11 +61,16 @@ class Row:
     stats: Stats = field(default_factory=Stats)
     pending: int = 0
     done: bool = False
-    begin: Snapshot | None = None
-    keep: bool = False
+    begin: Prefix | None = None
+    stops: list[int] = field(default_factory=list)
+    marked: int = 0
+    awaits: int = 0
     follower: Follower | None = None
     started_s: float = 0.0
     first_token_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.prompt = np.array(self.request.prompt, np.int32)
 
     @property
     def decoding(self) -> bool:
@@ -68,6 +81,16 @@ class Row:
     def left(self) -> int:
         """Prompt tokens that have not been sent."""
         return len(self.request.prompt) - self.prefilled
+
+    @property
+    def reach(self) -> int:
+        """Of these, how many the next chunk may have."""
+        return min(self.left, self.stops[0] - self.prefilled) if self.stops else self.left
+
+    @property
+    def committed(self) -> int:
+        """Positions in the cache that are part of the prompt or the text, once what is under way has ended."""
+        return self.prefilled + max(0, len(self.tokens) - 1)
 
     @property
     def room(self) -> int:
@@ -87,9 +110,11 @@ class Chunk:
 class Scheduler:
     """The queue of waiting requests and the dense list of live rows."""
 
-    def __init__(self, limits: Limits, row_bytes: Callable[[int], int]) -> None:
-        """row_bytes: what a row of so many positions takes in the cache."""
-        self.limits = limits
+    def __init__(self, limits: Limits, row_bytes: Callable[[int], int], back: int = 0) -> None:
+        """row_bytes: what a row of so many positions takes in the cache. back: how far behind the length of a prefix
+        inside a prompt a row may begin."""
+        self.limits, self.back = limits, back
+        self.prefixes = Prefixes(limits.prefix_bytes)
         self.waiting: list[Row] = []
         self.rows: list[Row] = []
         self._row_bytes = row_bytes
@@ -111,18 +136,76 @@ class Scheduler:
         return next((r for r in (*self.rows, *self.waiting) if r.id == request), None)
 
     def admit(self) -> list[Row]:
-        """Rows that join now: by priority, then in order of arrival; nobody overtakes one that waits for memory."""
-        joined = []
-        while self.waiting and len(self.rows) < self.limits.max_rows:
-            row = min(self.waiting, key=_order)
-            used = sum(map(self._bytes, self.rows))
-            if self.limits.kv_bytes is not None and used + self._bytes(row) > self.limits.kv_bytes:
+        """Rows that join now: by priority, then in order of arrival; nobody overtakes one that waits for memory.
+
+        Behind a row that waits for another to compute what their prompts share, others may join, but its place and
+        its memory are its own.
+        """
+        joined, sharing = [], []
+        for row in sorted(self.waiting, key=_order):
+            if len(self.rows) + len(sharing) >= self.limits.max_rows:
                 break
-            self.waiting.remove(row)
-            row.index, row.started_s = len(self.rows), time.perf_counter()
-            self.rows.append(row)
+            prefix, known = self.prefixes.find(row.prompt)
+            if not self._make_room(row, sharing, prefix):
+                break
+            if self._shares(row, known):
+                sharing.append(row)
+                continue
+            self._start(row, prefix, known)
             joined.append(row)
         return joined
+
+    def _start(self, row: Row, prefix: Prefix | None, known: int) -> None:
+        self.waiting.remove(row)
+        row.index, row.started_s = len(self.rows), time.perf_counter()
+        self.rows.append(row)
+        row.begin, row.prefilled, row.marked = prefix, known, known
+        row.stats.cached_tokens = known
+        if prefix is not None:
+            self.prefixes.touch(prefix)
+        if self.keeps:
+            row.stops = self.limits.spacing.stops(known, len(row.prompt))
+
+    @property
+    def keeps(self) -> bool:
+        """Whether prefixes are kept at all."""
+        return self.limits.prefix_bytes >= self._row_bytes(1)
+
+    def _make_room(self, row: Row, promised: list[Row], prefix: Prefix | None) -> bool:
+        """Whether there is memory for a row beside the live ones and those it is promised to; prefixes make way."""
+        if self.limits.kv_bytes is None:
+            return True
+        left = self.limits.kv_bytes - sum(map(self._bytes, (*self.rows, *promised, row)))
+        if left >= 0:
+            self.prefixes.fit(left, spare=prefix)
+        return left >= 0
+
+    def _shares(self, row: Row, known: int) -> bool:
+        """Whether to wait for a live row that is about to compute much of this one's prompt, and keep it there.
+
+        That row is being fed, so the wait ends when it comes to that place or goes, and the engine is not idle.
+        """
+        for other in self.rows if self.keeps else ():
+            if not other.left or other.done or other.request.priority < row.request.priority:
+                continue
+            count = min(shared(row.prompt, other.prompt), len(row.prompt) - 1)
+            stop = next((s for s in other.stops if count <= s <= count + self.back), count)
+            enough = row.awaits or known + self.limits.spacing.share_tok
+            if count < max(enough, known + 1) or stop <= other.prefilled:
+                continue
+            if stop not in other.stops:
+                bisect.insort(other.stops, stop)
+            row.awaits = count
+            return True
+        return False
+
+    def keep(self, prefix: Prefix | None) -> None:
+        """Keep a prefix, if one is given, within what rows leave and prefixes may take."""
+        if prefix is not None:
+            self.prefixes.add(prefix)
+        limit = self.limits.kv_bytes
+        left = None if limit is None else limit - sum(map(self._bytes, self.rows))
+        self.prefixes.fit(self.limits.prefix_bytes if left is None else left)
 
     def leave(self, row: Row) -> int:
         """Take a row out; the last live row gets its index. Returns the index that is free now: the former last."""
@@ -148,14 +231,14 @@ class Scheduler:
         if not feeding:
             return []
         budget, first = self._budget(), feeding[0]
-        spare = budget - min(first.left, -(-budget // 2))
+        spare = budget - min(first.reach, -(-budget // 2))
         out = []
         for row in sorted(feeding[1:], key=lambda r: (-r.request.priority, r.left, r.id)):
-            count = min(row.left, spare)
+            count = min(row.reach, spare)
             if count:
                 out.append(Chunk(row, count, count == row.left))
                 spare, budget = spare - count, budget - count
-        count = min(first.left, budget)
+        count = min(first.reach, budget)
         return [Chunk(first, count, count == first.left), *out]
 
     def timed(self, seconds: float, chunk_tok: int, rows: int) -> None:

@@ -18,7 +18,7 @@ from checkpoints import FIXTURES, FULL, SLIDING, Quant, mlx_community, quantised
 from mlx.utils import tree_map
 from random_checkpoints import drafter_config, random_checkpoint, target_config
 
-from mlx_mtp.cache import Cache
+from mlx_mtp.cache import Cache, Snapshot
 from mlx_mtp.depth import MAX_WIDTH, Constant, Depth
 from mlx_mtp.drafters import Drafter
 from mlx_mtp.drafters.mtp import Convention, MtpDrafter
@@ -158,7 +158,6 @@ class ModelDrafter:
         self.calls = 0
 
     def propose(self, rows: slice, bonus: mx.array, sampler: Sampler, width: int) -> Draft:
-        self._grow(rows.stop)
         self.calls += 1
         start, one = self._cache.lengths[rows], mx.ones((rows.stop - rows.start,), mx.int32)
         token, tokens, logits = bonus, [], []
@@ -176,7 +175,6 @@ class ModelDrafter:
         return Draft(mx.stack(tokens, axis=1), source)
 
     def observe(self, fwd: Forward, kept: mx.array) -> None:
-        self._grow(fwd.rows.stop)
         if fwd.drafted:
             self._cache.commit(fwd.rows, kept, 0)
             return
@@ -184,8 +182,13 @@ class ModelDrafter:
         self._model.forward(fwd.tokens, self._cache.open(fwd.rows, columns))
         self._cache.commit(fwd.rows, kept, columns)
 
+    def begin(self, row: int, length: int, state: Snapshot | None) -> None:
+        self._cache.join(64, state, length)
+
+    def snapshot(self, row: int, length: int) -> Snapshot:
+        return self._cache.snapshot(row, length)
+
     def leave(self, row: int, last: int) -> None:
-        self._grow(last + 1)
         self._cache.leave(row)
 
     def state(self) -> tuple:
@@ -195,10 +198,6 @@ class ModelDrafter:
         arrays, bounds = state
         self._cache.restore(arrays)
         self._cache.bounds = list(bounds)
-
-    def _grow(self, rows: int) -> None:
-        while len(self._cache.bounds) < rows:
-            self._cache.join(64)
 
 
 class Listed:

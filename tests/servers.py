@@ -66,7 +66,7 @@ class Live:
         """Wait until nothing runs; returns whether the engine is as if new."""
         until(lambda: not self.worker.open and not self.worker.running and not self.worker.waiting)
         engine = self.pair._engine
-        return engine.idle and not engine.cache.bounds and not engine._kept and not self.pair._inbox
+        return engine.idle and not engine.cache.bounds and not self.pair._inbox
 
 
 def until(holds: Any, seconds: float = LATE_S) -> None:

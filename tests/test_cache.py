@@ -10,7 +10,9 @@ from engines import Job, engine_of, prompts, request, run, smallest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_mtp.cache import GROW_TOK, Cache, LayerSpec, Part, Snapshot, View
+from mlx_mtp.cache import GROW_TOK, Cache, LayerSpec, Part, Snapshot, Trunk, View
+from mlx_mtp.prefixes import Prefix
+from mlx_mtp.scheduler import Limits
 
 WINDOW, WIDEST, HEADS, DIM = 6, 3, 2, 4
 SPECS = (LayerSpec(WINDOW, HEADS, DIM), LayerSpec(None, HEADS, DIM))
@@ -126,7 +128,7 @@ def follow(plan: list) -> None:
             rows.leave(row)
         elif deed == "copy" and live and live < 6 and rows.rows[row].ids:
             ids = list(rows.rows[row].ids)
-            kept_row = rows.cache.snapshot(row, tuple(ids))
+            kept_row = rows.cache.snapshot(row, len(ids))
             columns = WIDEST + 1
             rows.write(row, [kept[0]], columns)  # the row goes on
             rows.join(kept_row, ids)
@@ -212,7 +214,7 @@ def test_a_snapshot_holds_although_the_row_ran_on_for_two_of_the_widest_rounds(l
     rows.write(0, [last], WIDEST + 1)
     ids = rows.rows[0].ids[:26]  # the text ended with the first column of that round
     rows.write(0, [extra], WIDEST + 1)  # and a pass was already on its way
-    kept = rows.cache.snapshot(0, tuple(ids))
+    kept = rows.cache.snapshot(0, len(ids))
     rows.leave(0)
     rows.join()
     rows.join(kept, ids)
@@ -226,7 +228,7 @@ def test_a_snapshot_is_not_changed_by_what_its_row_or_its_heirs_do():
     rows.join()
     rows.write(0, [11], 11)
     ids = list(rows.rows[0].ids)
-    kept = rows.cache.snapshot(0, tuple(ids))
+    kept = rows.cache.snapshot(0, len(ids))
     rows.write(0, [40], 40)
     for _ in range(2):
         rows.join(kept, ids)
@@ -326,28 +328,33 @@ def test_a_write_takes_no_more_memory_at_64k_than_at_1k(columns):
 
 
 def beyond_its_buffers(length: int, rows: int) -> int:
-    """Bytes that an engine takes at its largest moment beyond its cache, with rows that continue long snapshots."""
+    """Bytes that an engine takes at its largest moment beyond its cache, with rows that continue long prefixes."""
     models = smallest()
     gc.collect()
-    engine, base = engine_of(models, "rand", 3), mx.get_active_memory()
-    tokens = (5,) * length
-    for _ in range(rows):
+    limits = Limits(prefix_bytes=2**40, chunk_tok=4 * rows, first_chunk_tok=4)
+    engine, base = engine_of(models, "rand", 3, limits), mx.get_active_memory()
+    for row in range(rows):
+        tokens, trunk = np.full(length, 5 + row, np.int32), Trunk()
         ring, full = {}, {}
         for i, s in enumerate(models.target.specs):
             size = engine.cache.ring_size(s.window) if s.window else length + 512
             made = tuple(mx.random.normal((1, s.kv_heads, size, s.head_dim)) for _ in range(2))
             (ring if s.window else full)[i] = made
         mx.eval(ring, full)
-        engine.submit(request((*tokens, 9), 40), Snapshot(tokens, ring, full))
-        del ring, full, made
-    for _ in range(4):
+        trunk.buffers = full
+        engine.scheduler.prefixes.add(Prefix(tokens, Snapshot(length, ring, trunk), None))
+        engine.submit(request((*tokens, *range(5, 16)), 40))
+        del ring, full, made, trunk
+    for _ in range(2):
         engine.step()
     mx.reset_peak_memory()
-    for _ in range(5):
+    for _ in range(8):  # the rest of the prompts, whose ends are kept, and some rounds
         engine.step()
+    assert len(engine.scheduler.prefixes) == 2 * rows and all(r.stats.cached_tokens for r in engine.scheduler.rows)
     _, ring, full = engine.cache.state()
     held = [*ring.values(), *(pair for buffers in full.values() for pair in buffers)]
-    return mx.get_peak_memory() - base - sum(a.nbytes for pair in held for a in pair)
+    kept = engine.scheduler.prefixes.nbytes
+    return mx.get_peak_memory() - base - sum(a.nbytes for pair in held for a in pair) - kept
 
 
 def test_no_step_of_an_engine_copies_its_buffers():

@@ -1,10 +1,8 @@
 """The round: one host read, one draft call a step, exact ends, cancels at any point, statistics that add up."""
 
 import gc
-import itertools
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 
 import mlx.core as mx
@@ -234,38 +232,6 @@ def test_an_engine_without_requests_does_nothing():
     assert engine.idle and engine.step() == [] and engine.host_reads == 0
 
 
-# snapshots --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("width", [0, 3])
-@pytest.mark.parametrize("more", [(7,), tuple(range(5, 35))])
-def test_a_request_that_begins_from_a_snapshot_has_the_text_of_the_whole_prompt(width, more):
-    models = fixture("edge")
-    first = request(goldens("edge")["short/ids"], 22)
-    engine = engine_of(models, "fit", width)
-    beside = engine.submit(request(goldens("edge")["w/ids"], 60))
-    kept = engine.submit(first, keep=True)
-    said = list(itertools.chain(*(e.tokens for e in steps(engine, kept))))
-    snapshot = engine.take(kept)
-    assert snapshot.tokens == (*first.prompt, *said[:-1]) and engine.take(kept) is None
-    following = request((*first.prompt, *said, *more), 20, Sampling(seed=4))
-    again = engine.submit(following, snapshot)
-    events = list(steps(engine, again))
-    assert list(itertools.chain(*(e.tokens for e in events))) == solo(models, following)
-    assert events[-1].stats.cached_tokens == snapshot.length
-    engine.cancel(beside)
-
-
-def steps(engine: Engine, wanted: int) -> Iterator:
-    """Events of one request until its last."""
-    while True:
-        for event in engine.step():
-            if event.request == wanted:
-                yield event
-                if event.finish_reason:
-                    return
-
-
 # statistics -------------------------------------------------------------------------------------------------
 
 
@@ -353,11 +319,11 @@ def test_time_in_which_nothing_ran_counts_for_no_round():
 
 
 def churn(models: Models, engine: Engine, count: int) -> None:
-    """Many short requests, of which some are cancelled, some end early, some leave a snapshot that is taken."""
+    """Many short requests, of which some are cancelled, some end early, some begin with what others have left."""
     pool, numbers = prompts(models, (1, 3, 9, 14, 20), seed=9), []
     for i in range(count):
         sampling = (GREEDY, Sampling(seed=i), Sampling(0.9, top_k=5))[i % 3]
-        number = engine.submit(request(pool[i % 5], 1 + i % 4, sampling, eos=[i % models.vocab]), keep=i % 7 == 0)
+        number = engine.submit(request(pool[i % 5], 1 + i % 4, sampling, eos=[i % models.vocab]))
         numbers.append(number)
         if i % 5 == 0:
             engine.step()
@@ -365,18 +331,16 @@ def churn(models: Models, engine: Engine, count: int) -> None:
             engine.cancel(number)
         while len(engine.scheduler.waiting) > 8:
             engine.step()
-        engine.take(numbers[max(0, i - 40)])
     while not engine.idle:
         engine.step()
-    for number in numbers:
-        engine.take(number)
 
 
 def left_behind(engine: Engine) -> int:
     """Bytes in use once the garbage is gone; the engine must hold no rows."""
     assert not engine.cache.bounds and not engine.scheduler.rows and not engine.scheduler.waiting
-    assert not engine._kept and len(engine._samplers) <= 65
+    assert len(engine._samplers) <= 65
     engine._samplers.clear()
+    engine.scheduler.prefixes.clear()
     gc.collect()
     mx.clear_cache()
     return mx.get_active_memory()
@@ -384,7 +348,7 @@ def left_behind(engine: Engine) -> int:
 
 def check_leaks(kind: str, count: int) -> None:
     models = smallest()
-    engine = engine_of(models, kind, random_widths(5, 3))
+    engine = engine_of(models, kind, random_widths(5, 3), Limits(prefix_bytes=2**20))
     churn(models, engine, 40)
     before = left_behind(engine)
     churn(models, engine, count)

@@ -33,7 +33,7 @@ LAYERS = (
         "tensors",
         "weights",
     ),
-    ("scheduler", "depth", "drafters", "accept", "sampling", "processors", "logprobs", "guide"),
+    ("scheduler", "prefixes", "depth", "drafters", "accept", "sampling", "processors", "logprobs", "guide"),
     ("models",),
     ("cache", "kernels"),
     ("rows",),

@@ -73,7 +73,7 @@ def test_every_row_has_the_log_probabilities_it_asked_for_at_any_width_and_no_ot
     drawn = prompts(models, (4, 19, 7, 26, 11), seed=6)
     wanted = [asking(p, 12, s, n) for p, (s, n) in zip(drawn, ASKED, strict=True)]
     jobs = [Job(r, at) for r, at in zip(wanted, (0, 0, 2, 4, 5), strict=True)]
-    outcomes = run(engine_of(models, kind, width, Limits(chunk_tok=9, first_chunk_tok=6)), jobs)
+    outcomes = run(engine_of(models, kind, width, Limits(alone_tok=9, chunk_tok=9, first_chunk_tok=6)), jobs)
     assert not logprobs_of(outcomes[-1])
     for one, outcome in zip(wanted[:-1], outcomes, strict=False):
         assert_true_logprobs(models, one, outcome)

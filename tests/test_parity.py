@@ -180,6 +180,7 @@ def observe_prompts(models: Models, prompts: list[np.ndarray], kind: str, mode: 
     drafter = drafter_of(models, kind, rows, MODES[mode])
     for row, ids in enumerate(prompts):
         rows.join(len(ids))
+        drafter.begin(row, 0, None)
         hidden, where = prefill(models, ids, rows, row), slice(row, row + 1)
         count = mx.array([len(ids)], mx.int32)
         drafter.observe(Forward(where, mx.array(ids[None]), hidden, {}, 0), count)

@@ -201,7 +201,7 @@ SETTINGS = (
     GREEDY,
     Sampling(0.8, top_k=40, seed=7),
 )
-SMALL_CHUNKS = Limits(chunk_tok=11, first_chunk_tok=5)
+SMALL_CHUNKS = Limits(alone_tok=11, chunk_tok=11, first_chunk_tok=5)
 
 
 def seven(models: Models, tokens: int) -> list[Request]:
@@ -304,23 +304,15 @@ def test_a_model_that_drafts_for_itself_is_accepted_completely(width):
         assert outcome.stats.kept == outcome.stats.drafted
 
 
-def test_a_request_that_begins_from_a_snapshot_is_penalised_for_its_whole_prompt():
+def test_a_request_that_continues_a_kept_prefix_is_penalised_for_its_whole_prompt():
     models = fixture("edge")
-    engine = engine_of(models, "fit", 2)
+    engine = engine_of(models, "fit", 2, Limits(prefix_bytes=2**30))
     first = request(goldens("edge")["short/ids"], 12)
-    number, said = engine.submit(first, keep=True), []
-    while not engine.idle:
-        for event in engine.step():
-            said += event.tokens
-    snapshot = engine.take(number)
+    [said] = texts(run(engine, [first]))
     following = request((*first.prompt, *said, 7), 16, Sampling(0.0, repetition_penalty=1.6))
-    engine.submit(following, snapshot)
-    text = []
-    while not engine.idle:
-        for event in engine.step():
-            text += event.tokens
-    assert snapshot is not None and text == solo(models, following)
-    assert text == steered_like_reference(models, following, text)
+    [outcome] = run(engine, [following])
+    assert outcome.stats.cached_tokens >= len(first.prompt)
+    assert outcome.tokens == solo(models, following) == steered_like_reference(models, following, outcome.tokens)
 
 
 def test_an_engine_has_no_tables_and_builds_nothing_more_once_nobody_asks():

@@ -11,9 +11,11 @@ from mlx_mtp.rows import GREEDY, TokenLogprob
 from mlx_mtp.segments import Segment
 from mlx_mtp.server.decoding import Decoder, joined
 from mlx_mtp.server.nouns import Job
+from mlx_mtp.server.openai_form import ChatForm, plain_messages
 from mlx_mtp.text import Text
 
 THOUGHT = "<|channel>thought\nlet me see.\n\nright<channel|>The answer"
+TEMPLATES = sorted((Path(__file__).parent / "fixtures" / "templates").glob("*.jinja"))
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|turn>{{ m.role }}\n{{ m.content }}<turn|>\n{% endfor %}<|turn>model\n"
     "{% if enable_thinking %}<|channel>thought\n{% endif %}{{ mark | default('') }}"
@@ -87,6 +89,21 @@ def test_tool_calls_are_told_apart_and_may_be_limited_to_one(text):
 def test_every_token_is_spelt_as_the_text_has_it(text):
     said = "def f(x):\n    return 'äß€😀'"
     assert b"".join(text.spell(token) for token in text.encode_rest(said)).decode() == said
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda file: file.stem)
+def test_every_published_template_thinks_when_asked_and_only_then(template, tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(TINY[0]) / name, tmp_path / name)
+    shutil.copy(template, tmp_path / "chat_template.jinja")
+    text = Text.from_dir(tmp_path)
+    messages = [{"role": "user", "content": "hello"}]
+    for fields, on in (({}, False), ({"reasoning_effort": "high"}, True), ({"enable_thinking": True}, True)):
+        form = ChatForm.model_validate({"messages": messages, **fields})
+        prompt = text.chat(plain_messages(form.messages), options=form.options())
+        assert (text.id_of("<|think|>") in prompt) is on, fields
+        parts, _ = parts_of(text, job(tuple(prompt)), THOUGHT if on else "The answer")
+        assert parts[-1] == Segment("answer", "The answer") and len(parts) == 1 + on
 
 
 # over HTTP ---------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The engine thread fails, and the server's answers to that; the process, its signals and its exit codes."""
 
+import inspect
 import json
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import httpx
 import pytest
 from servers import EDGE, LATE_S, Live, running, until
 
+from mlx_mtp.cli.serve import serve
 from mlx_mtp.server.nouns import ServerError
 
 ENDLESS = {"ignore_eos": True, "max_tokens": 2000, "temperature": 0}
@@ -223,6 +225,13 @@ def test_after_faults_the_process_ends_with_code_1():
         assert post(url, prompt=[5, 700, 6])[0] == 500
     assert server.ended() == 1
     assert any("the engine has failed: RuntimeError: poisoned" in line for line in server.said)
+
+
+def test_the_help_names_every_route(live):
+    told = inspect.getdoc(serve)
+    assert told is not None
+    for path in live.client.get("/openapi.json").json()["paths"]:
+        assert path.replace("{name}", "ID") in told
 
 
 def test_mistakes_end_with_code_2_and_one_line():

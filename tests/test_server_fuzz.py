@@ -274,7 +274,7 @@ def soak(live: Live, seconds: float) -> tuple[float, float]:
 
 @pytest.mark.slow
 def test_memory_stays_flat_while_eight_clients_come_and_go_for_ten_minutes():
-    with running(TINY, rows=8, width="auto") as live:
+    with running(TINY, rows=8, width="auto", kv_bytes=2**26) as live:  # kept prefixes reach their budget soon
         soak(live, 20.0)  # caches of graphs and kernels fill
         gc.collect()
         middle, last = soak(live, SOAK_S)

@@ -7,9 +7,17 @@ import threading
 import pytest
 from servers import EDGE, Live, chunks, running, until
 
+from mlx_mtp.rows import GREEDY, Stats
+from mlx_mtp.server.decoding import Decoder, joined
+from mlx_mtp.server.nouns import Delta, Finish, Job, Usage
+from mlx_mtp.server.openai import ChatWriter
+from mlx_mtp.server.openai_form import ChatForm
+from mlx_mtp.server.respond import Text
+
 LONG = list(range(3, 700)) * 4  # token ids; several prompt chunks
 ENDLESS = {"ignore_eos": True, "max_tokens": 1200, "temperature": 0}
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+CALLS = '<|tool_call>call:look{at:<|"|>a, b<|"|>}<tool_call|><|tool_call>call:leave.it{}<tool_call|>'
 HELLO = [{"role": "user", "content": "hello there"}]
 
 
@@ -49,7 +57,7 @@ def test_a_chat_stream_has_the_form_that_clients_parse(live):
         "prompt_tokens": usage["usage"]["prompt_tokens"],
         "completion_tokens": 6,
         "total_tokens": usage["usage"]["prompt_tokens"] + 6,
-        "prompt_tokens_details": {"cached_tokens": 0},
+        "prompt_tokens_details": {"cached_tokens": usage["usage"]["prompt_tokens_details"]["cached_tokens"]},
         "completion_tokens_details": {"reasoning_tokens": 0},
     }
     assert not any("usage" in d for d in chunks(live.lines(CHAT, messages=HELLO, stream_options={})))
@@ -67,6 +75,36 @@ def test_a_completion_stream_has_the_form_that_clients_parse(live):
     assert all(set(d["choices"][0]) == {"index", "text", "logprobs", "finish_reason"} for d in data)
     assert "".join(d["choices"][0]["text"] for d in data) == live.text("hello", temperature=0)
     assert [d["choices"][0]["finish_reason"] for d in data[-2:]][-1] == "length"
+
+
+def test_tool_calls_have_the_form_that_clients_parse(live):
+    """The tiny models call no tools, so the calls are those of a text that is given."""
+    tokenizer = live.pair.text
+    form = ChatForm.model_validate({"messages": HELLO})
+    writer, decoder = ChatWriter(live.service, form), Decoder(tokenizer, Job((2,), 99, GREEDY, splits=True))
+    stats, sent, whole = Stats(), [], Text()
+    for token in tokenizer.encode_rest("so" + CALLS):
+        delta = Delta(joined(decoder.push([token])[0]), 1)
+        sent += writer.delta(0, delta)
+        whole.add(delta)
+    last = Delta(finish=Finish("stop", None, decoder.calls, 0, stats))
+    sent += writer.delta(0, last)
+    whole.add(last)
+    choices = [json.loads(line[6:])["choices"][0] for line in sent]
+    calls = [call for c in choices for call in c["delta"].get("tool_calls", [])]
+    assert choices[-1]["finish_reason"] == "tool_calls" and choices[-1]["delta"] == {}
+    opened = [call for call in calls if "id" in call]
+    assert [(c["index"], c["type"], c["function"]) for c in opened] == [
+        (0, "function", {"name": "look", "arguments": ""}),
+        (1, "function", {"name": "leave.it", "arguments": ""}),
+    ]
+    for i, arguments in enumerate(({"at": "a, b"}, {})):
+        pieces = [c["function"]["arguments"] for c in calls if c["index"] == i]
+        assert json.loads("".join(pieces)) == arguments
+    message = writer.body([whole], Usage(1, 0, 9, 0))["choices"][0]["message"]
+    assert message["content"] == "so" and len({c["id"] for c in message["tool_calls"]}) == 2
+    assert [c["function"]["name"] for c in message["tool_calls"]] == ["look", "leave.it"]
+    assert json.loads(message["tool_calls"][0]["function"]["arguments"]) == {"at": "a, b"}
 
 
 # bodies -----------------------------------------------------------------------------------------------------
@@ -222,6 +260,18 @@ def test_a_prompt_that_ends_with_an_earlier_text_runs(live):
     assert live.complete("hello" + first, temperature=0).status_code == 200
 
 
+def test_a_turn_that_only_appends_is_cached_up_to_the_reply_before_whatever_role_comes_last(live):
+    messages = [{"role": "user", "content": "look at this: " + "abc " * 60}]
+    first = live.client.post(CHAT, json={"messages": messages, "temperature": 0}).json()
+    prompt = first["usage"]["prompt_tokens"]
+    assert first["usage"]["prompt_tokens_details"]["cached_tokens"] < 40
+    messages += [{"role": "assistant", "content": "", "tool_calls": [EMPTY_CALL]}]
+    messages += [{"role": "tool", "tool_call_id": "1", "content": "done"}]
+    second = live.client.post(CHAT, json={"messages": messages, "temperature": 0}).json()["usage"]
+    assert second["prompt_tokens"] > prompt
+    assert prompt - 40 < second["prompt_tokens_details"]["cached_tokens"] <= prompt + 6
+
+
 def test_another_models_name_loads_nothing(live):
     answer = live.complete("a", model="mlx-community/something")
     assert answer.status_code == 404 and answer.json()["error"]["code"] == "model_not_found"
@@ -266,7 +316,7 @@ def test_every_request_leaves_one_line_of_facts(live, capfd):
     until(both)
     done, refused = map(json.loads, shown.splitlines())
     assert done["path"] == TEXT and done["status"] == 200 and done["finish"] == "length"
-    assert done["generated_tok"] == 5 and done["prompt_tok"] > 0 and done["cached_tok"] == 0
+    assert done["generated_tok"] == 5 and done["prompt_tok"] > 0 and done["cached_tok"] >= 0
     assert done["rounds"] > 0 and done["kept_per_round"] >= 0 and done["decode_tok_s"] > 0
     assert 0 < done["first_token_s"] <= done["seconds"]
     assert refused["status"] == 400 and "max_tokens" in refused["error"]
@@ -297,7 +347,7 @@ def test_a_client_that_goes_away_frees_its_row_within_a_few_rounds(live, stream)
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_goes_away_while_its_prompt_runs_frees_its_row(live, stream):
-    line = dial(live, {"prompt": LONG, "stream": stream, **ENDLESS})
+    line = dial(live, {"prompt": [4 + stream, *LONG], "stream": stream, **ENDLESS})
     until(lambda: live.worker.running == 1)
     line.close()
     until(lambda: live.worker.open == 0)

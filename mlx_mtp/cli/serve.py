@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +13,9 @@ from mlx_mtp.cli.app import command
 from mlx_mtp.cli.choice import Choice, parse_width, sampling_changes
 from mlx_mtp.cli.output import progress, say
 from mlx_mtp.rows import RequestError
+
+if TYPE_CHECKING:
+    from mlx_mtp.pair import Pair
 
 LISTEN, LIMIT, ACCESS = "Where and as whom", "Limits", "Access"
 
@@ -25,7 +29,8 @@ class Serve(Choice):
     ] = "127.0.0.1"
     port: Annotated[int, typer.Option(rich_help_panel=LISTEN, min=0, max=65535, help="0 takes a free one.")] = 8080
     name: Annotated[
-        str | None, typer.Option(rich_help_panel=LISTEN, help="The model id clients see; unset = --model as given.")
+        str | None,
+        typer.Option(rich_help_panel=LISTEN, help="The model id clients see; unset = the folder's or hub id."),
     ] = None
     alias: Annotated[
         list[str] | None,
@@ -38,6 +43,12 @@ class Serve(Choice):
     kv_gb: Annotated[
         float | None,
         typer.Option(rich_help_panel=LIMIT, min=0.01, help="Memory for keys and values; unset = 85% less weights."),
+    ] = None
+    prefix_gb: Annotated[
+        float | None,
+        typer.Option(
+            rich_help_panel=LIMIT, min=0, help="Of it, for prefixes of earlier prompts and texts; unset = half, 0 none."
+        ),
     ] = None
     max_body_mb: Annotated[
         int, typer.Option(rich_help_panel=LIMIT, min=1, max=1024, help="Longest request body; beyond it 413.")
@@ -68,21 +79,33 @@ class Serve(Choice):
 
 @command
 def serve(options: Serve) -> None:
-    """Serve editors and agents over HTTP, in OpenAI's dialect, with drafting on for every request.
+    """Serve editors and agents over HTTP in OpenAI's dialect.
 
-    POST /v1/chat/completions, POST /v1/completions, GET /v1/models, GET /health (200 when requests are taken, 503
-    with the reason when not), GET /health/live (503 only when the engine has failed for good), GET /metrics
-    (Prometheus). Several requests run at once, each with its own sampling; a request's text is the same alone and
-    beside others. Sampling options and --max-tokens are defaults for requests that name none.
+    Several requests run at once, drafting is on for all of them, and each has
+    its own sampling; a request's text is the same alone and beside others.
 
-    One model is served: a request that names another gets 404 (see --alias). A field that cannot be honoured gets
-    400, never silence. A client that goes away frees its place before the next round. stderr has one line of JSON a
-    request.
+    POST /v1/chat/completions, /v1/completions: whole or streamed.
+    GET /v1/models, /v1/models/ID: the one model served.
+    GET /health: 200 when requests are taken, 503 with the reason when not.
+    GET /health/live: 503 only when the engine has failed for good.
+    GET /metrics: for Prometheus.
 
-    If the engine fails, every open request gets an error and a new engine is built over the same weights, since a
-    desk has no supervisor to start a process again; at the third fault in five minutes the process ends with code 1.
-    SIGTERM or Ctrl-C: open requests may finish within --grace-s; a second Ctrl-C ends at once. Exit codes: 0 after
-    a signal, 1 after faults, 2 for a mistake in options or checkpoint.
+    Requests: --max-tokens and the sampling options are defaults for those that
+    name none. A field that cannot be honoured is a 400 that names it. Another
+    model's name is a 404 (see --alias); nothing is ever loaded for a request.
+    Where a request sets no limit, its text may grow to the context's end, or
+    to its share of the memory for keys and values if that is less.
+
+    Clients: one that goes away frees its place before the next round. stderr
+    has one line of JSON a request, and the progress of loading.
+
+    Faults: if the engine fails, every open request gets an error, and a new
+    engine is built over the same weights, since a desk has no supervisor to
+    start a process again. The third fault in five minutes ends the process.
+
+    Signals: after SIGTERM or Ctrl-C open requests may finish within --grace-s;
+    a second Ctrl-C ends at once. Exit codes: 0 after a signal, 1 after faults,
+    2 for a mistake in options or checkpoint.
     """
     sampling, width = sampling_changes(options), parse_width(options.width)
     from mlx_mtp.server.nouns import Settings
@@ -90,7 +113,7 @@ def serve(options: Serve) -> None:
     from mlx_mtp.server.run import serve as run
 
     settings = Settings(
-        name=options.name or options.model,
+        name=options.name or (Path(options.model).name if Path(options.model).is_dir() else options.model),
         aliases=tuple(options.alias or ()),
         rows=options.rows,
         queue=options.queue,
@@ -117,17 +140,19 @@ def serve(options: Serve) -> None:
         raise typer.Exit(1) from None
 
 
-def _load(options: Serve):  # noqa: ANN202
+def _load(options: Serve) -> Pair:
     from mlx_mtp.pair import load
     from mlx_mtp.scheduler import Limits
 
     kv_bytes = None if options.kv_gb is None else int(options.kv_gb * 1e9)
+    prefix_bytes = None if options.prefix_gb is None else int(options.prefix_gb * 1e9)
     with progress() as report:
         pair = load(
             options.model,
             None if options.drafter == "none" else options.drafter,
             quantize_drafter=options.quantize_drafter,
             dtype=options.dtype,
+            prefix_bytes=prefix_bytes,
             limits=Limits(max_rows=options.rows, kv_bytes=kv_bytes),
             report=report,
         )

@@ -33,6 +33,24 @@ class Drafter(Protocol):
         """
         ...
 
+    def begin(self, row: int, length: int, state: Any) -> None:
+        """Row `row` joined, as the last, with `length` positions in the target's cache; at least one more follows
+        before it is asked for a draft.
+
+        state: None for a fresh row (length is 0), else what `snapshot` returned for a row of the same tokens, of
+        `length` positions or of up to one of the widest rounds more, which this row must not see.
+        """
+        ...
+
+    def snapshot(self, row: int, length: int) -> Any:
+        """What it takes to continue row `row` from `length` positions, now or after it has left: any tree of arrays
+        and cache snapshots, or None if nothing. Not evaluated, and unchanged by whatever the row does next.
+
+        Called inside and at the end of a prompt, where `length` is the row's own, and when a row is about to leave:
+        then it may have run past `length` by two of the widest rounds.
+        """
+        ...
+
     def leave(self, row: int, last: int) -> None:
         """Row `row` is gone, and row `last` now carries its index."""
         ...

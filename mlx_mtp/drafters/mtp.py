@@ -78,16 +78,21 @@ class MtpDrafter:
             picked = mx.take_along_axis(fwd.hidden, column, axis=1)
         else:
             picked = fwd.picked[:, None]
-        missing = fwd.rows.stop - self._hidden.shape[0]
-        if missing > 0:
-            self._hidden = mx.concatenate([self._hidden, mx.zeros((missing, *picked.shape[1:]), picked.dtype)])
         moved = (kept > 0)[:, None, None]
         hidden = mx.array(self._hidden)  # a new handle: `state` may hold the old one
         hidden[fwd.rows] = mx.where(moved, picked, hidden[fwd.rows])
         self._hidden = hidden
 
+    def begin(self, row: int, length: int, state: None) -> None:
+        self._hidden = mx.concatenate([self._hidden, mx.zeros((1, *self._hidden.shape[1:]), self._hidden.dtype)])
+
+    def snapshot(self, row: int, length: int) -> None:
+        return (
+            None  # keys and values are the target's, and the next column, which always comes, brings its hidden state
+        )
+
     def leave(self, row: int, last: int) -> None:
-        if row < last < self._hidden.shape[0]:
+        if row < last:
             hidden = mx.array(self._hidden)
             hidden[row] = hidden[last]
             self._hidden = hidden

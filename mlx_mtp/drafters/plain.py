@@ -19,6 +19,12 @@ class PlainDrafter:
     def observe(self, fwd: Forward, kept: mx.array) -> None:
         pass
 
+    def begin(self, row: int, length: int, state: None) -> None:
+        pass
+
+    def snapshot(self, row: int, length: int) -> None:
+        return None
+
     def leave(self, row: int, last: int) -> None:
         pass
 
