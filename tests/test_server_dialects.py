@@ -6,6 +6,7 @@ The pair has not learnt to call tools; where a call is wanted the request requir
 import asyncio
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import anthropic
@@ -15,6 +16,7 @@ import openai
 import pytest
 from servers import TINY, Live, running
 
+from mlx_mtp.loops import LoopLimits
 from mlx_mtp.server.asking import stable
 
 HERE = Path(__file__).resolve().parent
@@ -52,11 +54,16 @@ def claude(live):
         yield client
 
 
+def read(message: anthropic.types.Message) -> int:
+    """Tokens of a message's prompt, whether they came from the cache or not."""
+    return message.usage.input_tokens + message.usage.cache_read_input_tokens
+
+
 def test_a_message_has_text_usage_and_a_reason(claude):
     message = claude.messages.create(model="tiny", max_tokens=12, messages=ASK, system="Be brief.")
     assert message.role == "assistant" and message.stop_reason == "max_tokens"
     assert message.content[0].type == "text" and message.content[0].text
-    assert message.usage.output_tokens == 12 and message.usage.input_tokens > 5
+    assert message.usage.output_tokens == 12 and read(message) > 5
 
 
 def test_a_stream_of_messages_tells_the_same(claude):
@@ -84,7 +91,7 @@ def test_a_required_tool_is_used_and_its_result_goes_back(claude):
     result = {"type": "tool_result", "tool_use_id": call.id, "content": [{"type": "text", "text": "sunny"}]}
     talk = [*ASK, {"role": "assistant", "content": message.content}, {"role": "user", "content": [result]}]
     answer = claude.messages.create(model="tiny", max_tokens=4, messages=talk, tools=[TOOL])
-    assert answer.usage.input_tokens > message.usage.input_tokens
+    assert read(answer) > read(message)
 
 
 def test_thinking_is_a_block_of_its_own(claude, live):
@@ -107,7 +114,7 @@ def test_stop_sequences_counts_and_schemas_of_messages(claude):
     assert stopped.content[0].text == text[:4]
     assert (stopped.stop_reason, stopped.stop_sequence) == ("stop_sequence", text[4:7])
     counted = claude.messages.count_tokens(model="tiny", messages=ASK)
-    assert counted.input_tokens == claude.messages.create(model="tiny", max_tokens=1, messages=ASK).usage.input_tokens
+    assert counted.input_tokens == read(claude.messages.create(model="tiny", max_tokens=1, messages=ASK))
     output = {"format": {"type": "json_schema", "schema": CITY}}
     answer = claude.messages.create(model="tiny", max_tokens=120, messages=ASK, extra_body={"output_config": output})
     jsonschema.validate(json.loads(answer.content[0].text), CITY)
@@ -351,3 +358,17 @@ def test_suffix_means_the_same_in_completions_and_generate(live, client):
     assert filled == client.generate("tiny", body["prompt"], body["suffix"], options={"num_predict": 12}).response
     refused = live.client.post("/v1/completions", json={"prompt": [3, 4], "suffix": "x"})
     assert refused.status_code == 400 and "suffix" in refused.json()["error"]["message"]
+
+
+def test_a_text_that_runs_in_a_loop_is_ended_as_at_its_limit(live):
+    service = live.service
+    guarded = replace(service.settings, loop_guard=LoopLimits(period_tok=4, repeats=2, least_tok=4))
+    fields = {"logit_bias": {"400": 100}, "max_tokens": 40}
+    free = live.chat("x", **fields).json()
+    service.settings, before = guarded, service.settings
+    try:
+        ended, bare = live.chat("x", **fields).json(), live.complete("x", **fields).json()
+    finally:
+        service.settings = before
+    assert ended["choices"][0]["finish_reason"] == "length" and ended["usage"]["completion_tokens"] < 12
+    assert free["usage"]["completion_tokens"] == bare["usage"]["completion_tokens"] == 40

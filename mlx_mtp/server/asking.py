@@ -77,6 +77,7 @@ async def job_of(service: Service, ask: Ask) -> Job:
         tools={tool.name: dict(tool.parameters) for tool in ask.must.tools},
         one_call=not ask.must.several,
         constraint=await constraint_of(service, prompt, ask.must, ask.thinking),
+        loops=service.settings.loop_guard,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from mlx_mtp.loops import LoopLimits
 from mlx_mtp.rows import Constraint, Sampling, Stats, TokenLogprob
 from mlx_mtp.segments import Segment
 
@@ -21,6 +22,7 @@ class Settings:
     sampling: values that take the place of the checkpoint's defaults. max_tokens: for requests that name none.
     api_key: None leaves the server open. origins: web origins that may call it, "*" is any. hosts: host names beside
     this machine's that it answers to, "*" is any.
+    loop_guard: when a chat's text counts as a loop, and is ended; None lets it go on to its limit.
     keepalive_s: a stream that has nothing to say for so long says that it lives. grace_s: how long running requests
     may go on after SIGTERM.
     """
@@ -36,6 +38,7 @@ class Settings:
     origins: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
     body_bytes: int = 32 * 2**20
+    loop_guard: LoopLimits | None = field(default_factory=LoopLimits)
     keepalive_s: float = 5.0
     grace_s: float = 30.0
 
@@ -48,6 +51,7 @@ class Job:
     of each tool's parameters by its name, to read calls with. one_call: end the text after its first tool call.
     stop: strings that end the answer. logprobs: how many alternatives a token, None for none at all.
     ends: whether the checkpoint's end tokens end the text. constraint: what the text must be.
+    loops: when it has run into a loop, and is ended.
     """
 
     prompt: tuple[int, ...]
@@ -60,13 +64,15 @@ class Job:
     one_call: bool = False
     ends: bool = True
     constraint: Constraint | None = None
+    loops: LoopLimits | None = None
 
 
 @dataclass(frozen=True)
 class Finish:
     """How a job ended. stop: the stop string that ended it. calls: tool calls in it.
 
-    reasoning_tok: tokens of thoughts, their markers included.
+    reasoning_tok: tokens of thoughts, their markers included. loop_tok: the text was ended as if at its limit, because
+    it repeated these many tokens without end.
     """
 
     reason: Literal["stop", "length", "cancelled"]
@@ -74,6 +80,7 @@ class Finish:
     calls: int
     reasoning_tok: int
     stats: Stats
+    loop_tok: int | None = None
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,9 @@ async def _chat(request: Request, service: Service, form: ChatForm) -> Response:
     constraint = await constraint_of(service, prompt, must, options["enable_thinking"])
     tools = {tool.name: dict(tool.parameters) for tool in must.tools}
     one_call = not must.several
-    jobs = [replace(job, splits=True, tools=tools, one_call=one_call, constraint=constraint) for job in jobs]
+    loops = None if form.ignore_eos else service.settings.loop_guard
+    changes = {"splits": True, "tools": tools, "one_call": one_call, "constraint": constraint, "loops": loops}
+    jobs = [replace(job, **changes) for job in jobs]
     writer = ChatWriter(service, form)
     return await respond(request, service, jobs, writer, form.stream)
 
