@@ -176,6 +176,14 @@ class Sampler:
             column = mx.take_along_axis(ids[:, 0], column, axis=-1)
         return column.astype(mx.int32), kept
 
+    def offer(
+        self, logits: mx.array, ids: mx.array | None, drafted: Sequence[mx.array]
+    ) -> tuple[mx.array, mx.array | None]:
+        """What `draw` is to choose from: a drafter's logits [B, C] of tokens `ids` [B, C] (None: column c is token c),
+        or, in rows whose token after the ones in `drafted` is known beforehand, that token alone."""
+        steering = self.processors.steering if self.processors is not None else None
+        return (logits, ids) if steering is None else steering.force(logits, ids, len(drafted))
+
     def choose(self, filtered: mx.array, position: mx.array) -> mx.array:
         """The target's own choices [B, L] int32: filtered [B, L, V] from `filter`, position [B, L]."""
         noise = self.noise(position, None, filtered.shape[-1], self._stream(RESIDUAL_STREAM))

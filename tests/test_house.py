@@ -17,9 +17,9 @@ LAYERS = (
     ("compare", "bench", "plan"),
     ("pair", "roofline"),
     ("chips", "shapes", "provenance"),
-    ("segments", "arguments", "messages"),
+    ("segments", "arguments", "messages", "grammar", "call_grammar", "loops"),
     ("engine", "load", "text", "hub", "pairs", "doctor", "few_rows", "quantized", "tensors", "weights", "clusters"),
-    ("scheduler", "prefixes", "depth", "drafters", "accept", "sampling", "processors", "logprobs"),
+    ("scheduler", "prefixes", "depth", "drafters", "accept", "sampling", "processors", "logprobs", "guide"),
     ("models",),
     ("cache", "kernels"),
     ("rows",),
@@ -33,6 +33,9 @@ ONLY = {
     "messages": {"rows"},
     "segments": {"text", "arguments"},
     "arguments": set(),
+    "grammar": {"call_grammar", "rows", "text"},
+    "call_grammar": {"rows"},
+    "loops": {"rows"},
 }
 
 MAX_FUNCTION_LINES = 80
