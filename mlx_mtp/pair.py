@@ -59,6 +59,7 @@ def load(
     dtype: str | None = None,
     limits: Limits | None = None,
     prefix_bytes: int | None = None,
+    profile: bool = False,
     report: Callable[[str, int, int], None] | None = None,
 ) -> Pair:
     """Load a target and its drafter.
@@ -72,7 +73,8 @@ def load(
     limits: on rows and memory; without kv_bytes they take what the weights leave.
     prefix_bytes: memory for what has been computed of earlier prompts and replies, so that a later prompt that begins
     the same costs only the rest; None is half of that for all keys and values, which running requests take back as they
-    need it; 0 keeps nothing. report: called with (stage, done bytes, total bytes) while weights are read.
+    need it; 0 keeps nothing. profile: `Stats.draft_s` tells drafting from verifying, at the cost of a wait a round.
+    report: called with (stage, done bytes, total bytes) while weights are read.
     Raises CheckpointError, DownloadError, PairingError or RequestError, before weights are read where possible.
     """
     if dtype is not None and dtype not in DTYPES:
@@ -90,20 +92,20 @@ def load(
         report=report,
     )
     limits = _limits(loaded, limits or Limits(), prefix_bytes)
-    return Pair(loaded, Text.from_dir(loaded.target.path), limits)
+    return Pair(loaded, Text.from_dir(loaded.target.path), limits, profile)
 
 
 class Pair:
     """A loaded target with its drafter (or none), its tokenizer, and one engine for all requests."""
 
-    def __init__(self, loaded: LoadedPair, text: Text, limits: Limits | None = None) -> None:
+    def __init__(self, loaded: LoadedPair, text: Text, limits: Limits | None = None, profile: bool = False) -> None:
         target = loaded.target
         self.text, self.warnings, self.default_sampling = text, loaded.notes, target.sampling
         self.target_name, self.drafter_name = target.name, loaded.drafter_name
         self.context_tok = target.model.config.max_positions
         self._model, self._dtype, self._eos = target.model, target.dtype, target.eos
         self._loaded = loaded
-        self._limits = limits or _limits(loaded, Limits(), None)
+        self._limits, self._profile = limits or _limits(loaded, Limits(), None), profile
         self.restart()
 
     def restart(self) -> None:
@@ -114,7 +116,8 @@ class Pair:
         if most is not None:
             self._most_tok = cache.positions_in(most)
             self._share_tok = cache.positions_in(most // self._limits.max_rows)
-        self._engine = Engine(self._model, cache, self._loaded.new_drafter(cache), depth_of(0), self._limits)
+        drafter = self._loaded.new_drafter(cache)
+        self._engine = Engine(self._model, cache, drafter, depth_of(0), self._limits, self._profile)
         self._inbox: dict[int, deque[Event]] = {}
 
     @property

@@ -69,6 +69,9 @@ class Choice(Debug):
     seed: Annotated[
         int | None, typer.Option(help="With a seed the text depends on weights, prompt and seed alone.")
     ] = None
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Time drafting apart from verifying; costs a wait a round.")
+    ] = False
 
 
 def sampling_changes(options: Choice) -> dict[str, Any]:
@@ -104,6 +107,7 @@ def load_pair(options: Choice, limits: Limits | None = None, prefix_bytes: int |
             dtype=options.dtype,
             limits=limits,
             prefix_bytes=prefix_bytes,
+            profile=options.profile,
             report=report,
         )
     for warning in pair.warnings:

@@ -164,6 +164,9 @@ def _report_stats(stats: Stats | None) -> None:
     else:
         parts.append("nothing drafted")
     parts.append(f"{stats.decode_tok_s:.1f} tok/s")
+    if stats.decode_s:
+        drafting = f", {stats.draft_s / stats.decode_s:.0%} drafting" if stats.draft_s else ""
+        parts.append(f"{stats.device_s / stats.decode_s:.0%} of the time on the device{drafting}")
     parts.append(f"prompt {stats.prompt_tokens} tokens, {stats.prefill_tok_s:.0f} tok/s")
     parts.append(f"peak memory {stats.peak_memory_bytes / 1e9:.2f} GB")
     print(", ".join(parts), file=sys.stderr, flush=True)
