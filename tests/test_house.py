@@ -14,7 +14,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Top to bottom. A module may import from its own layer and from those below it.
 LAYERS = (
     ("cli", "server", "__main__"),
-    ("pair",),
+    ("plan",),
+    ("pair", "roofline"),
+    ("chips", "shapes"),
     (
         "engine",
         "load",
