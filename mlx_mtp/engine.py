@@ -21,7 +21,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_mtp import logprobs
-from mlx_mtp.accept import Verdict, verdict
+from mlx_mtp.accept import Judge, Verdict, verdict
 from mlx_mtp.cache import Cache
 from mlx_mtp.depth import Depth
 from mlx_mtp.drafters import Drafter
@@ -97,6 +97,7 @@ class Engine:
     ) -> None:
         """profile: wait for every draft, to tell its time from the verifying pass's; costs a host wait a round."""
         self.target, self.cache, self.drafter, self.depth = target, cache, drafter, depth
+        self.judge: Judge = verdict  # what decides which drafts a round keeps; benchmarks give another
         self.scheduler = Scheduler(limits, cache.row_bytes, cache.back)
         self.host_reads = 0
         self.total = Stats()  # of all requests that have ended
@@ -220,7 +221,7 @@ class Engine:
         pass_ = self.cache.open(rows, width + 1)
         hidden, taps = self.target.forward(tokens, pass_, self.drafter.taps)
         logits = self.target.logits(hidden, capped=bool(asking) or not sampler.order_decides)
-        judged = verdict(draft, logits, pass_.start, sampler, hidden)
+        judged = self.judge(draft, logits, pass_.start, sampler, hidden)
         kept = judged.kept
         still = frozenset(i for i, r in enumerate(decoded) if r.done or not r.decoding)
         if still:  # rows that are feeding their prompt, or have ended

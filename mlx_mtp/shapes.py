@@ -90,14 +90,15 @@ def shape(size: str) -> Shape:
     target = read_target(configs["target"], f"{size}, target")
     drafter = read_assistant(configs["drafter"], f"{size}, drafter")
     known = next(known for known in SIZES if known.lower() == size.lower())
-    return Shape(known, target, drafter, _target_counts(target), _drafter_counts(drafter))
+    return Shape(known, target, drafter, target_counts(target), _drafter_counts(drafter))
 
 
 def _sizes(model: nn.Module) -> dict[str, int]:
     return {name: value.size for name, value in cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))}
 
 
-def _target_counts(config: TextConfig) -> Counts:
+def target_counts(config: TextConfig) -> Counts:
+    """Of a target with this config."""
     sizes = _sizes(Gemma4(config))
     experts = sum(size for name, size in sizes.items() if ".experts." in name)
     table = sizes.get("embed_tokens_per_layer.weight", 0)

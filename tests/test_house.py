@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Top to bottom. A module may import from its own layer and from those below it.
 LAYERS = (
     ("cli", "server", "__main__"),
-    ("plan",),
+    ("compare", "bench", "plan"),
     ("pair", "roofline"),
     ("chips", "shapes"),
     (
@@ -55,7 +55,7 @@ MAX_PARAMETERS = 8
 MAX_README_LINES = 200
 
 READS_ENVIRONMENT = {"cli"}
-READS_DEVICE = {"engine", "load", "weights", "pair"}
+READS_DEVICE = {"engine", "load", "weights", "pair", "bench", "compare"}
 CHECKS_DEVICE = PACKAGE / "kernels" / "trials.py"  # its answer decides what runs; asked while loading
 
 TEXT_SUFFIXES = {".py", ".md", ".toml", ".json", ".jinja", ".sh", ".txt", ".yml", ".yaml", ".cfg", ""}

@@ -3,6 +3,7 @@
 Everything heavy is imported inside the command that needs it, so that `--help` answers at once.
 """
 
+from mlx_mtp.cli import bench as bench
 from mlx_mtp.cli import generate as generate
 from mlx_mtp.cli import plan as plan
 from mlx_mtp.cli import reports as reports
