@@ -16,7 +16,7 @@ LAYERS = (
     ("cli", "server", "__main__"),
     ("compare", "bench", "plan"),
     ("pair", "roofline"),
-    ("chips", "shapes"),
+    ("chips", "shapes", "provenance"),
     (
         "engine",
         "load",
