@@ -14,7 +14,7 @@ import mlx.nn as nn
 from mlx.utils import tree_map, tree_map_with_path, tree_unflatten
 
 from mlx_mtp.bench.settings import Size
-from mlx_mtp.cache import Cache, Snapshot
+from mlx_mtp.cache import Cache
 from mlx_mtp.depth import MAX_WIDTH
 from mlx_mtp.doctor import on_gpu
 from mlx_mtp.few_rows import use_kernels
@@ -94,17 +94,6 @@ def hollow(x: mx.array, value: float = 0) -> mx.array:
 
 def hollow_fill(name: str, x: mx.array) -> mx.array:
     return hollow(x)
-
-
-def filled_row(cache: Cache, tokens: tuple[int, ...], fill: Fill) -> Snapshot:
-    """A row as if it had read some tokens, its keys and values made up: a prompt that costs no time."""
-    ring, full = {}, {}
-    for index, spec in enumerate(cache.specs):
-        positions = cache.ring_size(spec.window) if spec.window else len(tokens)
-        blank = mx.zeros((1, spec.kv_heads, positions, spec.head_dim), cache.dtype)
-        (ring if spec.window else full)[index] = (fill("keys", blank), fill("values", blank))
-    mx.eval(ring, full)
-    return Snapshot(tokens, ring, full)
 
 
 def _finish(model: nn.Module, bits: int, dtype: mx.Dtype, fill: Fill) -> None:

@@ -15,7 +15,7 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 
 from mlx_mtp.bench.graph import Count, as_on_metal, count
-from mlx_mtp.bench.made_up import GROUP, MadeUp, filled_row, hollow, hollow_fill, make
+from mlx_mtp.bench.made_up import GROUP, MadeUp, hollow, hollow_fill, make
 from mlx_mtp.bench.settings import Size
 from mlx_mtp.cache import Cache
 from mlx_mtp.depth import MAX_WIDTH, depth_of
@@ -49,9 +49,10 @@ class CountingEngine(Engine):
 
     def _dispatch(self, built: Pass) -> None:
         self.counted.append((built, count(built.out, self._state())))
-        cache, drafter, self._bonus = tree_map(lambda x: None if x is None else hollow(x), self._state())
+        cache, drafter, self._bonus, history = tree_map(lambda x: None if x is None else hollow(x), self._state())
         self.cache.restore(cache)
         self.drafter.restore(drafter)
+        self._history.restore(history)
         self._running, self._sent_s = replace(built, out=hollow(built.out, 1)), 0.0
 
     def _read(self, done: Pass, away_s: float) -> list[Event]:
@@ -71,10 +72,10 @@ def count_round(made: MadeUp, width: int, batch: int, context: int = CONTEXT) ->
     """Operations of one dispatch of the engine; a step of width 0 has no drafter to keep informed."""
     cache = Cache(made.target.specs, MAX_WIDTH, made.dtype)
     drafter = MtpDrafter(made.target, made.drafter, cache) if width else PlainDrafter()
-    engine = CountingEngine(made.target, cache, drafter, depth_of(width), Limits(max_rows=batch))
-    row = filled_row(cache, tuple([0] * context), hollow_fill)
+    limits = Limits(max_rows=batch, alone_tok=context, chunk_tok=context, first_chunk_tok=context)
+    engine = CountingEngine(made.target, cache, drafter, depth_of(width), limits)
     for _ in range(batch):
-        engine.submit(Request((*row.tokens, 0), MAX_WIDTH + 64, GREEDY), row)
+        engine.submit(Request((0,) * context, MAX_WIDTH + 64, GREEDY))
     while not engine.counted or len(engine.counted[-1][0].active) < batch or engine.counted[-1][0].chunks:
         engine.step()
     return engine.counted[-1][1]

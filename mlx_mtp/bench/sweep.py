@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from mlx_mtp.bench.made_up import MadeUp, filled_row, random_fill
+from mlx_mtp.bench.made_up import MadeUp
 from mlx_mtp.bench.settings import Sweep
 from mlx_mtp.bench.synthetic import Synthetic
 from mlx_mtp.cache import Cache
@@ -175,7 +175,6 @@ def _engine(made: MadeUp, setting: Setting, rounds: int, seed: int, profile: boo
     engine = Engine(made.target, cache, drafter, depth_of(setting.width), limits, profile)
     engine.judge = Synthetic(setting.acceptance, seed)
     vocabulary = made.target.config.vocab_size
-    ids = [(31 * i + 7) % vocabulary for i in range(setting.context + 1)]
-    row = filled_row(cache, tuple(ids[:-1]), random_fill)
+    prompt = tuple((31 * i + 7) % vocabulary for i in range(setting.context))
     most = (setting.width + 1) * (rounds + WARM_UP_ROUNDS + setting.batch + 4)
-    return engine, [engine.submit(Request(tuple(ids), most, GREEDY), row) for _ in range(setting.batch)]
+    return engine, [engine.submit(Request(prompt, most, GREEDY)) for _ in range(setting.batch)]

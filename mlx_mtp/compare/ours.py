@@ -11,8 +11,6 @@ from mlx_mtp.cache import Cache
 from mlx_mtp.compare.cases import Prompt
 from mlx_mtp.compare.runs import Drafts
 from mlx_mtp.depth import MAX_WIDTH, Depth, depth_of
-from mlx_mtp.drafters.mtp import MtpDrafter
-from mlx_mtp.drafters.plain import PlainDrafter
 from mlx_mtp.engine import Engine
 from mlx_mtp.load import LoadedPair
 from mlx_mtp.rows import GREEDY, Request
@@ -47,8 +45,7 @@ class OurSession:
     def __init__(self, loaded: LoadedPair, depth: Depth, drafts: Drafts) -> None:
         target = loaded.target
         cache = Cache(target.model.specs, MAX_WIDTH, target.dtype)
-        drafter = MtpDrafter(target.model, loaded.drafter.model, cache) if loaded.drafter else PlainDrafter()
-        self.engine = Engine(target.model, cache, drafter, depth, Limits())
+        self.engine = Engine(target.model, cache, loaded.new_drafter(cache), depth, Limits())
         self._drafts = drafts
 
     def submit(self, prompt: Prompt, tokens: int) -> int:
