@@ -142,7 +142,7 @@ class View:
     parts: tuple[Part, ...]
 
     def attend(self, queries: mx.array) -> mx.array:
-        """Attention with scale 1 (Gemma 4 scales inside q_norm): [B, heads, L, D] -> [B, L, heads * D]."""
+        """Attention with scale 1 (Gemma 4 scales inside q_norm): [B, heads, L, D] -> [B * L, heads * D]."""
         b, heads, columns, dim = queries.shape
         outs, row = [], 0
         for part in self.parts:
@@ -150,7 +150,7 @@ class View:
             outs.append(part.attend(q))
             row += part.keys.shape[0]
         out = outs[0] if len(outs) == 1 else mx.concatenate(outs)
-        return out.transpose(0, 2, 1, 3).reshape(b, columns, heads * dim)
+        return out.transpose(0, 2, 1, 3).reshape(b * columns, heads * dim)
 
 
 class Cache:

@@ -79,13 +79,13 @@ def test_a_counted_step_of_mlx_lm_has_as_many_operations_as_one_that_runs(monkey
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_a_plain_step_computes_less_often_than_mlx_lms(size):
+def test_a_plain_step_has_fewer_operations_than_mlx_lms(size):
     pytest.importorskip("mlx_lm")
     mx.reset_peak_memory()
     steps = count_steps(Size(size, 4, 4))
     assert mx.get_peak_memory() < 64e6, "no weights may be made to count operations"
     assert steps.mlx_lm is not None
-    assert steps.plain.kernels < steps.mlx_lm.kernels
+    assert steps.plain.kernels < steps.mlx_lm.kernels and steps.plain.primitives < steps.mlx_lm.primitives
     assert steps.plain.primitives < steps.rounds[1].primitives < steps.rounds[3].primitives
 
 

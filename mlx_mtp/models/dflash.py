@@ -172,7 +172,7 @@ class Layer(nn.Module):
         return (self._fused_project if h.shape[1] <= FUSED_COLUMNS else self._project)(h, start)
 
     def finish(self, h: mx.array, a: mx.array) -> mx.array:
-        """h [B, L, H] and what the attention made of it [B, L, heads * D] -> [B, L, H]."""
+        """h [B, L, H] and what the attention made of it [B * L, heads * D] -> [B, L, H]."""
         return (self._fused_finish if h.shape[1] <= FUSED_COLUMNS else self._finish)(h, a)
 
     def _project(self, h: mx.array, start: mx.array) -> tuple[mx.array, mx.array, mx.array]:
@@ -180,7 +180,7 @@ class Layer(nn.Module):
         return self.self_attn.queries(x, start), *self.self_attn.keys_values(x, start)
 
     def _finish(self, h: mx.array, a: mx.array) -> mx.array:
-        flat = h.flatten(0, 1) + self.self_attn.o_proj(a.flatten(0, 1))
+        flat = h.flatten(0, 1) + self.self_attn.o_proj(a)
         return (flat + self.mlp(self.post_attention_layernorm(flat))).reshape(h.shape)
 
 

@@ -148,21 +148,22 @@ class Block(nn.Module):
 
         self._fused_project, self._fused_finish = mx.compile(self._project), mx.compile(self._finish)
 
-    def project(self, h: mx.array, start: mx.array) -> tuple[mx.array, ...]:
-        """The half before attention: residual stream h [B, L, H] at positions start [B] -> queries, and keys and
-        values where the layer owns them."""
-        return (self._fused_project if h.shape[1] <= FUSED_COLUMNS else self._project)(h, start)
+    # Both halves work on N = B * L rows: a product of matrices is one operation, of anything else three.
 
-    def finish(self, h: mx.array, a: mx.array, ple: mx.array | None) -> tuple[mx.array, mx.array | None]:
-        """The half after attention a [B, L, heads * D]: h [B, L, H] -> [B, L, H], and the experts chosen [B * L, k]
-        if there are any; ple [B, L, d] is this layer's per-layer input."""
-        finish = self._fused_finish if h.shape[1] <= FUSED_COLUMNS else self._finish
+    def project(self, h: mx.array, start: mx.array) -> tuple[mx.array, ...]:
+        """The half before attention: residual stream h [N, H] at positions start [B] -> queries, and keys and
+        values where the layer owns them."""
+        columns = h.shape[0] // start.shape[0]
+        return (self._fused_project if columns <= FUSED_COLUMNS else self._project)(h, start)
+
+    def finish(self, h: mx.array, a: mx.array, ple: mx.array | None, columns: int) -> tuple[mx.array, mx.array | None]:
+        """The half after attention a [N, heads * D]: h [N, H] -> [N, H], and the experts chosen [N, k] if there are
+        any; ple [N, d] is this layer's per-layer input, columns is L."""
+        finish = self._fused_finish if columns <= FUSED_COLUMNS else self._finish
         return finish(h, a, ple, self.layer_scalar)
 
-    # Both halves work on [B * L, H]: a product of matrices is one operation, of anything else three.
-
     def _project(self, h: mx.array, start: mx.array) -> tuple[mx.array, ...]:
-        x = self.input_layernorm(h.flatten(0, 1))
+        x = self.input_layernorm(h)
         q = self.self_attn.queries(x, start)
         return (q, *self.self_attn.keys_values(x, start)) if self._owner else (q,)
 
@@ -170,14 +171,13 @@ class Block(nn.Module):
         self, h: mx.array, a: mx.array, ple: mx.array | None, scalar: mx.array
     ) -> tuple[mx.array, mx.array | None]:
         # The scalar is an argument: one that is captured is compiled in, and every layer would get kernels of its own.
-        shape, h = h.shape, h.flatten(0, 1)
-        h = h + self.post_attention_layernorm(self.self_attn.o_proj(a.flatten(0, 1)))
+        h = h + self.post_attention_layernorm(self.self_attn.o_proj(a))
         fed, chosen = self.feed_forward(h)
         h = h + self.post_feedforward_layernorm(fed)
         if ple is not None:
-            gated = geglu(self.per_layer_input_gate(h), ple.flatten(0, 1))
+            gated = geglu(self.per_layer_input_gate(h), ple)
             h = h + self.post_per_layer_input_norm(self.per_layer_projection(gated))
-        return (h * scalar).reshape(shape), chosen
+        return h * scalar, chosen
 
     def feed_forward(self, h: mx.array) -> tuple[mx.array, mx.array | None]:
         """The dense branch, plus the routed experts where there are any: [N, H] -> [N, H], experts chosen [N, k]."""
@@ -231,27 +231,29 @@ class Gemma4(nn.Module):
         keep=LAST asks for the last column alone: layers behind the last one that owns keys and values then run
         over that column only, and C is 1. With taps every layer runs over every column.
         """
-        h, start = self.embed(tokens), pass_.start
-        ple = self._per_layer_inputs(tokens, h) if self.config.ple_size else None
+        rows, columns = tokens.shape
+        h, start = self.embed(tokens.flatten()), pass_.start
+        ple = self._per_layer_inputs(tokens.flatten(), h) if self.config.ple_size else None
         first_consumer = self.config.owners[-1] + 1
         views, tapped = {}, {}
         for i, (block, layer) in enumerate(zip(self.layers, self.config.layers, strict=True)):
-            if i == first_consumer and not taps and keep == LAST:
-                start = start + (h.shape[1] - 1)
-                h, ple = h[:, LAST], None if ple is None else ple[:, LAST]
+            if i == first_consumer and not taps and keep == LAST and columns > 1:
+                start = start + (columns - 1)
+                h, ple = h[columns - 1 :: columns], None if ple is None else ple[columns - 1 :: columns]
+                columns = 1
             queries, *owned = block.project(h, start)
             if owned:
                 views[i] = pass_.store(self._slot[i], *owned)
             attended = views[layer.owner].attend(queries)
-            h, chosen = block.finish(h, attended, None if ple is None else ple[:, :, i])
+            h, chosen = block.finish(h, attended, None if ple is None else ple[:, i], columns)
             if chosen is not None:
                 pass_.routed.append(chosen)
             if i in taps:
-                tapped[i] = h
-        return self.norm(h[:, keep]), tapped
+                tapped[i] = h.reshape(rows, columns, -1)
+        return self.norm(h.reshape(rows, columns, -1)[:, keep]), tapped
 
     def _per_layer_inputs(self, tokens: mx.array, h: mx.array) -> mx.array:
-        """Token table and a projection of the scaled embedding, mixed: [B, L, layers, d]."""
+        """Token table and a projection of the scaled embedding, mixed: tokens [N], h [N, H] -> [N, layers, d]."""
         shape = (*tokens.shape, len(self.config.layers), self.config.ple_size)
         table = self.embed_tokens_per_layer(tokens)
         table = table * mx.array(math.sqrt(self.config.ple_size), table.dtype)

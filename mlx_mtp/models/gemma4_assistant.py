@@ -85,12 +85,12 @@ class Assistant(nn.Module):
         position [B] int32: the same in all steps of a round. views: (sliding, full) keys and values.
         Returns (y [B, h] for `logits`, hidden [B, 1, T] for the next step).
         """
-        h = self.pre_projection(mx.concatenate([embedded, hidden], axis=-1))
+        h = self.pre_projection(mx.concatenate([embedded, hidden], axis=-1)[:, 0])
         for block, layer in zip(self.model.layers, self.config.text.layers, strict=True):
             (queries,) = block.project(h, position)
-            h, _ = block.finish(h, views[layer.window is None].attend(queries), None)
+            h, _ = block.finish(h, views[layer.window is None].attend(queries), None, 1)
         y = self.model.norm(h)
-        return y[:, 0], self.post_projection(y)
+        return y, self.post_projection(y)[:, None]
 
     def logits(self, y: mx.array) -> tuple[mx.array, mx.array | None]:
         """y [B, h] -> (logits [B, C] float32, token ids [B, C], or None where column c is token c). No soft cap."""
