@@ -13,6 +13,7 @@ reversed in every other repeat. Figures are of the client's side:
 - first token: from sending a request to the first chunk with text, median over requests.
 - short behind long: the first token of a short request sent 50 ms after one with a long prompt, over the same
   request's on the idle server.
+- greedy beside hot: how often a greedy text stays what it is alone while a request at temperature 1.5 runs.
 
 mlx-vlm drafts only for its multimodal class, so the text checkpoint is written once more with an unused vision tower.
 """
@@ -257,6 +258,25 @@ def short_behind_long(server: Server, args: argparse.Namespace, seed: int) -> tu
     return alone.first_s[0], behind.first_s[0]
 
 
+def kept_beside_a_hot_request(server: Server, tries: int = 4) -> float:
+    """Share of tries in which a greedy text was the same beside a request at temperature 1.5 as alone."""
+
+    def answer(prompt: str, temperature: float) -> str:
+        messages = [{"role": "user", "content": prompt}]
+        body = {"model": server.model, "messages": messages, "max_tokens": 40, "temperature": temperature}
+        reply = httpx.post(server.url + "/v1/chat/completions", json={**body, "top_p": 1.0}, timeout=REQUEST_S)
+        reply.raise_for_status()
+        return reply.json()["choices"][0]["message"]["content"]
+
+    alone, same = answer("def read(path):", 0), 0
+    for _ in range(tries):
+        hot = threading.Thread(target=answer, args=("import os", 1.5))
+        hot.start()
+        same += answer("def read(path):", 0) == alone
+        hot.join()
+    return same / tries
+
+
 def text(seed: int, words: int) -> str:
     """Words that differ from prompt to prompt from the first one on, so that no server has them cached."""
     state, out = (seed * 2654435761 + 12345) % 2**32, []
@@ -288,6 +308,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             for server in turn:
                 idle_s, behind_s = short_behind_long(server, args, seed=777 + 10 * repeat)
                 rows.append({"server": server.name, "repeat": repeat, "idle_s": idle_s, "behind_s": behind_s})
+        for server in chosen:
+            rows.append({"server": server.name, "kept_text": kept_beside_a_hot_request(server)})
     return {"rows": rows, "load_average": os.getloadavg(), "arguments": {k: str(v) for k, v in vars(args).items()}}
 
 
@@ -317,6 +339,8 @@ def report(data: dict[str, Any]) -> None:
             note(f"{name:20} {clients} clients  tok/s {spread([r['tok_s'] for r in some])}  first s {spread(firsts)}")
         ratios = [r["behind_s"] / r["idle_s"] for r in mine if "behind_s" in r]
         note(f"{name:20} short behind long, times idle: {spread(ratios)}")
+        kept = [r["kept_text"] for r in mine if "kept_text" in r]
+        note(f"{name:20} greedy text the same beside a hot request: {kept[0]:.0%}")
 
 
 def spread(values: list[float]) -> str:

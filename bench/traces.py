@@ -4,7 +4,8 @@
 
 acceptance: for every kind of held-out prompt, for every prompt, for every generated token but the last few: how many
 drafted tokens behind it the target's own greedy text confirms, at most WIDTH. cost: rows -> time of a round by width
-from 0, over that of width 0 at one row; medians of interleaved runs.
+from 0, over that of width 0 at one row; medians of interleaved runs. lookup: for the same texts, and for each asked
+for again, what prompt lookup would draft at every place: [tokens kept, outlook].
 """
 
 import argparse
@@ -13,7 +14,11 @@ import statistics
 import sys
 from importlib import resources
 
+import mlx.core as mx
+
 import mlx_mtp
+from mlx_mtp.drafters.lookup import GATE, SURE, longest_match
+from mlx_mtp.rows import NOTHING, USUAL
 
 WIDTH = 12
 
@@ -28,6 +33,35 @@ def trace(pair: mlx_mtp.Pair, prompt: str, tokens: int) -> list[int]:
         truth = text[at + 1 : at + 1 + WIDTH]
         kept.append(next((i for i, (d, t) in enumerate(zip(drafted, truth, strict=True)) if d != t), WIDTH))
     return kept
+
+
+def lookup_trace(ids: list[int], text: list[int]) -> list[tuple[int, int]]:
+    """(drafts kept, outlook) of prompt lookup alone at every place of a text behind a prompt."""
+    said = mx.array([[*ids, *text]], mx.int32)
+    newest = mx.arange(len(ids), len(ids) + len(text) - WIDTH)
+    found = longest_match(mx.broadcast_to(said, (newest.size, said.shape[1])), newest).tolist()
+    out = []
+    for at, (length, end) in zip(newest.tolist(), found, strict=True):
+        drafted = [said[0, end + 1 + i % (at - end)].item() for i in range(WIDTH)]
+        truth = [*ids, *text][at + 1 : at + 1 + WIDTH]
+        kept = next((i for i, (d, t) in enumerate(zip(drafted, truth, strict=True)) if d != t), WIDTH)
+        outlook = NOTHING if length < GATE else USUAL + 1 + (length >= SURE)
+        out.append((kept, outlook))
+    return out
+
+
+def lookups(pair: mlx_mtp.Pair, prompts: list[list[int]], tokens: int) -> dict[str, list[list[tuple[int, int]]]]:
+    """Traces of greedy texts, of the same asked for again, and of texts at temperature 1."""
+    out: dict[str, list[list[tuple[int, int]]]] = {"greedy": [], "again": [], "sampled": []}
+    for ids in prompts:
+        done = pair.generate([ids], mlx_mtp.GREEDY, max_tokens=tokens + WIDTH)[0].tokens
+        again = [*ids, *done, *ids]
+        repeated = pair.generate([again], mlx_mtp.GREEDY, max_tokens=tokens + WIDTH)[0].tokens
+        drawn = pair.generate([ids], mlx_mtp.Sampling(temperature=1.0, seed=1), max_tokens=tokens + WIDTH)[0].tokens
+        for name, prompt, said in (("greedy", ids, done), ("again", again, repeated), ("sampled", ids, drawn)):
+            if len(said) > WIDTH:
+                out[name].append(lookup_trace(prompt, said))
+    return out
 
 
 def cost(pair: mlx_mtp.Pair, prompt: str, repeats: int = 5, widths: int = 9) -> dict[int, list[float]]:
@@ -60,6 +94,13 @@ def main() -> None:
                 out.setdefault(kind, []).append(kept)
             print(f"{kind} {i}/{args.prompts}", file=sys.stderr)
     found = {"acceptance": out, "cost": cost(pair, prompts["code"][0])}
+    chats = [pair.text.chat([{"role": "user", "content": text}]) for text in prompts["chat"]]
+    codes = [pair.text.encode(text) for text in prompts["code"]]
+    found["lookup"] = {
+        f"{kind}, {how}": traces
+        for kind, ids in (("code", codes), ("chat", chats))
+        for how, traces in lookups(pair, [list(i) for i in ids[: args.prompts]], args.tokens).items()
+    }
     json.dump(found, sys.stdout, separators=(",", ":"))
 
 

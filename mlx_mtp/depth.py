@@ -7,10 +7,11 @@ drafting that does not pay stops, and is probed again at growing distances.
 from __future__ import annotations
 
 import statistics
-from collections import deque
+from collections import Counter, defaultdict, deque
+from collections.abc import Sequence
 from typing import Protocol
 
-from mlx_mtp.rows import RequestError
+from mlx_mtp.rows import NOTHING, RequestError
 
 MAX_WIDTH = 15  # the widest round; the cache's rings leave room for it
 
@@ -18,15 +19,15 @@ MAX_WIDTH = 15  # the widest round; the cache's rings leave room for it
 class Depth(Protocol):
     """Chooses the width of every round and is told what came of it."""
 
-    def choose(self, rows: int) -> int:
-        """Width of the next round over `rows` rows, 0 .. MAX_WIDTH."""
+    def choose(self, outlook: Sequence[int]) -> int:
+        """Width of the next round, 0 .. MAX_WIDTH, over rows of which this is the newest known outlook."""
         ...
 
-    def record(self, width: int, kept: list[int], seconds: float | None) -> None:
+    def record(self, width: int, kept: list[int], seconds: float | None, outlook: Sequence[int]) -> None:
         """A round of `width` drafted tokens a row: row i kept `kept[i]` columns, of width + 1.
 
         seconds: what the round took, or None where the time says nothing (a prompt chunk ran beside it, or the
-        engine had been idle).
+        engine had been idle). outlook: what `choose` was given for this round.
         """
         ...
 
@@ -37,10 +38,10 @@ class Constant:
     def __init__(self, width: int) -> None:
         self._width = width
 
-    def choose(self, rows: int) -> int:
+    def choose(self, outlook: Sequence[int]) -> int:
         return self._width
 
-    def record(self, width: int, kept: list[int], seconds: float | None) -> None:
+    def record(self, width: int, kept: list[int], seconds: float | None, outlook: Sequence[int]) -> None:
         pass
 
 
@@ -54,71 +55,35 @@ class Heuristic:
     def __init__(self, width: int = 4, most: int = MAX_WIDTH) -> None:
         self._width, self._most = width, most
 
-    def choose(self, rows: int) -> int:
+    def choose(self, outlook: Sequence[int]) -> int:
         return self._width
 
-    def record(self, width: int, kept: list[int], seconds: float | None) -> None:
+    def record(self, width: int, kept: list[int], seconds: float | None, outlook: Sequence[int]) -> None:
         if width and kept:
             full = sum(k == width + 1 for k in kept) * 2 >= len(kept)
             self._width = min(self._most, self._width + 2) if full else max(1, self._width - 1)
 
 
-class Auto:
-    """The width with the most expected tokens per expected second, from what this machine and text have shown.
-
-    Acceptance is estimated by position, pooled over rows, at two speeds: counts that fade with every round, over a
-    slow mean that remembers. The time of a round is the median of the last ones of its shape (rows, width). It never
-    falls with the width, so a shape not yet seen takes at least what the next narrower one takes; where that would be
-    fast enough to win, the shape is tried. Steps in the cost, as kernels have them, are found this way.
-    Where width 0 is best, a narrow round is tried at growing distances. A ledger holds what drafting has gained and
-    lost against width 0; while it shows a loss of more than LOSS, nothing is drafted.
-    """
+class Acceptance:
+    """How many drafts are kept, by position, at two speeds: counts that fade with every round, over a slow mean that
+    remembers. Pooled over rows."""
 
     FADE = 0.96  # per round: about 25 rounds count
     SLOW = 1 / 64  # weight of a round in the slow mean
     PRIOR, PRIOR_WEIGHT = 0.7, 2.0  # of a draft being kept, before there is evidence; and of the slow mean
-    GAIN = 1.03  # a new width must look this much better
-    SAMPLES, FIRST = 2, 4  # timed rounds before a shape is judged; the first width, half of it from 3 rows on
-    LOSS, ALLOWANCE = 0.015, 6  # share of the time, on top of so many rounds of width 0
-    MEMORY = 0.999  # per round: about a thousand rounds stand in the ledger
-    PAUSE = 6  # rounds between two shapes that are tried for their time
-    FIRST_PROBE, LAST_PROBE, PROBE_WIDTH, PROBE_ROUNDS = 24, 768, 1, 2
+    HOPELESS = 0.02  # the same of rows whose drafter has nothing: not worth a try
 
-    def __init__(self, most: int = 8) -> None:
-        """most: the widest round it considers."""
-        self._most = most
+    def __init__(self, most: int, outlook: int) -> None:
+        """most: positions that are kept apart."""
+        self._prior = self.HOPELESS if outlook == NOTHING else self.PRIOR
         self._hits, self._tries = [0.0] * most, [0.0] * most
-        self._slow, self._rounds = [self.PRIOR] * most, [0] * most
-        self._times: dict[tuple[int, int], deque[float]] = {}
-        self._seen: set[tuple[int, int]] = set()
-        self._width = min(self.FIRST, most)
-        self._gained = self._spent = 0.0  # the ledger, in seconds
-        self._quiet = 0  # rounds since a shape was tried for its time
-        self._trial: tuple[int, int] | None = None
-        self._wait, self._since, self._probing = self.FIRST_PROBE, 0, 0
+        self._slow, self._rounds = [self._prior] * most, [0] * most
 
-    def choose(self, rows: int) -> int:
-        for width in (min(self.FIRST if rows < 3 else self.FIRST // 2, self._most), 0):
-            if not self._timed(rows, width):
-                return width
-        if self._gained < -self.LOSS * self._spent - self.ALLOWANCE * self.seconds(rows, 0):
-            return 0
-        if self._trial and self._trial[0] == rows and not self._timed(*self._trial):
-            return self._trial[1]
-        self._quiet += 1
-        self._width = self._best(rows)
-        if self._width:
-            self._wait = self.FIRST_PROBE
-        trial = self._worth_trying(rows)
-        if trial is not None and self._quiet > self.PAUSE:
-            self._trial, self._quiet = (rows, trial), 0
-            return trial
-        return self._width or self._probe()
-
-    def record(self, width: int, kept: list[int], seconds: float | None) -> None:
+    def record(self, width: int, kept: Sequence[int]) -> None:
+        """A round in which these rows kept so many columns of width + 1."""
         self._hits = [x * self.FADE for x in self._hits]
         self._tries = [x * self.FADE for x in self._tries]
-        for i in range(min(width, self._most)):
+        for i in range(min(width, len(self._hits))):
             judged = [columns - 1 > i for columns in kept if columns > i]  # all drafts before i were kept
             if judged:
                 share = sum(judged) / len(judged)
@@ -128,6 +93,79 @@ class Auto:
                 self._rounds[i] += 1
                 rate = max(self.SLOW, 1 / (self._rounds[i] + 2)) * weight
                 self._slow[i] += rate * (share - self._slow[i])
+
+    def expected_tokens(self, width: int) -> float:
+        """Tokens a row gains from a round of this width."""
+        total, alive, last, level = 1.0, 1.0, self._prior, 1.0
+        for i in range(width):
+            # Positions rise and fall together: what the slow mean says is scaled by how the position before fares.
+            prior = min(0.97, self._slow[i] * level) if self._rounds[i] else last
+            last = (self._hits[i] + self.PRIOR_WEIGHT * prior) / (self._tries[i] + self.PRIOR_WEIGHT)
+            level = last / max(self._slow[i], 0.02) if self._rounds[i] else level
+            alive *= last
+            total += alive
+        return total
+
+
+class Auto:
+    """The width with the most expected tokens per expected second, from what this machine and text have shown.
+
+    Acceptance is estimated for every outlook by itself: a row whose drafter has found its text elsewhere is another
+    case than one where it guesses. What is known of a row when a width is chosen is one round old, and what comes of
+    it is put down to that knowledge, so that the delay is part of the estimate.
+    The time of a round is the median of the last ones of its shape (rows, width). It never falls with the width, so a
+    shape not yet seen takes at least what the next narrower one takes; where that would be fast enough to win, the
+    shape is tried. Steps in the cost, as kernels have them, are found this way.
+    Where width 0 is best, a narrow round is tried at growing distances, unless no drafter has anything. A ledger holds
+    what drafting has gained and lost against width 0; while it shows a loss of more than LOSS, nothing is drafted, and
+    no shape is tried that could make it as much.
+    """
+
+    GAIN = 1.03  # a new width must look this much better
+    SAMPLES, FIRST = 2, 2  # timed rounds before a shape is judged; the first width: what is wasted if nothing is kept
+    LOSS, ALLOWANCE = 0.015, 6  # share of the time, on top of so many rounds of width 0
+    MEMORY = 0.999  # per round: about a thousand rounds stand in the ledger
+    PAUSE = 6  # rounds between two shapes that are tried for their time
+    FIRST_PROBE, LAST_PROBE, PROBE_WIDTH, PROBE_ROUNDS = 24, 768, 1, 2
+
+    def __init__(self, most: int = 8) -> None:
+        """most: the widest round it considers."""
+        self._most = most
+        self._kept: dict[int, Acceptance] = {}  # by outlook
+        self._times: dict[tuple[int, int], deque[float]] = {}
+        self._seen: set[tuple[int, int]] = set()
+        self._width = min(self.FIRST, most)
+        self._gained = self._spent = 0.0  # the ledger, in seconds
+        self._quiet = 0  # rounds since a shape was tried for its time
+        self._trial: tuple[int, int] | None = None
+        self._wait, self._since, self._probing = self.FIRST_PROBE, 0, 0
+
+    def choose(self, outlook: Sequence[int]) -> int:
+        rows = len(outlook)
+        hopeful = any(o != NOTHING for o in outlook)
+        for width in (min(self.FIRST, self._most) if hopeful else 0, 0):
+            if not self._timed(rows, width):
+                return width
+        if self._left(rows) < 0:
+            return 0
+        if hopeful and self._trial and self._trial[0] == rows and not self._timed(*self._trial):
+            return self._trial[1]
+        self._quiet += 1
+        self._width = self._best(outlook)
+        if self._width:
+            self._wait = self.FIRST_PROBE
+        trial = self._worth_trying(outlook)
+        if trial is not None and self._quiet > self.PAUSE:
+            self._trial, self._quiet = (rows, trial), 0
+            return trial
+        return self._width or (self._probe() if hopeful else 0)
+
+    def record(self, width: int, kept: list[int], seconds: float | None, outlook: Sequence[int]) -> None:
+        by_outlook: defaultdict[int, list[int]] = defaultdict(list)
+        for columns, o in zip(kept, outlook, strict=True):
+            by_outlook[o].append(columns)
+        for o, columns in by_outlook.items():
+            self._acceptance(o).record(width, columns)
         shape = (len(kept), width)
         if seconds is not None and self._timed(len(kept), 0):
             plain = sum(kept) / len(kept) * self.seconds(len(kept), 0)
@@ -138,17 +176,10 @@ class Auto:
         elif seconds is not None:
             self._times.setdefault(shape, deque(maxlen=9)).append(seconds)
 
-    def expected_tokens(self, width: int) -> float:
-        """Tokens a row gains from a round of this width."""
-        total, alive, last, level = 1.0, 1.0, self.PRIOR, 1.0
-        for i in range(width):
-            # Positions rise and fall together: what the slow mean says is scaled by how the position before fares.
-            prior = min(0.97, self._slow[i] * level) if self._rounds[i] else last
-            last = (self._hits[i] + self.PRIOR_WEIGHT * prior) / (self._tries[i] + self.PRIOR_WEIGHT)
-            level = last / max(self._slow[i], 0.02) if self._rounds[i] else level
-            alive *= last
-            total += alive
-        return total
+    def expected_tokens(self, outlook: Sequence[int], width: int) -> float:
+        """Tokens a row gains from a round of this width, mean over rows."""
+        counts = Counter(outlook)
+        return sum(n * self._acceptance(o).expected_tokens(width) for o, n in counts.items()) / len(outlook)
 
     def seconds(self, rows: int, width: int) -> float:
         """Time of a round: measured, or at least that of the next narrower shape that was."""
@@ -157,26 +188,42 @@ class Auto:
                 return statistics.median(self._times[rows, w])
         return 0.0
 
+    def _acceptance(self, outlook: int) -> Acceptance:
+        if outlook not in self._kept:
+            self._kept[outlook] = Acceptance(self._most, outlook)
+        return self._kept[outlook]
+
     def _timed(self, rows: int, width: int) -> bool:
         return len(self._times.get((rows, width), ())) >= self.SAMPLES
 
-    def _rate(self, rows: int, width: int) -> float:
-        return self.expected_tokens(width) / self.seconds(rows, width)
+    def _rate(self, outlook: Sequence[int], width: int) -> float:
+        return self.expected_tokens(outlook, width) / self.seconds(len(outlook), width)
 
-    def _best(self, rows: int) -> int:
+    def _best(self, outlook: Sequence[int]) -> int:
         """The best of the widths whose time is known; the present one unless another is clearly better."""
-        known = [w for w in range(self._most + 1) if self._timed(rows, w)]
-        best = max(known, key=lambda w: self._rate(rows, w))
-        stay = self._width in known and self._rate(rows, best) < self.GAIN * self._rate(rows, self._width)
+        rates = {w: self._rate(outlook, w) for w in range(self._most + 1) if self._timed(len(outlook), w)}
+        best = max(rates, key=lambda w: rates[w])
+        stay = self._width in rates and rates[best] < self.GAIN * rates[self._width]
         return self._width if stay else best
 
-    def _worth_trying(self, rows: int) -> int | None:
-        """An untimed width that would win if it took no longer than the next narrower timed one."""
-        unknown = [w for w in range(1, self._most + 1) if not self._timed(rows, w)]
-        best = max(unknown, key=lambda w: self._rate(rows, w), default=None)
-        if best is None or self._rate(rows, best) < self.GAIN * self._rate(rows, self._width):
-            return None
-        return best
+    def _worth_trying(self, outlook: Sequence[int]) -> int | None:
+        """An untimed width that would win if it took no longer than the next narrower timed one; of those about as good
+        the narrowest, which costs least if it does not win."""
+        rows = len(outlook)
+        unknown = [w for w in range(1, self._most + 1) if not self._timed(rows, w) and self._affordable(rows, w)]
+        rates = {w: self._rate(outlook, w) for w in unknown}
+        wanted = max(self.GAIN * self._rate(outlook, self._width), max(rates.values(), default=0.0) / self.GAIN)
+        return next((w for w, rate in rates.items() if rate >= wanted), None)
+
+    def _left(self, rows: int) -> float:
+        """Seconds that may still be lost."""
+        return self._gained + self.LOSS * self._spent + self.ALLOWANCE * self.seconds(rows, 0)
+
+    def _affordable(self, rows: int, width: int) -> bool:
+        """Whether the loss would be borne if timing a width brought nothing and the cost went on as it has so far."""
+        widest = max(w for w in range(self._most + 1) if self._timed(rows, w))
+        slope = (self.seconds(rows, widest) - self.seconds(rows, 0)) / max(widest, 1)
+        return (self.SAMPLES + 1) * slope * width <= self._left(rows)
 
     def _probe(self) -> int:
         """Width of a round while drafting does not pay: 0, except for a narrow look at growing distances."""

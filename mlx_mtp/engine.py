@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, cast
 
@@ -24,7 +24,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_mtp import logprobs
-from mlx_mtp.accept import Verdict, verdict
+from mlx_mtp.accept import Judge, Verdict, verdict
 from mlx_mtp.cache import Cache
 from mlx_mtp.depth import MAX_WIDTH, Depth
 from mlx_mtp.drafters import Drafter
@@ -33,9 +33,11 @@ from mlx_mtp.models.experts import distinct_experts
 from mlx_mtp.models.gemma4 import ALL, LAST, Gemma4
 from mlx_mtp.prefixes import Prefix
 from mlx_mtp.processors import History, check_ids
-from mlx_mtp.rows import Draft, Event, Forward, Request, Stats, TokenLogprob
+from mlx_mtp.rows import USUAL, Draft, Event, Forward, Request, Stats, TokenLogprob
 from mlx_mtp.sampling import RowSampler, Sampler
 from mlx_mtp.scheduler import Chunk, Limits, Row, Scheduler
+
+JUDGED = 200  # drafts by which a drafter is judged to fit its target or not
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,10 @@ class Pass:
     decoded: the rows of the round, in cache order; `active` are those of them whose verdict counts.
     chunks: prompt chunks beside it. draft: evaluated first, so that the device starts on it while the rest is
     still being dispatched. prefixes: to be kept when this has been dispatched. out: int32, everything the host will
-    read: per decoded row its width + 1 tokens, then every decoded row's kept count, then one number per chunk (the
-    first token, where the prompt ends here), then the round's distinct experts summed over layers, where there are any
-    (`counted`), then per row of `scored` as many tokens' log-probabilities as it has columns, with the `most` best.
+    read: per decoded row its width + 1 tokens, then every decoded row's kept count and, if `foreseen`, its outlook,
+    then one number per chunk (the first token, where the prompt ends here), then the round's distinct experts summed
+    over layers, where there are any (`counted`), then per row of `scored` as many tokens' log-probabilities as it has
+    columns, with the `most` best. outlook: of the active rows, what was known when the width was chosen.
     """
 
     decoded: list[Row]
@@ -57,6 +60,8 @@ class Pass:
     prefixes: list[Prefix]
     draft: mx.array | None
     out: mx.array
+    outlook: tuple[int, ...]
+    foreseen: bool
     counted: bool
     scored: list[tuple[Row, int]]
     most: int
@@ -70,12 +75,14 @@ class Pass:
 class Round:
     """What a round brings. draft: tokens [B, K] (K may be less than was asked for), None where nothing was drafted.
 
+    outlook: one array [B], the drafter's for the rounds to come; none where all rows are as usual.
     experts: one array [1], how many distinct ones; none where there are no experts. scores: one array with the packed
     log-probabilities of the rows that ask for them, in order, flat; none where no row asks.
     """
 
     draft: mx.array | None
     judged: Verdict
+    outlook: list[mx.array]
     experts: list[mx.array]
     scores: list[mx.array]
 
@@ -94,9 +101,11 @@ class Engine:
     ) -> None:
         """profile: wait for every draft, to tell its time from the verifying pass's; costs a host wait a round."""
         self.target, self.cache, self.drafter, self.depth = target, cache, drafter, depth
+        self.judge: Judge = verdict  # what decides which drafts a round keeps; benchmarks give another
         self.scheduler = Scheduler(limits, cache.row_bytes, cache.back)
         self.host_reads = 0
         self.total = Stats()  # of all requests that have ended
+        self.first_drafts = self.first_kept = 0  # of the first JUDGED rounds: drafts that were its drafter's own guess
         self._profile, self._sent_s, self._left_s = profile, 0.0, 0.0
         self._begun_s: float | None = None  # when the first part of the pass being built was dispatched, if it was
         self._ids = itertools.count()
@@ -176,11 +185,12 @@ class Engine:
         begun = _asking([c.row for c in chunks if c.last])
         most = max((r.request.logprobs or 0 for r in (*active, *begun)), default=0)
         most = min(most, self.target.config.vocab_size)
-        outs, scores, draft, width, experts = [], [], None, 0, []
+        outs, scores, draft, width, experts, foreseen = [], [], None, 0, [], False
         if decoded:
             round_ = self._round(decoded, active, self._width(active), most)
             draft, experts, width = round_.draft, round_.experts, round_.judged.tokens.shape[1] - 1
-            outs += [round_.judged.tokens.reshape(-1), round_.judged.kept]
+            outs += [round_.judged.tokens.reshape(-1), round_.judged.kept, *round_.outlook]
+            foreseen = bool(round_.outlook)
             scores += round_.scores
         for chunk in chunks:
             first, score = self._chunk(chunk, most)
@@ -188,8 +198,9 @@ class Engine:
             scores += score
         prefixes = [self._marked(c.row) for c in chunks if c.row.stops and c.row.stops[0] == c.row.prefilled]
         scored = [*((r, width + 1) for r in _asking(active)), *((r, 1) for r in begun)]
-        out = mx.concatenate([*outs, *experts, *scores])
-        return Pass(decoded, active, width, chunks, prefixes, draft, out, bool(experts), scored, most)
+        out, known = mx.concatenate([*outs, *experts, *scores]), tuple(r.outlook for r in active)
+        counted = bool(experts)
+        return Pass(decoded, active, width, chunks, prefixes, draft, out, known, foreseen, counted, scored, most)
 
     def _join(self, row: Row) -> None:
         prompt, most, n = len(row.request.prompt), row.request.max_tokens, row.prefilled
@@ -206,7 +217,7 @@ class Engine:
     def _width(self, active: list[Row]) -> int:
         """The depth policy's width, but no wider than the longest row can still use."""
         useful = max((r.room for r in active), default=1) - 1
-        return max(0, min(self.depth.choose(len(active)), useful))
+        return max(0, min(self.depth.choose([r.outlook for r in active]), useful))
 
     def _round(self, decoded: list[Row], active: list[Row], width: int, most: int) -> Round:
         """Draft, verify, commit. most: log-probabilities of so many tokens go with each where they are asked for."""
@@ -223,20 +234,23 @@ class Engine:
         if guide is not None:
             drafts = guide.known() if guide.certain else self._peek(draft.tokens, logits, active)
             sampler = guide.judging(sampler, drafts)
-        judged = verdict(draft, logits, pass_.start, sampler, hidden)
+        judged = self.judge(draft, logits, pass_.start, sampler, hidden)
         kept = judged.kept
-        if len(active) < len(decoded):  # rows still feeding their prompt stand still
-            kept = kept * mx.array([int(r.decoding and not r.done) for r in decoded], mx.int32)
+        still = frozenset(i for i, r in enumerate(decoded) if r.done or not r.decoding)
+        if still:  # rows that are feeding their prompt, or have ended
+            kept = kept * mx.array([int(i not in still) for i in range(len(decoded))], mx.int32)
         self.cache.commit(rows, kept, width + 1)
-        self.drafter.observe(Forward(rows, tokens, hidden, taps, width, judged.picked), kept)
-        self._history.add(rows, judged.tokens, kept)
         newest = mx.where(kept > 0, judged.bonus, bonus)
+        fwd = Forward(rows, tokens, hidden, taps, width, judged.picked, newest, still)
+        outlook = self.drafter.observe(fwd, kept)
+        self._history.add(rows, judged.tokens, kept)
         self._bonus = mx.concatenate([newest, self._bonus[len(decoded) :]])
         for row in active:
             row.pending += 1
         experts = [distinct_experts(pass_.routed)[None]] if pass_.routed else []
         scores = _scores(logits, judged.tokens, asking, most)
-        return Round(draft.tokens if width else None, Verdict(judged.tokens, kept), experts, scores)
+        foreseen = [] if outlook is None else [outlook]
+        return Round(draft.tokens if width else None, Verdict(judged.tokens, kept), foreseen, experts, scores)
 
     def _guide(self, decoded: list[Row], active: list[Row], width: int) -> Guide | None:
         """What constrains a round; None where nothing does."""
@@ -276,9 +290,10 @@ class Engine:
         hidden, taps = self.target.forward(tokens, pass_, self.drafter.taps, keep)
         kept = mx.array([count], mx.int32)
         self.cache.commit(rows, kept, count)
-        self.drafter.observe(Forward(rows, tokens, hidden, taps, 0), kept)
+        fwd = Forward(rows, tokens, hidden, taps, 0)
         row.prefilled += count
         if not chunk.last:
+            self.drafter.observe(replace(fwd, newest=mx.array([row.request.prompt[row.prefilled]], mx.int32)), kept)
             return self.cache.lengths[rows], []  # something to wait for
         row.pending += 1
         sampler, asking = self._sampler([row], rows), [0] if _asking([row]) else []
@@ -289,6 +304,7 @@ class Engine:
         judged = verdict(nothing, logits, pass_.start + (count - 1), sampler, hidden[:, LAST])
         self._history.add(rows, judged.tokens, judged.kept)
         first = judged.tokens[:, 0]
+        self.drafter.observe(replace(fwd, newest=first), kept)
         bonus = mx.array(self._bonus)
         bonus[row.index] = first[0]
         self._bonus = bonus
@@ -356,7 +372,11 @@ class Engine:
         self.host_reads += 1
         now, columns = time.perf_counter(), done.width + 1
         tokens = [list(islice(values, columns)) for _ in done.decoded]
-        kept, firsts = list(islice(values, len(done.decoded))), list(islice(values, len(done.chunks)))
+        kept = list(islice(values, len(done.decoded)))
+        outlook = list(islice(values, len(done.decoded) if done.foreseen else 0))
+        for row, value in zip(done.decoded, outlook, strict=False):
+            row.outlook = value if row in done.active else row.outlook
+        firsts = list(islice(values, len(done.chunks)))
         experts = next(values) / len(self.target.layers) if done.counted else 0.0
         size = logprobs.packed_size(done.most)
         scores = {row.id: list(islice(values, count * size)) for row, count in done.scored}
@@ -417,8 +437,12 @@ class Engine:
             self.scheduler.timed(seconds, sum(c.count for c in done.chunks), len(done.decoded))
         if done.decoded:
             counts = [k for k, row in zip(kept, done.decoded, strict=True) if row in done.active]
-            if all(row.follower is None for row in done.active):  # forced drafts say nothing about the drafter
-                self.depth.record(done.width, counts, None if done.chunks else seconds)
+            if any(row.follower is not None for row in done.active):
+                return  # forced drafts say nothing about the drafter
+            self.depth.record(done.width, counts, None if done.chunks else seconds, done.outlook)
+            if done.width and self.first_drafts < JUDGED:
+                guessed = [k > 1 for k, outlook in zip(counts, done.outlook, strict=True) if outlook == USUAL]
+                self.first_drafts, self.first_kept = self.first_drafts + len(guessed), self.first_kept + sum(guessed)
 
     def _drop_done(self) -> None:
         for row in [r for r in self.scheduler.rows if r.done]:

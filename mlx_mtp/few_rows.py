@@ -10,9 +10,11 @@ import mlx.nn as nn
 
 from mlx_mtp import kernels
 from mlx_mtp.kernels import experts
+from mlx_mtp.kernels.gate_up import gate_up
 from mlx_mtp.kernels.matrix import Matrix
 from mlx_mtp.kernels.rows_qmv import rows_qmv
 from mlx_mtp.models.experts import Experts
+from mlx_mtp.models.gemma4 import Mlp
 from mlx_mtp.quantized import Table
 
 
@@ -44,6 +46,13 @@ class FewRowsTable(Table):
         return rows_qmv(x, Matrix.of(self))
 
 
+class FewRowsMlp(Mlp):
+    """A gated MLP whose two products and activation are one operation."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.down_proj(gate_up(x, Matrix.of(self.gate_proj), Matrix.of(self.up_proj)))
+
+
 class FewRowsExperts(Experts):
     """Routed experts each of which is read once for all tokens of a pass; wider passes sort, as Experts does."""
 
@@ -67,6 +76,8 @@ PRODUCTS: dict[type[nn.Module], type[nn.Module]] = {
 def use_kernels(model: nn.Module) -> None:
     """Exchange the modules of a model whose kernels are usable on this device; weights stay where they are."""
     exchange = dict(PRODUCTS) if kernels.usable("rows_qmv") else {}
+    if exchange and kernels.usable("gate_up"):
+        exchange[Mlp] = FewRowsMlp
     if kernels.usable("experts"):
         exchange[Experts] = FewRowsExperts
     if not exchange:

@@ -35,6 +35,16 @@ def resolve(name: str, report: Callable[[str, int, int], None] | None = None) ->
     return _download(name)
 
 
+def on_disk_bytes(name: str) -> int:
+    """What a hub repository's weights take in the hub's cache here; 0 if it was never fetched."""
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(name, "config.json")
+    if not isinstance(config, str):
+        return 0
+    return sum(file.stat().st_size for file in Path(config).parent.glob("*.safetensors"))
+
+
 def _why_not(path: Path) -> str:
     if path.suffix == ".gguf":
         return "GGUF is not supported; name a folder with config.json and safetensors, or a hub id"

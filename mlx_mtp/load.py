@@ -6,17 +6,23 @@ Vision and audio towers stay on disk.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
+from mlx_mtp import clusters as clustering
 from mlx_mtp import hub
+from mlx_mtp.cache import Cache
+from mlx_mtp.drafters import Drafter
+from mlx_mtp.drafters.kinds import Kind, Network, Parts, kind_of, split_name
+from mlx_mtp.drafters.plain import PlainDrafter
 from mlx_mtp.few_rows import use_kernels
-from mlx_mtp.models.config import AssistantConfig, read_assistant, read_target
+from mlx_mtp.kernels.matrix import Matrix
+from mlx_mtp.models.config import AssistantConfig, TextConfig, read_target
 from mlx_mtp.models.gemma4 import Gemma4
 from mlx_mtp.models.gemma4_assistant import Assistant
 from mlx_mtp.pairs import check_pair, find_drafter
@@ -61,9 +67,10 @@ class LoadedTarget:
 
 @dataclass(frozen=True)
 class LoadedDrafter:
-    """A drafter ready to run, by default in its target's dtype. notes: for the user."""
+    """A drafter ready to run, by default in its target's dtype. model: its network. notes: for the user."""
 
-    model: Assistant
+    kind: Kind
+    model: Any
     path: Path
     name: str
     weight_bytes: int
@@ -72,11 +79,33 @@ class LoadedDrafter:
 
 @dataclass(frozen=True)
 class LoadedPair:
-    """A target and its drafter; None decodes plainly. notes: of both, and why there is no drafter."""
+    """A target and its drafter, None if it has no network. notes: of both, and why there is no drafter.
+
+    over: kinds without a network that draft where they can, and leave the rest to the drafter; innermost first.
+    """
 
     target: LoadedTarget
     drafter: LoadedDrafter | None
     notes: tuple[str, ...]
+    over: tuple[Kind, ...] = ()
+
+    @property
+    def drafter_name(self) -> str | None:
+        """As --drafter takes it; None decodes plainly."""
+        names = [self.drafter.name] if self.drafter else []
+        return "+".join([*names, *(kind.name for kind in self.over)]) or None
+
+    def network_drafter(self, cache: Cache) -> Drafter:
+        """What drafts with the network over a cache of the target; plain decoding if there is none."""
+        plain, loaded = PlainDrafter(), self.drafter
+        return loaded.kind.make(Parts(self.target.model, cache, loaded.model, plain)) if loaded else plain
+
+    def new_drafter(self, cache: Cache) -> Drafter:
+        """All that drafts, over a cache of the target."""
+        drafter = self.network_drafter(cache)
+        for kind in self.over:
+            drafter = kind.make(Parts(self.target.model, cache, None, drafter))
+        return drafter
 
 
 def load_pair(
@@ -85,26 +114,35 @@ def load_pair(
     *,
     dtype: mx.Dtype | None = None,
     quantize: int | None = None,
+    clusters: int | None = None,
     report: Report | None = None,
 ) -> LoadedPair:
     """Load a target and its drafter, checking both before a weight of either is read.
 
-    drafter: a folder or hub id; "auto" looks for the one made for the target and decodes plainly, with a
-    note, where none is known or it cannot be fetched; None decodes plainly. Others as in load_drafter.
+    drafter: a folder or hub id of any kind; "auto" looks for the one made for the target and decodes plainly, with
+    a note, where none is known or it cannot be fetched; None or "none" decodes plainly; "lookup" needs no checkpoint,
+    alone or over another ("auto+lookup"). Others as in load_drafter.
     Raises DownloadError, CheckpointError, PairingError, RequestError.
     """
-    folder = _open(target, read_target, report)
-    if drafter is None and quantize is not None:
-        raise RequestError(f"quantize is {quantize!r}, but there is no drafter to quantise; name one, or leave it out")
-    draft_folder, notes = _open_drafter(drafter, target, report)
-    if draft_folder is not None:
-        names = (target, draft_folder.name)
-        notes += check_pair(folder.text, _assistant(draft_folder), names, not _has_chat_template(folder.path))
+    folder = _open_target(target, report)
+    base, over = split_name(drafter or "none")
+    for name, value, what in (("quantize", quantize, "quantise"), ("clusters", clusters, "cluster")):
+        if base is None and value is not None:
+            raise RequestError(f"{name} is {value!r}, but there is no drafter to {what}; name one, or leave it out")
+    opened, notes = _find_drafter(base, target, report)
+    if opened is not None:
+        names = (target, opened.folder.name)
+        base_model = not _has_chat_template(folder.path)
+        notes += check_pair(opened.network, folder.config, opened.folder.config, names, base_model)
+        _check_clusters(opened, clusters)
     target_plan = plan(folder, Gemma4, dtype)
-    draft_plan = draft_folder and _plan_drafter(draft_folder, dtype or target_plan.dtype, quantize)
+    draft_plan = opened and _plan_drafter(opened, dtype or target_plan.dtype, quantize)
+    if opened and draft_plan:
+        notes += _compare_sizes(draft_plan, target_plan)
     loaded = _finish_target(target_plan, report)
     notes += loaded.notes
-    return LoadedPair(loaded, _finish_drafter(draft_plan, report) if draft_plan else None, tuple(notes))
+    finished = _finish_drafter(opened, draft_plan, clusters, report) if opened and draft_plan else None
+    return LoadedPair(loaded, finished, (*notes, *(finished.notes if finished else ())), over)
 
 
 def load_target(name: str, *, dtype: mx.Dtype | None = None, report: Report | None = None) -> LoadedTarget:
@@ -114,7 +152,7 @@ def load_target(name: str, *, dtype: mx.Dtype | None = None, report: Report | No
     CPU, which multiplies experts in no other and sums quantised products in the input's type.
     report: called with (stage, done bytes, total bytes). Raises DownloadError, CheckpointError, RequestError.
     """
-    return _finish_target(plan(_open(name, read_target, report), Gemma4, dtype), report)
+    return _finish_target(plan(_open_target(name, report), Gemma4, dtype), report)
 
 
 def load_drafter(
@@ -123,30 +161,56 @@ def load_drafter(
     *,
     dtype: mx.Dtype | None = None,
     quantize: int | None = None,
+    clusters: int | None = None,
     report: Report | None = None,
 ) -> LoadedDrafter:
     """Load the drafter of a loaded target from a folder or hub id.
 
-    dtype: None takes the target's. quantize: 4 or 8 packs a plain drafter's linear layers and embedding.
+    dtype: None takes the target's. quantize: 4 or 8 packs a plain drafter's linear layers and embedding. clusters:
+    a drafter that scores its whole vocabulary gets clusters, of which each step scores so many; built once.
     Raises DownloadError, CheckpointError, PairingError, RequestError.
     """
-    folder = _open(name, read_assistant, report)
-    notes = check_pair(target.model.config, _assistant(folder), (target.name, name), target.base_model)
-    drafter = _finish_drafter(_plan_drafter(folder, dtype or target.dtype, quantize), report)
-    return replace(drafter, notes=tuple(notes))
+    opened = _open_drafter(name, report)
+    names = (target.name, name)
+    notes = check_pair(opened.network, target.model.config, opened.folder.config, names, target.base_model)
+    _check_clusters(opened, clusters)
+    made = _plan_drafter(opened, dtype or target.dtype, quantize)
+    drafter = _finish_drafter(opened, made, clusters, report)
+    return replace(drafter, notes=(*notes, *drafter.notes))
 
 
 # before weights -------------------------------------------------------------------------------------------
 
 
-def _open(name: str, parse: Callable[[dict, str], Any], report: Report | None) -> Folder:
-    """The folder of a checkpoint with its config; refuses what is quantised by others."""
+@dataclass(frozen=True)
+class Opened:
+    """A drafter's folder, and what its config says it is."""
+
+    kind: Kind
+    network: Network
+    folder: Folder
+
+
+def _open_target(name: str, report: Report | None) -> Folder:
+    path, raw, where = _open(name, report)
+    config: TextConfig = read_target(raw, where)
+    return Folder(name, path, raw, config, config.layers)
+
+
+def _open_drafter(name: str, report: Report | None) -> Opened:
+    path, raw, where = _open(name, report)
+    kind, network = kind_of(raw, where)
+    config = network.read(raw, where)
+    return Opened(kind, network, Folder(name, path, raw, config, network.layers(config), network.nested))
+
+
+def _open(name: str, report: Report | None) -> tuple[Path, dict[str, Any], str]:
+    """(folder, config.json, its path) of a checkpoint; refuses what is quantised by others."""
     path = hub.resolve(name, report)
     file = path / "config.json"
     if not file.is_file():
         read_headers(path)  # explains folders of other formats
     raw = read_json(file)
-    config = parse(raw, str(file))
     other = raw.get("quantization_config")
     method = other.get("quant_method") if isinstance(other, dict) and "quantization" not in raw else None
     if method is not None:
@@ -154,42 +218,48 @@ def _open(name: str, parse: Callable[[dict, str], Any], report: Report | None) -
             f"{file}: quantised by {method!r}; expected plain weights or MLX's own quantisation, "
             "as in the google and mlx-community repositories"
         )
-    return Folder(name, path, raw, config)
+    return path, raw, str(file)
 
 
-def _open_drafter(drafter: str | None, target: str, report: Report | None) -> tuple[Folder | None, list[str]]:
-    """The drafter's folder and notes; "auto" makes a note of it where there is none to be had."""
+def _find_drafter(drafter: str | None, target: str, report: Report | None) -> tuple[Opened | None, list[str]]:
+    """The drafter and notes; "auto" makes a note of it where there is none to be had."""
     if drafter is None:
         return None, []
     if drafter != "auto":
-        return _open(drafter, read_assistant, report), []
+        return _open_drafter(drafter, report), []
     found = find_drafter(target)
     if found is None:
         return None, [f"no drafter is known for {target}; decoding plainly (name one with --drafter)"]
     try:
-        return _open(found, read_assistant, report), []
+        return _open_drafter(found, report), []
     except DownloadError as error:
         return None, [f"decoding plainly, since the drafter could not be fetched: {error}"]
 
 
-def _assistant(folder: Folder) -> AssistantConfig:
-    assert isinstance(folder.config, AssistantConfig)
-    return folder.config
-
-
-def _plan_drafter(folder: Folder, dtype: mx.Dtype, quantize: int | None) -> Plan:
+def _plan_drafter(opened: Opened, dtype: mx.Dtype, quantize: int | None) -> Plan:
     """The drafter's plan, to be quantised while reading if asked for and not so already."""
     if quantize not in (None, 4, 8):
         raise RequestError(f"quantize is {quantize!r}; expected 4 or 8")
-    made = plan(folder, Assistant, dtype)
+    made = plan(opened.folder, opened.network.build, dtype)
     packed = [m for m in made.model.modules() if isinstance(m, (nn.QuantizedLinear, nn.QuantizedEmbedding))]
     bits = {m.bits for m in packed}
     if quantize and bits - {quantize}:
         raise RequestError(
-            f"{folder.name} is already quantised, to {min(bits - {quantize})} bits; expected a plain drafter "
+            f"{opened.folder.name} is already quantised, to {min(bits - {quantize})} bits; expected a plain drafter "
             f"to quantise to {quantize}; leave the option out, or name the plain drafter"
         )
     return replace(made, quantize=None if bits else quantize)
+
+
+def _compare_sizes(drafter: Plan, target: Plan) -> list[str]:
+    """A warning if the drafter is as large as its target; without having read either."""
+    sizes = [sum(s.tensor.bytes for s in p.sources.values() if not s.half) for p in (drafter, target)]
+    if sizes[0] < sizes[1]:
+        return []
+    return [
+        f"the drafter's weights take {sizes[0] / 1e9:.2f} GB and the target's {sizes[1] / 1e9:.2f}, so that drafting "
+        "costs as much as it saves; name a smaller drafter"
+    ]
 
 
 # weights --------------------------------------------------------------------------------------------------
@@ -207,18 +277,72 @@ def _finish_target(made: Plan, report: Report | None) -> LoadedTarget:
     )
 
 
-def _finish_drafter(made: Plan, report: Report | None) -> LoadedDrafter:
-    weight_bytes = read(made, report)
+def _finish_drafter(opened: Opened, made: Plan, clusters: int | None, report: Report | None) -> LoadedDrafter:
+    weight_bytes, notes = read(made, report), ()
     model, folder = made.model, made.folder
-    assert isinstance(model, Assistant)
+    if clusters:
+        assert isinstance(model, Assistant)
+        notes = _cluster(model, folder, clusters, report)
+        weight_bytes += model.masked_embedding.centroids.weight.nbytes + model.masked_embedding.token_ordering.nbytes
     use_kernels(model)
-    if model.config.clusters:
+    if isinstance(model, Assistant) and model.config.clusters:
         ordering = model.masked_embedding.token_ordering
         if not mx.array_equal(mx.sort(ordering), mx.arange(ordering.size, dtype=ordering.dtype)).item():
             raise CheckpointError(
                 f"{folder.path}: token_ordering is no ordering of {ordering.size} tokens; download it again"
             )
-    return LoadedDrafter(model, folder.path, folder.name, weight_bytes)
+    return LoadedDrafter(opened.kind, model, folder.path, folder.name, weight_bytes, notes)
+
+
+def _check_clusters(opened: Opened, clusters: int | None) -> None:
+    """Raise unless the drafter can be given clusters of which so many are scored."""
+    if clusters is None:
+        return
+    folder, config = opened.folder, opened.folder.config
+    if not isinstance(config, AssistantConfig):
+        raise RequestError(
+            f"clusters is {clusters!r}; expected an MTP drafter (gemma4_assistant), and {folder.name} is none; leave "
+            "the option out"
+        )
+    most = config.text.vocab_size
+    if not isinstance(clusters, int) or isinstance(clusters, bool) or not 1 <= clusters <= most:
+        raise RequestError(
+            f"clusters is {clusters!r}; expected a number of clusters to score, 1 to {most}, such as 128"
+        )
+    if config.clusters:
+        count, top = config.clusters
+        raise RequestError(
+            f"{folder.name} has {count} clusters of its own, of which it scores {top}; expected a drafter that scores "
+            "its whole vocabulary; leave the option out"
+        )
+
+
+def _cluster(model: Assistant, folder: Folder, top: int, report: Report | None) -> tuple[str, ...]:
+    """Give a drafter clusters, kept beside the checkpoint or in the user's cache; returns notes."""
+    rows, notes = head_rows(model), ()
+    count = clustering.best_count(len(rows), top)
+    places = (folder.path, Path.home() / ".cache" / "mlx-mtp")
+    key = clustering.key_of(rows, count)
+    found = clustering.stored(places, key, (*rows.shape, count))
+    if found is None:
+        tell = (lambda done, total: report(f"clustering {folder.name}", done, total)) if report else None
+        found = clustering.build(rows, count, tell)
+        if clustering.store(places, key, found) is None:
+            notes = (f"clusters of {folder.name} were built, but neither {places[0]} nor {places[1]} can keep them",)
+    dtype = model.model.norm.weight.dtype
+    model.use_clusters(mx.array(found.centroids).astype(dtype), mx.array(found.ordering), top)
+    mx.eval(model.masked_embedding.parameters())
+    return notes
+
+
+def head_rows(model: Assistant) -> np.ndarray:
+    """The rows of the output head, [V, h] float32."""
+    table = Matrix.of(model.model.embed_tokens)
+    rows = np.empty((table.rows, table.columns), np.float32)
+    for first in range(0, len(rows), 8192):  # a table is 1 GB in float32, and need not be there twice
+        some = mx.arange(first, min(first + 8192, len(rows)))
+        rows[first : first + 8192] = np.array(table.take(some).dense())
+    return rows
 
 
 # what comes with a target ---------------------------------------------------------------------------------

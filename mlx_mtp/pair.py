@@ -21,11 +21,9 @@ import numpy as np
 from mlx_mtp.cache import Cache
 from mlx_mtp.depth import MAX_WIDTH, Depth, depth_of
 from mlx_mtp.doctor import memory_bytes
-from mlx_mtp.drafters import Drafter
-from mlx_mtp.drafters.mtp import MtpDrafter
-from mlx_mtp.drafters.plain import PlainDrafter
 from mlx_mtp.engine import Engine
 from mlx_mtp.load import LoadedPair, load_pair
+from mlx_mtp.pairs import poor_acceptance
 from mlx_mtp.processors import check_ids
 from mlx_mtp.rows import (
     GREEDY,
@@ -57,6 +55,7 @@ def load(
     drafter: str | None = "auto",
     *,
     quantize_drafter: int | None = None,
+    drafter_clusters: int | None = None,
     dtype: str | None = None,
     limits: Limits | None = None,
     prefix_bytes: int | None = None,
@@ -65,22 +64,30 @@ def load(
     """Load a target and its drafter.
 
     target: a checkpoint folder, a hub id, or "tiny", the small pair that comes with this package.
-    drafter: a folder or hub id; "auto" finds the one made for the target; None decodes plainly.
-    quantize_drafter: 4 or 8 bits, at load. dtype: "float32", "bfloat16" or "float16"; None takes the checkpoint's
-    on a GPU and float32 on a CPU. prefix_bytes: memory for what has been computed of earlier prompts and replies, so
-    that a later prompt that begins the same costs only the rest; None is half of that for all keys and values, which
-    running requests take back as they need it; 0 keeps nothing. report: called with (stage, done bytes, total bytes)
-    while weights are read. limits: on rows and memory; without kv_bytes they take what the weights leave.
+    drafter: a folder or hub id; "auto" finds the one made for the target; None or "none" decodes plainly; "lookup"
+    copies from prompt and text, alone or, as in "auto+lookup", before another drafter.
+    quantize_drafter: 4 or 8 bits, at load. drafter_clusters: cluster the vocabulary of a drafter that scores all of it,
+    once (kept on disk), and score so many clusters a step: fewer drafts are kept, the text is the same.
+    dtype: "float32", "bfloat16" or "float16"; None takes the checkpoint's on a GPU and float32 on a CPU.
+    limits: on rows and memory; without kv_bytes they take what the weights leave.
+    prefix_bytes: memory for what has been computed of earlier prompts and replies, so that a later prompt that begins
+    the same costs only the rest; None is half of that for all keys and values, which running requests take back as they
+    need it; 0 keeps nothing. report: called with (stage, done bytes, total bytes) while weights are read.
     Raises CheckpointError, DownloadError, PairingError or RequestError, before weights are read where possible.
     """
     if dtype is not None and dtype not in DTYPES:
         raise RequestError(f"dtype is {dtype!r}; expected {', '.join(DTYPES)}")
-    if prefix_bytes is not None and (not isinstance(prefix_bytes, int) or prefix_bytes < 0):
-        raise RequestError(f"prefix_bytes is {prefix_bytes!r}; expected a number of bytes, or 0 to keep nothing")
+    if prefix_bytes is not None and (type(prefix_bytes) is not int or prefix_bytes < 0):
+        raise RequestError(f"prefix_bytes is {prefix_bytes!r}; expected a number of bytes, 0 to keep nothing")
     if target == TINY:
         target = str(resources.files("mlx_mtp") / "data" / "tiny" / "target")
     loaded = load_pair(
-        target, drafter, dtype=DTYPES[dtype] if dtype else None, quantize=quantize_drafter, report=report
+        target,
+        drafter,
+        dtype=DTYPES[dtype] if dtype else None,
+        quantize=quantize_drafter,
+        clusters=drafter_clusters,
+        report=report,
     )
     limits = _limits(loaded, limits or Limits(), prefix_bytes)
     return Pair(loaded, Text.from_dir(loaded.target.path), limits)
@@ -92,10 +99,10 @@ class Pair:
     def __init__(self, loaded: LoadedPair, text: Text, limits: Limits | None = None) -> None:
         target = loaded.target
         self.text, self.warnings, self.default_sampling = text, loaded.notes, target.sampling
-        self.target_name, self.drafter_name = target.name, loaded.drafter.name if loaded.drafter else None
+        self.target_name, self.drafter_name = target.name, loaded.drafter_name
         self.context_tok = target.model.config.max_positions
         self._model, self._dtype, self._eos = target.model, target.dtype, target.eos
-        self._assistant = loaded.drafter.model if loaded.drafter else None
+        self._loaded = loaded
         self._limits = limits or _limits(loaded, Limits(), None)
         self.restart()
 
@@ -107,13 +114,17 @@ class Pair:
         if most is not None:
             self._most_tok = cache.positions_in(most)
             self._share_tok = cache.positions_in(most // self._limits.max_rows)
-        self._engine = Engine(self._model, cache, self._drafter(cache), depth_of(0), self._limits)
+        self._engine = Engine(self._model, cache, self._loaded.new_drafter(cache), depth_of(0), self._limits)
         self._inbox: dict[int, deque[Event]] = {}
 
-    def _drafter(self, cache: Cache) -> Drafter:
-        if self._assistant is None:
-            return PlainDrafter()
-        return MtpDrafter(self._model, self._assistant, cache)
+    @property
+    def doubt(self) -> str | None:
+        """A warning if the first rounds have shown that the drafter hardly fits the target; None until then."""
+        loaded, engine = self._loaded, self._engine
+        if loaded.drafter is None:
+            return None
+        names = (loaded.target.name, loaded.drafter.name)
+        return poor_acceptance(engine.first_kept, engine.first_drafts, self._model.config, names)
 
     # generating -------------------------------------------------------------------------------------------------
 
@@ -264,13 +275,13 @@ class Pair:
         tokens [L] or [B, L] -> (tokens [B, K] int32, logits [B, K, V] float32). A clustered head scores few tokens;
         the others get the least of a row's scores minus 1, as in transformers. Raises RequestError without a drafter.
         """
-        if self._assistant is None:
+        if self._loaded.drafter is None:
             raise RequestError("this pair has no drafter; load it with drafter='auto' or a path")
         if not isinstance(width, int) or not 1 <= width <= MAX_WIDTH:
             raise RequestError(f"width is {width!r}; expected 1 to {MAX_WIDTH}")
         ids = self._batch(tokens)
         cache, rows = self._fresh(ids)
-        pass_, drafter = cache.open(rows, ids.shape[1]), self._drafter(cache)
+        pass_, drafter = cache.open(rows, ids.shape[1]), self._loaded.network_drafter(cache)
         hidden, taps = self._model.forward(ids, pass_, drafter.taps)
         kept = mx.full((ids.shape[0],), ids.shape[1], mx.int32)
         cache.commit(rows, kept, ids.shape[1])

@@ -5,15 +5,19 @@ Reads no weights and asks no network. Parameter counts are of the text stacks al
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from mlx_mtp.models.config import AssistantConfig, LayerConfig, TextConfig
-from mlx_mtp.rows import PairingError
+from mlx_mtp.drafters.kinds import Network
+from mlx_mtp.models.config import TextConfig
 
 # Bytes a parameter takes: bf16, and affine quantisation in groups of 64 with a 16-bit scale and bias each.
 BYTES_PER_PARAMETER = {16: 2.0, 8: 8.5 / 8, 4: 4.5 / 8}
+# A drafter is doubted when, were this share of its first tokens right, as few as were would have been this unlikely.
+POOR, CHANCE = 0.4, 0.005
 SPARE = 0.25  # share of the memory left to keys and values, activations, and the system
 
 
@@ -57,10 +61,30 @@ class KnownPair:
         """Bytes of the drafter's weights that one step reads, at 16, 8 or 4 bits."""
         return int(self.drafter_read * BYTES_PER_PARAMETER[bits])
 
-    def fits(self, memory_bytes: int) -> int | None:
-        """The most bits a weight (16, 8, 4) at which the pair runs in that much memory, or None."""
-        room = memory_bytes * (1 - SPARE)
-        return next((bits for bits in BYTES_PER_PARAMETER if self.weight_bytes(bits) <= room), None)
+
+@dataclass(frozen=True)
+class Offer:
+    """A published target with a published drafter. bits: of the target's weights; drafters are listed at 16.
+
+    drafter_params: None where nobody has written down how many.
+    """
+
+    target: str
+    drafter: str
+    kind: str
+    bits: int
+    target_params: float
+    drafter_params: float | None
+
+    @property
+    def weight_bytes(self) -> int:
+        """What both take in memory, as far as is known."""
+        drafter = (self.drafter_params or 0.0) * BYTES_PER_PARAMETER[16]
+        return int(self.target_params * BYTES_PER_PARAMETER[self.bits] + drafter)
+
+    def fits(self, memory_bytes: int) -> bool:
+        """Whether it runs in that much memory."""
+        return self.weight_bytes <= memory_bytes * (1 - SPARE)
 
 
 KNOWN = (
@@ -70,12 +94,28 @@ KNOWN = (
     KnownPair("26B-A4B", 2816, 25.23e9, 3.82e9, 419.7e6, 419.7e6),
     KnownPair("31B", 5376, 30.70e9, 30.70e9, 469.5e6, 469.5e6),
 )
+# Block-diffusion drafters of z-lab, and their parameters where published.
+DFLASH: dict[str, tuple[str, float | None]] = {
+    "12B": ("z-lab/gemma4-12B-it-DFlash", None),
+    "26B-A4B": ("z-lab/gemma-4-26B-A4B-it-DFlash", 0.4e9),
+    "31B": ("z-lab/gemma-4-31B-it-DFlash", 1.54e9),
+}
 SIZE = re.compile(rf"gemma-4-({'|'.join(pair.size for pair in KNOWN)})(-it)?(-qat)?(?=-|$)(.*)", re.IGNORECASE)
 
 
-def fits(memory_bytes: int) -> list[tuple[KnownPair, int | None]]:
-    """Every known pair with the most bits a weight (16, 8, 4) that run in that much memory, or None."""
-    return [(pair, pair.fits(memory_bytes)) for pair in KNOWN]
+def offers() -> list[Offer]:
+    """Every published pair: the official drafter, DFlash where there is one, and a small model for the largest."""
+    out = []
+    for pair in KNOWN:
+        drafters: list[tuple[str, str, float | None]] = [(pair.drafter, "mtp", pair.drafter_params)]
+        if pair.size in DFLASH:
+            name, params = DFLASH[pair.size]
+            drafters.append((name, "dflash", params))
+        if pair.size == "31B":
+            drafters.append((KNOWN[0].target, "draft_model", KNOWN[0].params))
+        for target, bits in ((pair.target, 16), (pair.quantised, 4)):
+            out += [Offer(target, name, kind, bits, pair.params, params) for name, kind, params in drafters]
+    return out
 
 
 def find_drafter(target_name: str) -> str | None:
@@ -110,54 +150,36 @@ def _beside(folder: Path) -> str | None:
 
 
 def check_pair(
-    target: TextConfig, assistant: AssistantConfig, names: tuple[str, str], base_model: bool = False
+    kind: Network, target: TextConfig, config: Any, names: tuple[str, str], base_model: bool = False
 ) -> list[str]:
-    """Raise PairingError unless the drafter can run on the target; returns warnings for the user.
+    """Raise PairingError unless a drafter of this kind and config can run on the target; returns warnings.
 
     names: (target, drafter) as the user wrote them. base_model: the target has no chat template.
     """
-    advice = _advice(target, names[0])
-    if assistant.backbone_size != target.hidden_size:
-        raise PairingError(
-            f"drafter expects hidden size {assistant.backbone_size}, target has {target.hidden_size}; " + advice
+    notes = kind.check(target, config, _advice(target, names[0]))
+    if base_model:
+        notes.append(
+            f"{names[0]} has no chat template, so it is a base model; drafters are made for instruction-tuned "
+            "models, so few drafts may be kept"
         )
-    if assistant.text.vocab_size != target.vocab_size:
-        raise PairingError(
-            f"drafter has vocabulary {assistant.text.vocab_size}, target has {target.vocab_size}; {advice}"
-        )
-    sliding, full = target.drafter_reads
-    for index, layer in enumerate(assistant.text.layers):
-        kind, owner = ("full", full) if layer.window is None else ("sliding", sliding)
-        if owner < 0:
-            raise PairingError(
-                f"drafter layer {index} reads a {kind} layer, target has none with keys of its own; {advice}"
-            )
-        _check_layer(index, layer, target.layers[owner], advice)
-    if not base_model:
-        return []
-    return [
-        f"{names[0]} has no chat template, so it is a base model; drafters were trained on the hidden states "
-        "of instruction-tuned models, so few drafts may be kept"
-    ]
+    return notes
 
 
-def _check_layer(index: int, layer: LayerConfig, owner: LayerConfig, advice: str) -> None:
-    facts = (
-        ("heads of size", layer.head_dim, owner.head_dim),
-        ("key heads numbering", layer.kv_heads, owner.kv_heads),
-        ("a sliding window of", layer.window, owner.window),
-        ("a RoPE base of", layer.rope_theta, owner.rope_theta),
-        ("a RoPE factor of", layer.rope_factor, owner.rope_factor),
-        ("rotated frequencies numbering", layer.rotated, owner.rotated),
+def poor_acceptance(kept: int, judged: int, target: TextConfig, names: tuple[str, str]) -> str | None:
+    """A warning if so few of a drafter's first tokens were kept that it can hardly have been made for its target.
+
+    judged: rounds with a draft; kept: those whose first token was kept. names: (target, drafter).
+    """
+    if judged == 0:
+        return None
+    as_few = sum(math.comb(judged, i) * POOR**i * (1 - POOR) ** (judged - i) for i in range(kept + 1))
+    if as_few > CHANCE:
+        return None
+    return (
+        f"{names[0]} keeps {kept / judged:.0%} of what {names[1]} drafts first ({kept} of {judged}), where one that "
+        f"was made for it gets most of them right; {_advice(target, names[0])}; if that is it, one of the two is "
+        "damaged or quantised too far; --drafter none decodes plainly"
     )
-    for what, got, expected in facts:
-        if got != expected:
-            raise PairingError(f"drafter layer {index} expects {what} {got}, target has {expected}; {advice}")
-    if layer.heads % owner.kv_heads:
-        raise PairingError(
-            f"drafter layer {index} has {layer.heads} heads, expected a multiple of the target's "
-            f"{owner.kv_heads} key heads; {advice}"
-        )
 
 
 def _advice(target: TextConfig, name: str) -> str:

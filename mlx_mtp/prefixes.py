@@ -12,31 +12,30 @@ from typing import Any
 
 import numpy as np
 
-from mlx_mtp.cache import Snapshot, arrays_of, trunks_of
+from mlx_mtp.cache import Snapshot, arrays_of, snapshots_of
 
 
 @dataclass(frozen=True)
 class Spacing:
-    """Where a prompt's prefixes are kept, besides its end.
+    """Where a prompt's prefixes are kept, besides its end. Multiples of the chunk of a prompt alone, so that it is
+    computed in the same pieces whether prefixes are kept or not.
 
     every_tok: at every multiple. On 26B-A4B the windows cost as much as the full layers of some ten thousand positions,
     so oftener would be mostly windows; and an edit costs at most so many tokens.
     tail_tok: at the last multiple that leaves half as many behind it: what changes at the end of a prompt (a cursor, a
-    question) costs a few hundred tokens whatever came before. Only in prompts longer than split_tok: one pass takes
-    what is shorter, and two would be slower.
+    question) costs a few hundred tokens whatever came before.
     share_tok: a request waits for another that is about to compute at least this many of its tokens.
     """
 
     every_tok: int = 4096
     tail_tok: int = 256
-    split_tok: int = 512
     share_tok: int = 256
 
     def stops(self, begin: int, end: int) -> list[int]:
         """Where to keep prefixes while a prompt is computed from `begin` to `end`: ascending, the last is `end`."""
         at = set(range(begin // self.every_tok * self.every_tok + self.every_tok, end, self.every_tok))
         tail = (end - self.tail_tok // 2) // self.tail_tok * self.tail_tok
-        if end - begin > self.split_tok and tail > begin:
+        if tail > begin:
             at.add(tail)
         return [*sorted(at), end]
 
@@ -66,6 +65,11 @@ class Prefix:
         """What belongs to this prefix alone, to evaluate it."""
         return list(arrays_of([self.cache, self.drafter]))
 
+    @property
+    def snapshots(self) -> list[Snapshot]:
+        """What shares full layers with others."""
+        return list(snapshots_of([self.cache, self.drafter]))
+
     def usable(self, tokens: np.ndarray) -> int:
         """How many of these tokens need not be computed; the last always is, for what follows it is asked for."""
         sure = self.length - self.back
@@ -89,11 +93,11 @@ class Prefixes:
     @property
     def nbytes(self) -> int:
         """All that is kept, what several share counted once; what live rows hold anyway is not counted."""
-        trunks = {id(t): t.nbytes for p in self._prefixes for t in trunks_of([p.cache, p.drafter])}
+        trunks = {id(s.trunk): s.trunk.nbytes for p in self._prefixes for s in p.snapshots}
         return sum(p.own_bytes for p in self._prefixes) + sum(trunks.values())
 
     def find(self, tokens: np.ndarray) -> tuple[Prefix | None, int]:
-        """The prefix that spares most of these tokens [n] int32, and how many."""
+        """The prefix that spares most of these tokens [n] int32, which counts as used, and how many it spares."""
         best, most = None, 0
         for prefix in self._prefixes:
             if prefix.length <= most:
@@ -101,30 +105,34 @@ class Prefixes:
             count = prefix.usable(tokens)
             if count > most:
                 best, most = prefix, count
+        if best is not None:
+            best.used = next(self._clock)
         return best, most
 
-    def touch(self, prefix: Prefix) -> None:
-        """It has been used."""
-        prefix.used = next(self._clock)
-
     def add(self, prefix: Prefix) -> None:
-        """Keep a prefix, in place of one of the same tokens if there is one."""
-        self._prefixes = [p for p in self._prefixes if not np.array_equal(p.tokens, prefix.tokens)]
+        """Keep a prefix. Of two with the same tokens the one that can be used further back stays, on the full layers
+        of the newer, so that the older's may go."""
+        for old in [p for p in self._prefixes if np.array_equal(p.tokens, prefix.tokens)]:
+            self._prefixes.remove(old)
+            if old.back > prefix.back:
+                for mine, newer in zip(old.snapshots, prefix.snapshots, strict=True):
+                    mine.move(newer.trunk)
+                prefix = old
         self._prefixes.append(prefix)
         self._prefixes.sort(key=lambda p: -p.length)
-        self.touch(prefix)
+        prefix.used = next(self._clock)
 
-    def fit(self, budget_bytes: int, spare: Prefix | None = None) -> None:
-        """Forget the least recently used until the rest takes no more than that; `spare` goes last."""
+    def fit(self, budget_bytes: int) -> None:
+        """Forget the least recently used until the rest takes no more than that."""
         budget_bytes = min(budget_bytes, self.budget_bytes)
         while self._prefixes and self.nbytes > budget_bytes:
-            self._forget(min(self._prefixes, key=lambda p: (p is spare, p.used)))
+            self._forget(min(self._prefixes, key=lambda p: p.used))
 
     def clear(self) -> None:
         self._prefixes.clear()
 
     def _forget(self, prefix: Prefix) -> None:
-        trunks = list(trunks_of([prefix.cache, prefix.drafter]))
+        trunks = [s.trunk for s in prefix.snapshots]
         self._prefixes.remove(prefix)
         del prefix  # the trunks ask who still refers to them
         for trunk in trunks:

@@ -21,6 +21,9 @@ import numpy as np
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
+# A row's outlook: what its drafter makes of the next draft. Whatever is above USUAL is a class of its own.
+NOTHING, USUAL = 0, 1
+
 
 class MlxMtpError(Exception):
     """A mistake that the user can mend. One line: what, got, expected, do this."""
@@ -359,6 +362,8 @@ class Forward:
     taps: outputs of the layers the drafter asked for, [B, L, H] each.
     drafted: how many trailing columns the drafter proposed; 0 for a prompt chunk.
     picked: [B, H], of `hidden` the column that each row's newest token came from, if that is known already.
+    newest: [B] int32, the token behind each row's kept columns: its next bonus, or the prompt's next.
+    still: places in `rows` that keep nothing whatever is kept: they are feeding their prompt, or have ended.
     """
 
     rows: slice
@@ -367,6 +372,8 @@ class Forward:
     taps: dict[int, mx.array]
     drafted: int
     picked: mx.array | None = None
+    newest: mx.array | None = None
+    still: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)

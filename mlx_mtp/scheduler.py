@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mlx_mtp.prefixes import Prefix, Prefixes, Spacing, shared
-from mlx_mtp.rows import Follower, Request, RequestError, Stats
+from mlx_mtp.rows import USUAL, Follower, Request, RequestError, Stats
 from mlx_mtp.sampling import RowSampler
 
 CHUNK_STEP = 16  # prompt chunks beside running rows are multiples of this
@@ -48,7 +48,7 @@ class Row:
     pending: rounds dispatched or built whose verdict the host has not read.
     begin: the kept beginning of its prompt, if any, until it joins. stops: lengths of the prompt at which a prefix
     will be kept, ascending; no chunk runs past the next. marked: the last length at which one was. awaits: while it
-    waits, how much of its prompt another row is about to compute.
+    waits, how much of its prompt another row is about to compute. outlook: the last that was read of its drafter's.
     follower: where its text stands in the request's constraint, as far as the host has read it.
     """
 
@@ -65,6 +65,7 @@ class Row:
     stops: list[int] = field(default_factory=list)
     marked: int = 0
     awaits: int = 0
+    outlook: int = USUAL
     follower: Follower | None = None
     started_s: float = 0.0
     first_token_s: float = 0.0
@@ -146,7 +147,7 @@ class Scheduler:
             if len(self.rows) + len(sharing) >= self.limits.max_rows:
                 break
             prefix, known = self.prefixes.find(row.prompt)
-            if not self._make_room(row, sharing, prefix):
+            if not self._make_room(row, sharing):
                 break
             if self._shares(row, known):
                 sharing.append(row)
@@ -161,8 +162,6 @@ class Scheduler:
         self.rows.append(row)
         row.begin, row.prefilled, row.marked = prefix, known, known
         row.stats.cached_tokens = known
-        if prefix is not None:
-            self.prefixes.touch(prefix)
         if self.keeps:
             row.stops = self.limits.spacing.stops(known, len(row.prompt))
 
@@ -171,13 +170,13 @@ class Scheduler:
         """Whether prefixes are kept at all."""
         return self.limits.prefix_bytes >= self._row_bytes(1)
 
-    def _make_room(self, row: Row, promised: list[Row], prefix: Prefix | None) -> bool:
+    def _make_room(self, row: Row, promised: list[Row]) -> bool:
         """Whether there is memory for a row beside the live ones and those it is promised to; prefixes make way."""
         if self.limits.kv_bytes is None:
             return True
         left = self.limits.kv_bytes - sum(map(self._bytes, (*self.rows, *promised, row)))
         if left >= 0:
-            self.prefixes.fit(left, spare=prefix)
+            self.prefixes.fit(left)  # the one that this row was found to begin with goes last
         return left >= 0
 
     def _shares(self, row: Row, known: int) -> bool:

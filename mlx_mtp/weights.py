@@ -18,7 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_mtp.models.config import AssistantConfig, TextConfig
+from mlx_mtp.models.config import LayerConfig
 from mlx_mtp.quantized import Packable, packed_module, quantize_now, recognise
 from mlx_mtp.rows import CheckpointError, RequestError
 from mlx_mtp.tensors import FLOATS, Tensor, one_line, read_headers
@@ -38,17 +38,18 @@ WHOLE = re.compile(r"\.(layer_scalar|global_scale)$")  # written as a scalar by 
 
 @dataclass(frozen=True)
 class Folder:
-    """A checkpoint whose config has been read, and nothing else. raw: config.json as it stands."""
+    """A checkpoint whose config has been read, and nothing else. raw: config.json as it stands.
+
+    layers: those that may borrow another's keys and values, so that stored tensors have no use. nested: names may
+    carry the prefixes of a whole model.
+    """
 
     name: str
     path: Path
     raw: dict[str, Any]
-    config: TextConfig | AssistantConfig
-
-    @property
-    def text(self) -> TextConfig:
-        """The config of its layers."""
-        return self.config.text if isinstance(self.config, AssistantConfig) else self.config
+    config: Any
+    layers: tuple[LayerConfig, ...]
+    nested: bool = True
 
 
 @dataclass(frozen=True)
@@ -151,9 +152,9 @@ def on_cpu() -> bool:
 
 def _sources(folder: Folder) -> dict[str, Source]:
     """Parameter name -> where it is stored, for every tensor that belongs to the network."""
-    layers, sources = folder.text.layers, {}
+    layers, sources = folder.layers, {}
     for stored, tensor in read_headers(folder.path).items():
-        name = stored if isinstance(folder.config, AssistantConfig) else _bare(stored)
+        name = _bare(stored) if folder.nested else stored
         keys = OWN_KEYS.search(name)
         if SKIPPED.search(name) or (keys and _borrows(layers, int(keys[1]))):
             continue

@@ -18,28 +18,28 @@ from checkpoints import FIXTURES, FULL, SLIDING, Quant, mlx_community, quantised
 from mlx.utils import tree_map
 from random_checkpoints import drafter_config, random_checkpoint, target_config
 
-from mlx_mtp.cache import Cache, Snapshot
+from mlx_mtp.cache import Cache
 from mlx_mtp.depth import MAX_WIDTH, Constant, Depth
 from mlx_mtp.drafters import Drafter
+from mlx_mtp.drafters.dflash import DFlashDrafter
+from mlx_mtp.drafters.draft_model import DraftModel
+from mlx_mtp.drafters.lookup import LookupDrafter
 from mlx_mtp.drafters.mtp import Convention, MtpDrafter
 from mlx_mtp.drafters.plain import PlainDrafter
 from mlx_mtp.engine import Engine
 from mlx_mtp.load import LoadedTarget, load_drafter, load_target
+from mlx_mtp.models.dflash import DFlash, DFlashConfig, DFlashLayer
 from mlx_mtp.models.gemma4 import Gemma4
 from mlx_mtp.models.gemma4_assistant import Assistant
 from mlx_mtp.rows import (
     GREEDY,
-    Candidates,
-    Draft,
     Event,
     FinishReason,
-    Forward,
     Request,
     Sampling,
     Stats,
     TokenLogprob,
 )
-from mlx_mtp.sampling import Sampler
 from mlx_mtp.scheduler import Limits
 
 SHAPES = ("edge", "dense", "moe", "unified")
@@ -147,69 +147,16 @@ def smallest(vocab: int = 48) -> Models:
 # drafters and depths ----------------------------------------------------------------------------------------
 
 
-class ModelDrafter:
-    """Drafts with a whole model that keeps a cache of its own: the target itself, or one that is nearly it."""
-
-    taps: tuple[int, ...] = ()
-
-    def __init__(self, model: Gemma4) -> None:
-        self._model = model
-        self._cache = Cache(model.specs, MAX_WIDTH, mx.float32)
-        self.calls = 0
-
-    def propose(self, rows: slice, bonus: mx.array, sampler: Sampler, width: int) -> Draft:
-        self.calls += 1
-        start, one = self._cache.lengths[rows], mx.ones((rows.stop - rows.start,), mx.int32)
-        token, tokens, logits = bonus, [], []
-        for i in range(width + 1):  # once more than it drafts: the last draft may be kept, and needs its keys
-            pass_ = self._cache.open(rows, 1)
-            hidden, _ = self._model.forward(token[:, None], pass_)
-            self._cache.commit(rows, one, 1)
-            if i < width:
-                scores = self._model.logits(hidden[:, 0])
-                token, kept = sampler.draw(scores, None, start + 1 + i, tokens)
-                tokens.append(token)
-                logits.append(kept)
-        self._cache.commit(rows, -one * (width + 1), 0)
-        source = Candidates(mx.stack(logits, axis=1), None) if sampler.keep_logits else None
-        return Draft(mx.stack(tokens, axis=1), source)
-
-    def observe(self, fwd: Forward, kept: mx.array) -> None:
-        if fwd.drafted:
-            self._cache.commit(fwd.rows, kept, 0)
-            return
-        columns = fwd.tokens.shape[1]
-        self._model.forward(fwd.tokens, self._cache.open(fwd.rows, columns))
-        self._cache.commit(fwd.rows, kept, columns)
-
-    def begin(self, row: int, length: int, state: Snapshot | None) -> None:
-        self._cache.join(64, state, length)
-
-    def snapshot(self, row: int, length: int) -> Snapshot:
-        return self._cache.snapshot(row, length)
-
-    def leave(self, row: int, last: int) -> None:
-        self._cache.leave(row)
-
-    def state(self) -> tuple:
-        return self._cache.state(), list(self._cache.bounds)
-
-    def restore(self, state: tuple) -> None:
-        arrays, bounds = state
-        self._cache.restore(arrays)
-        self._cache.bounds = list(bounds)
-
-
 class Listed:
     """The widths of a list, again and again."""
 
     def __init__(self, widths: Sequence[int]) -> None:
         self._widths = itertools.cycle(widths)
 
-    def choose(self, rows: int) -> int:
+    def choose(self, outlook: Sequence[int]) -> int:
         return next(self._widths)
 
-    def record(self, width: int, kept: list[int], seconds: float | None) -> None:
+    def record(self, width: int, kept: list[int], seconds: float | None, outlook: Sequence[int]) -> None:
         pass
 
 
@@ -219,15 +166,38 @@ def random_widths(seed: int = 0, most: int = 7) -> Listed:
     return Listed([rng.randint(0, most) for _ in range(997)])
 
 
-DRAFTERS = ("plain", "rand", "fit", "near", "self")
+DRAFTERS = ("plain", "rand", "fit", "dflash", "near", "self", "lookup", "fit+lookup", "near+lookup")
+
+
+@cache
+def random_dflash(models: Models) -> DFlash:
+    """A DFlash network of random weights for a target: one layer with a window of 7, one that looks ahead."""
+    c = models.target.config
+    layers, taps = (DFlashLayer(7, True), DFlashLayer(None, False)), (0, len(c.layers) // 2, len(c.layers) - 2)
+    sizes = (c.hidden_size, c.vocab_size, 48, 4, 2, 8, c.eps, 1e4)
+    network = DFlash(DFlashConfig(*sizes, layers, taps, len(c.layers), 6, 4, c.softcap))
+    keys = iter(mx.random.split(mx.random.key(3), 256))
+
+    def fill(w: mx.array) -> mx.array:
+        noise = mx.random.normal(w.shape, key=next(keys))
+        return 1.0 + 0.2 * noise if w.ndim == 1 else noise * w.shape[-1] ** -0.5
+
+    network.update(tree_map(fill, network.parameters()))
+    mx.eval(network.parameters())
+    return network
 
 
 def drafter_of(models: Models, kind: str, rows: Cache, convention: Convention | None = None) -> Drafter:
-    """A drafter by name: one of DRAFTERS; "rand" and "fit" are MTP drafters."""
+    """A drafter by name: one of DRAFTERS; "rand" and "fit" are MTP drafters, "near" and "self" whole models, and
+    "dflash" has random weights."""
+    if kind.endswith("lookup"):
+        return LookupDrafter(drafter_of(models, kind.rpartition("+")[0] or "plain", rows, convention), rows)
     if kind == "plain":
         return PlainDrafter()
+    if kind == "dflash":
+        return DFlashDrafter(models.target, random_dflash(models), rows)
     if kind in ("near", "self"):
-        return ModelDrafter(models.near if kind == "near" else models.target)
+        return DraftModel(models.near if kind == "near" else models.target, rows)
     return MtpDrafter(models.target, models.assistants[kind], rows, convention)
 
 

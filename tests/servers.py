@@ -86,7 +86,7 @@ def chunks(lines: list[str]) -> list[dict]:
 @contextlib.contextmanager
 def running(model: tuple[str, str | None] = EDGE, kv_bytes: int | None = None, **settings: Any) -> Iterator[Live]:
     """A server on a free port of this machine, ended afterwards."""
-    chosen = Settings(**{"name": "tiny", "width": 3, "grace_s": 1.0, **settings})
+    chosen = Settings(**{"name": "tiny", "width": 3, "grace_s": 1.0, "warm_up": ((1, 8),), **settings})
     pairs: list[Pair] = []
 
     def make() -> Pair:
@@ -94,7 +94,7 @@ def running(model: tuple[str, str | None] = EDGE, kv_bytes: int | None = None, *
         pairs.append(load(*model, dtype="float32", limits=limits))
         return pairs[0]
 
-    worker = Worker(make, chosen.width, Reports())
+    worker = Worker(make, chosen, Reports())
     service = Service(chosen, worker, Metrics())
     bound = listen("127.0.0.1", 0)
     url = f"http://127.0.0.1:{bound.getsockname()[1]}"

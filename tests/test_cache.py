@@ -48,6 +48,7 @@ class Told:
 
     ids: list[int] = field(default_factory=list)
     rejected: int = 0
+    begin: int = 0  # how many of them it had when it joined
 
 
 class Rows:
@@ -56,11 +57,27 @@ class Rows:
     def __init__(self) -> None:
         self.cache = Cache(SPECS, WIDEST, mx.float32)
         self.rows: list[Told] = []
+        self.kept: list[tuple[Snapshot, Told]] = []
         self._next = 1
 
     def join(self, snapshot: Snapshot | None = None, ids: list[int] | None = None) -> None:
-        assert self.cache.join(1, snapshot) == len(self.rows)
-        self.rows.append(Told(list(ids or [])))
+        ids = list(ids or [])
+        assert self.cache.join(1, snapshot, len(ids)) == len(self.rows)
+        self.rows.append(Told(ids, begin=len(ids)))
+
+    def keep(self, row: int) -> None:
+        told = self.rows[row]
+        self.kept.append((self.cache.snapshot(row, len(told.ids)), Told(list(told.ids), begin=told.begin)))
+
+    def again(self, which: int, back: int) -> None:
+        """Join as in a snapshot, or a few positions earlier."""
+        snapshot, told = self.kept[which % len(self.kept)]
+        count = max(told.begin, len(told.ids) - min(back, self.cache.back))
+        self.join(snapshot, told.ids[:count])
+
+    def forget(self, which: int) -> None:
+        trunk = self.kept.pop(which % len(self.kept))[0].trunk
+        trunk.trim()
 
     def write(self, first: int, kept: list[int], columns: int) -> None:
         """A pass over rows from `first` on, and its commit; checks what every query of it sees."""
@@ -102,7 +119,9 @@ class Rows:
 
 deeds = st.lists(
     st.tuples(
-        st.sampled_from(["join", "round", "round", "round", "chunk", "leave", "copy"]),
+        st.sampled_from(
+            ["join", "round", "round", "round", "chunk", "leave", "keep", "keep", "again", "again", "forget"]
+        ),
         st.integers(0, 7),
         st.integers(1, 30),
         st.lists(st.integers(0, WIDEST + 1), min_size=8, max_size=8),
@@ -126,12 +145,12 @@ def follow(plan: list) -> None:
             rows.write(row, [count], count)
         elif deed == "leave" and live:
             rows.leave(row)
-        elif deed == "copy" and live and live < 6 and rows.rows[row].ids:
-            ids = list(rows.rows[row].ids)
-            kept_row = rows.cache.snapshot(row, len(ids))
-            columns = WIDEST + 1
-            rows.write(row, [kept[0]], columns)  # the row goes on
-            rows.join(kept_row, ids)
+        elif deed == "keep" and live and rows.rows[row].ids:
+            rows.keep(row)
+        elif deed == "again" and rows.kept and live < 6:
+            rows.again(which, kept[0])
+        elif deed == "forget" and rows.kept:
+            rows.forget(which)
         rows.check()
 
 
@@ -245,6 +264,50 @@ def test_what_was_rejected_takes_no_room():
     assert rows.cache.bounds == [100 + WIDEST] and rows.cache._full[FULL][0][0].shape[2] == GROW_TOK
 
 
+def test_a_buffer_grows_no_further_than_admission_counts():
+    for most, first in ((700, 100), (1279, 1100), (2000, 256), (3068, 2700)):
+        rows = Rows()
+        rows.cache.join(first, most=most)
+        rows.rows.append(Told())
+        while len(rows.rows[0].ids) < most:
+            count = min(128, most - len(rows.rows[0].ids))
+            rows.cache.bounds[0] = len(rows.rows[0].ids)
+            pass_ = rows.cache.open(slice(0, 1), count)
+            for layer in (SLIDING, FULL):
+                pass_.store(layer, *marks(np.ones((1, count), int), layer))
+            rows.cache.commit(slice(0, 1), mx.array([count], mx.int32), count)
+            rows.rows[0].ids += [1] * count
+        pass_ = rows.cache.open(slice(0, 1), 2 * (WIDEST + 1))  # it runs on by two of the widest rounds
+        pass_.store(FULL, *marks(np.ones((1, 2 * (WIDEST + 1)), int), FULL))
+        assert taken(rows.cache) <= rows.cache.row_bytes(most)
+        assert rows.cache.row_bytes(most) <= rows.cache.row_bytes(1) + (most + 2 * GROW_TOK) * 2 * HEADS * DIM * 4
+
+
+def taken(cache: Cache) -> int:
+    """Bytes of a cache's keys and values."""
+    _, ring, full = cache.state()
+    return sum(a.nbytes for p in (*ring.values(), *(p for rows in full.values() for p in rows)) for a in p)
+
+
+def test_a_row_takes_over_what_it_continues_and_copies_what_others_need():
+    rows = Rows()
+    rows.join()
+    rows.write(0, [40], 40)
+    rows.keep(0)
+    rows.write(0, [25], 25)
+    rows.keep(0)
+    (short, _), (long, _) = rows.kept
+    rows.leave(0)
+    trunk, buffers = long.trunk, long.trunk.buffers[FULL]
+    rows.again(0, 0)  # the longer snapshot still needs the buffers
+    assert long.trunk is trunk and trunk.buffers[FULL] == buffers and short.trunk is not trunk
+    rows.again(1, 0)  # and now nobody
+    assert long.trunk is trunk and not trunk.buffers and rows.cache._full[FULL][1] == buffers
+    rows.again(1, 2)  # from a live row
+    rows.write(0, [3, 2, 1], 3)
+    rows.check()
+
+
 def test_a_full_buffer_grows_and_keeps_what_it_holds():
     rows = Rows()
     rows.join()
@@ -331,7 +394,7 @@ def beyond_its_buffers(length: int, rows: int) -> int:
     """Bytes that an engine takes at its largest moment beyond its cache, with rows that continue long prefixes."""
     models = smallest()
     gc.collect()
-    limits = Limits(prefix_bytes=2**40, chunk_tok=4 * rows, first_chunk_tok=4)
+    limits = Limits(prefix_bytes=2**40, alone_tok=4 * rows, first_chunk_tok=4)
     engine, base = engine_of(models, "rand", 3, limits), mx.get_active_memory()
     for row in range(rows):
         tokens, trunk = np.full(length, 5 + row, np.int32), Trunk()

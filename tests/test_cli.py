@@ -243,13 +243,34 @@ def test_ctrl_c_while_generating_exits_with_130_and_says_nothing(run, monkeypatc
     assert (done.code, done.err) == (130, "")
 
 
-def test_pairs_lists_every_size_with_its_drafter(run):
+def test_pairs_lists_every_size_with_its_drafters_and_whether_they_fit(run):
     table = run("pairs")
     listed = json.loads(run("pairs", "--json").out)
-    assert table.code == 0 and [pair["target"].split("-")[2] for pair in listed] == "E2B E4B 12B 26B 31B".split()
+    official = [p for p in listed if p["kind"] == "mtp" and p["bits"] == 16]
+    assert table.code == 0 and [p["target"].split("-")[2] for p in official] == "E2B E4B 12B 26B 31B".split()
+    assert all(p["drafter"] == p["target"] + "-assistant" for p in official)
+    assert {p["drafter"] for p in listed if p["kind"] == "dflash"} == {
+        f"z-lab/{name}-it-DFlash" for name in ("gemma4-12B", "gemma-4-26B-A4B", "gemma-4-31B")
+    }
     for pair in listed:
-        assert pair["drafter"] == pair["target"] + "-assistant" and pair["drafter"] in table.out
-        assert pair["weight_bytes"]["4"] < pair["weight_bytes"]["16"]
+        assert pair["target"] in table.out and pair["drafter"] in table.out and isinstance(pair["fits"], bool)
+        assert pair["on_disk_bytes"] == 0
+
+
+def test_what_is_in_the_hubs_cache_is_counted(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    from mlx_mtp.hub import on_disk_bytes
+
+    folder = tmp_path / "models--o--n" / "snapshots" / "1"
+    folder.mkdir(parents=True)
+    (tmp_path / "models--o--n" / "refs").mkdir()
+    (tmp_path / "models--o--n" / "refs" / "main").write_text("1")
+    for name, size in (("config.json", 2), ("a.safetensors", 100), ("b.safetensors", 50)):
+        (folder / name).write_bytes(b"x" * size)
+    find = huggingface_hub.try_to_load_from_cache
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *names: find(*names, cache_dir=tmp_path))
+    assert on_disk_bytes("o/n") == 150 and on_disk_bytes("o/other") == 0
 
 
 def test_doctor_says_what_is_used_and_why(run):

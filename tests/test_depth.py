@@ -3,12 +3,13 @@
 import json
 import random
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pytest
 
 from mlx_mtp.depth import MAX_WIDTH, Auto, Constant, Depth, Heuristic, depth_of
-from mlx_mtp.rows import RequestError
+from mlx_mtp.rows import NOTHING, USUAL, RequestError
 
 Cost = Callable[[int, int], float]  # (rows, width) -> seconds of a round
 
@@ -75,13 +76,13 @@ def simulate(depth: Depth, text: list[int], cost: Cost, rows: int) -> float:
     rng, at, seconds = random.Random(0), [i * len(text) // rows for i in range(rows)], 0.0
     written = 0
     while written < len(text):
-        width = depth.choose(rows)
+        width = depth.choose([USUAL] * rows)
         kept = [min(text[place % len(text)], width) + 1 for place in at]
         at = [place + k for place, k in zip(at, kept, strict=True)]
         written += sum(kept)
         took = cost(rows, width)
         seconds += took
-        depth.record(width, kept, took * (1 + 0.05 * abs(rng.gauss(0, 1))))
+        depth.record(width, kept, took * (1 + 0.05 * abs(rng.gauss(0, 1))), [USUAL] * rows)
     return seconds
 
 
@@ -115,6 +116,52 @@ def test_auto_loses_little_against_the_best_fixed_width_and_nothing_against_none
     assert found[worst][1] < 0.03, (worst, found[worst])
 
 
+def simulate_outlook(depth: Depth, places: list[list[int]], cost: Cost, rows: int, tokens: int) -> float:
+    """Seconds to write so many tokens of a text whose places are (drafts kept, outlook). As in the engine, the outlook
+    known when a width is chosen is that of the round before."""
+    rng, at, seconds, written = random.Random(0), [i * len(places) // rows for i in range(rows)], 0.0, 0
+    known = [USUAL] * rows
+    while written < tokens:
+        width = depth.choose(known)
+        now = [places[place % len(places)] for place in at]
+        kept = [min(could, width) + 1 for could, _ in now]
+        took = cost(rows, width)
+        depth.record(width, kept, took * (1 + 0.05 * abs(rng.gauss(0, 1))), known)
+        at, known = [place + k for place, k in zip(at, kept, strict=True)], [outlook for _, outlook in now]
+        written, seconds = written + sum(kept), seconds + took
+    return seconds
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_lookup_gains_where_texts_repeat_and_costs_nothing_where_they_do_not(rows):
+    """On recorded texts: what prompt lookup would have drafted at every place, and whether it knew that it could."""
+    gains = {}
+    for cost, (name, traces) in product(COSTS, ROUNDS["lookup"].items()):
+        places = [place for trace in traces for place in trace]
+        plain = simulate_outlook(Constant(0), places, COSTS[cost], rows, 1000 * rows)
+        gains[cost, name] = plain / simulate_outlook(Auto(), places, COSTS[cost], rows, 1000 * rows)
+    worst = min(gains, key=lambda k: gains[k])
+    print({k: round(v, 2) for k, v in gains.items()})
+    assert gains[worst] > 0.97, (worst, gains[worst])
+    assert rows > 1 or gains["memory-bound", "code, again"] > 1.5
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_a_drafter_that_never_knows_anything_is_not_asked(rows):
+    depth = Auto()
+    simulate_outlook(depth, [[0, NOTHING]], COSTS["memory-bound"], rows, 1000)
+    assert [depth.choose([NOTHING] * rows) for _ in range(50)] == [0] * 50
+
+
+def test_outlooks_are_told_apart():
+    """Half of the time a drafter is always right and says so: it drafts wide then, and not otherwise."""
+    places = [[MAX_WIDTH, USUAL + 1]] * 60 + [[0, USUAL]] * 60
+    depth, cost = Auto(), COSTS["experts, M5"]
+    simulate_outlook(depth, places, cost, 1, 1500)
+    widths = {outlook: [depth.choose([outlook]) for _ in range(9)] for outlook in (USUAL, USUAL + 1)}
+    assert sorted(widths[USUAL])[4] == 0 and sorted(widths[USUAL + 1])[4] >= 4
+
+
 def test_auto_finds_a_width_behind_a_step_in_the_cost():
     places = [MAX_WIDTH] * 2000
     auto, best = Auto(), simulate(Constant(7), places, STEPS, 1)
@@ -125,9 +172,9 @@ def test_auto_finds_a_width_behind_a_step_in_the_cost():
 def test_auto_stops_drafting_with_a_useless_drafter_and_recovers_when_it_becomes_useful():
     auto, cost = Auto(), COSTS["dense, M5"]
     simulate(auto, [0] * 600, cost, 1)
-    assert [auto.choose(1) for _ in range(10)].count(0) >= 8
+    assert [auto.choose([USUAL]) for _ in range(10)].count(0) >= 8
     simulate(auto, [8] * 1500, cost, 1)
-    assert min(auto.choose(1) for _ in range(5)) >= 4
+    assert min(auto.choose([USUAL]) for _ in range(5)) >= 4
 
 
 def test_auto_keeps_what_it_learnt_for_the_next_request():
@@ -140,20 +187,20 @@ def test_auto_keeps_what_it_learnt_for_the_next_request():
 def test_auto_without_any_timing_still_chooses():
     auto = Auto()
     for _ in range(50):
-        width = auto.choose(2)
+        width = auto.choose([USUAL] * 2)
         assert 0 <= width <= MAX_WIDTH
-        auto.record(width, [1, 1], None)
+        auto.record(width, [1, 1], None, [USUAL] * 2)
 
 
 def test_heuristic_grows_by_two_after_a_full_round_and_shrinks_by_one_otherwise():
     depth = Heuristic(4)
-    depth.record(4, [5], None)
-    assert depth.choose(1) == 6
-    depth.record(6, [3], None)
-    assert depth.choose(1) == 5
+    depth.record(4, [5], None, [USUAL])
+    assert depth.choose([USUAL]) == 6
+    depth.record(6, [3], None, [USUAL])
+    assert depth.choose([USUAL]) == 5
     for _ in range(20):
-        depth.record(depth.choose(1), [1], None)
-    assert depth.choose(1) == 1
+        depth.record(depth.choose([USUAL]), [1], None, [USUAL])
+    assert depth.choose([USUAL]) == 1
 
 
 @pytest.mark.parametrize("width", [-1, 16, True, 2.5, "fast", None])

@@ -59,7 +59,16 @@ def test_four_rows_have_the_texts_of_plain_decoding_at_every_width(shape, width)
 
 
 @pytest.mark.parametrize(
-    "shape, kind", [*product(("edge", "moe"), ("plain", "rand", "fit", "near")), ("dense", "near"), ("unified", "rand")]
+    "shape, kind",
+    [
+        *product(("edge", "moe"), ("plain", "rand", "fit", "near")),
+        ("dense", "near"),
+        ("unified", "rand"),
+        ("moe", "dflash+lookup"),
+        ("edge", "lookup"),
+        ("edge", "fit+lookup"),
+        ("moe", "near+lookup"),
+    ],
 )
 def test_width_may_change_every_round(shape, kind):
     assert_same_texts(fixture(shape), kind, random_widths(), SMALL_CHUNKS)
@@ -96,12 +105,26 @@ def test_more_rows_than_fit_wait_and_have_the_same_texts(shape):
     assert texts(run(engine, wanted)) == [solo(models, r) for r in wanted]
 
 
-@pytest.mark.parametrize("kind", ["fit", "near"])
+@pytest.mark.parametrize("kind", ["fit", "dflash", "near"])
 def test_a_long_prompt_stands_still_while_rows_behind_it_decode(kind):
     models = fixture("edge")
     wanted = [request(p, 10) for p in prompts(models, (60, 4, 7))]
     limits = Limits(alone_tok=6, chunk_tok=6, first_chunk_tok=6)
     assert texts(run(engine_of(models, kind, 3, limits), wanted)) == [solo(models, r) for r in wanted]
+
+
+REPEATING = ("rand", "dflash", "near", "lookup", "rand+lookup", "near+lookup")
+
+
+@pytest.mark.parametrize("kind", REPEATING)
+@pytest.mark.parametrize("rows", [1, 4, 8])
+def test_every_kind_writes_the_texts_of_plain_decoding_at_changing_widths(kind, rows):
+    """Greedy and seeded rows that join one after another, of texts that repeat themselves."""
+    models, settings_ = smallest(), (GREEDY, SEEDED, GREEDY, NUCLEUS)
+    wanted = [request(p * 3, 24, settings_[(i + rows) % 4]) for i, p in enumerate(prompts(models, (3, 6, 9, 4) * 2))]
+    jobs = [Job(r, i) for i, r in enumerate(wanted[:rows])]
+    engine = engine_of(models, kind, random_widths(rows), SMALL_CHUNKS)
+    assert texts(run(engine, jobs)) == [solo(models, r) for r in wanted[:rows]]
 
 
 # seeds ------------------------------------------------------------------------------------------------------
@@ -208,7 +231,9 @@ schedules = st.fixed_dictionaries(
     {
         "rows": st.lists(requests_, min_size=1, max_size=8),
         "widths": st.lists(st.integers(0, 7), min_size=1, max_size=8),
-        "drafter": st.sampled_from(["plain", "rand", "near", "self"]),
+        "drafter": st.sampled_from(
+            ["plain", "rand", "dflash", "near", "self", "lookup", "rand+lookup", "dflash+lookup"]
+        ),
         "max_rows": st.integers(1, 8),
         "chunk": st.integers(1, 30),
         "first_chunk": st.integers(1, 12),

@@ -14,25 +14,11 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Top to bottom. A module may import from its own layer and from those below it.
 LAYERS = (
     ("cli", "server", "__main__"),
-    ("pair",),
-    (
-        "engine",
-        "load",
-        "text",
-        "segments",
-        "arguments",
-        "grammar",
-        "call_grammar",
-        "loops",
-        "messages",
-        "hub",
-        "pairs",
-        "doctor",
-        "few_rows",
-        "quantized",
-        "tensors",
-        "weights",
-    ),
+    ("compare", "bench", "plan"),
+    ("pair", "roofline"),
+    ("chips", "shapes", "provenance"),
+    ("segments", "arguments", "messages", "grammar", "call_grammar", "loops"),
+    ("engine", "load", "text", "hub", "pairs", "doctor", "few_rows", "quantized", "tensors", "weights", "clusters"),
     ("scheduler", "prefixes", "depth", "drafters", "accept", "sampling", "processors", "logprobs", "guide"),
     ("models",),
     ("cache", "kernels"),
@@ -58,7 +44,7 @@ MAX_PARAMETERS = 8
 MAX_README_LINES = 200
 
 READS_ENVIRONMENT = {"cli"}
-READS_DEVICE = {"engine", "load", "weights", "pair"}
+READS_DEVICE = {"engine", "load", "weights", "pair", "bench", "compare"}
 CHECKS_DEVICE = PACKAGE / "kernels" / "trials.py"  # its answer decides what runs; asked while loading
 
 TEXT_SUFFIXES = {".py", ".md", ".toml", ".json", ".jinja", ".sh", ".txt", ".yml", ".yaml", ".cfg", ""}

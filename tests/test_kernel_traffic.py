@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_mtp.kernels import attend, experts, head, rows_qmv
+from mlx_mtp.kernels import attend, experts, gate_up, head, rows_qmv
 from mlx_mtp.kernels.attend import Attention
 from mlx_mtp.kernels.experts import Experts, Routing
 from mlx_mtp.kernels.head import Clusters
@@ -24,6 +24,7 @@ REST = (
     "threadgroup_position_in_grid, simdgroup_index_in_threadgroup, thread_index_in_simdgroup"
 )
 WEIGHTS = ("w", "scales", "biases")
+TABLES = ("_scales", "_biases")  # beside gate and up
 
 
 def normal(*shape: int) -> mx.array:
@@ -71,6 +72,18 @@ def test_products_of_few_rows(m):
         show(
             "rows_qmv", work, ours, mlx_product_bytes(x, matrix, wide=True) / least, "affine_qmv_wide, emulated: M3 on"
         )
+    assert ours == 1
+
+
+@pytest.mark.parametrize("m", [1, 4, 16])
+def test_gate_and_up(m):
+    parts = [Matrix.quantized(normal(64, 1024), 64, 4) for _ in range(2)]
+    with emu.patched(count_fetches=True) as launches:
+        gate_up.gate_up(normal(m, 1024), *parts)
+    least = sum(part.rows * part.row_bytes for part in parts)
+    ours = emu.bytes_fetched(launches, *(f"{name}{part}" for name in ("gate", "up") for part in ("", *TABLES))) / least
+    mlx_s = m if m <= 8 else 1.0
+    show("gate_up", f"{m} rows x affine 4 bit", ours, mlx_s, "two products and geglu; affine_qmv: M1, M2: formula")
     assert ours == 1
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from metal_emu import checks, cuda
 
-from mlx_mtp.kernels import attend, experts, head, rows_qmv, verdict
+from mlx_mtp.kernels import attend, experts, gate_up, head, rows_qmv, verdict
 from mlx_mtp.kernels.attend import Attention
 from mlx_mtp.kernels.choice import Draw
 from mlx_mtp.kernels.experts import Experts, Routing
@@ -42,6 +42,18 @@ def test_rows_qmv(layout):
         alone = mx.concatenate([rows_qmv.rows_qmv(x[i : i + 1], matrix) for i in range(16)])
         assert mx.array_equal(y, alone)
     assert checks.relative_error(y, x.astype(mx.float32) @ matrix.dense().T) < BF16
+
+
+@pytest.mark.parametrize("layout", [None, (64, 4, "affine"), (32, 4, "mxfp4")])
+def test_gate_up(layout):
+    x = normal(16, 512) / 16
+    dense = normal(1000, 512), normal(1000, 512) + 1
+    gate, up = (Matrix(w) if layout is None else Matrix.quantized(w, *layout) for w in dense)
+    with cuda.on_cuda():
+        y = gate_up.gate_up(x, gate, up)
+        alone = mx.concatenate([gate_up.gate_up(x[i : i + 1], gate, up) for i in range(16)])
+        assert mx.array_equal(y, alone)
+    assert checks.relative_error(y, gate_up.reference(x.astype(mx.float32), gate, up)) < BF16
 
 
 def test_head():

@@ -8,7 +8,7 @@ from metal_emu import checks
 from mlx_mtp import kernels
 from mlx_mtp.doctor import Fact, facts
 
-NAMES = {"rows_qmv", "head", "verdict", "experts", "attend"}
+NAMES = {"rows_qmv", "gate_up", "head", "verdict", "experts", "attend"}
 WRONG = [  # kernel, definition, old, new
     (
         "rows_qmv",
@@ -22,6 +22,7 @@ WRONG = [  # kernel, definition, old, new
         "fma(values[j], weights[r][j], dot)",
         "fma(values[M > 1 ? 7 - j : j], weights[r][M > 1 ? 7 - j : j], dot)",
     ),
+    ("gate_up", "gate_up", "T(gelu_tanh(gate_sum) * up_sum)", "T(gelu_tanh(up_sum) * gate_sum)"),
     ("experts", "experts_combine", "j < TOP", "j < 1"),
     ("attend", "attend_join", "sum / weight", "sum"),
     ("head", "head_final", "i < top; i += 32", "i < 1; i += 32"),

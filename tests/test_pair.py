@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from checkpoints import FIXTURES
-from engines import fixture, full_pass, goldens
+from engines import fixture, full_pass, goldens, request, solo
 
 from mlx_mtp import GREEDY, Event, Pair, RequestError, Sampling, load
 
@@ -272,6 +272,35 @@ def test_an_empty_message_is_refused_and_changes_nothing(pair):
     assert chat.messages == []
 
 
+# what is kept of earlier prompts ------------------------------------------------------------------------------
+
+
+def test_whatever_begins_like_an_earlier_prompt_or_reply_costs_only_the_rest(pair):
+    (first,) = pair.generate(short(), GREEDY, 3, 12)
+    prompt = [*short(), *first.tokens, 9, 8, 7]
+    cached = []
+    for ids in (short(), prompt, [*short()[:-2], 5, 6, 7]):
+        events = list(pair.stream(ids, GREEDY, 2, 5))
+        tokens, _ = told(events)
+        cached.append(len(ids) - events[-1].stats.cached_tokens)
+        assert tokens == alone(ids, 5)
+    assert cached == [1, 4, 3]  # the newest token of a reply has not been computed
+
+
+def alone(ids: list[int], count: int) -> list[int]:
+    """The greedy text of a prompt in an engine that knows nothing else."""
+    return solo(fixture("edge"), request(ids, count))
+
+
+def test_a_budget_for_prefixes_is_half_of_the_memory_for_keys_and_values_or_what_is_asked_for(pair):
+    limits = pair._engine.scheduler.limits
+    assert limits.prefix_bytes == limits.kv_bytes // 2 > 2**26
+    none = load(str(EDGE / "target"), None, dtype="float32", prefix_bytes=0)
+    for _ in range(2):
+        assert none.generate(short(), GREEDY, 0, 3)[0].stats.cached_tokens == 0
+    assert load(str(EDGE / "target"), None, prefix_bytes=12345)._engine.scheduler.limits.prefix_bytes == 12345
+
+
 # looking inside ---------------------------------------------------------------------------------------------
 
 
@@ -398,3 +427,36 @@ def test_nothing_runs_where_one_of_several_prompts_is_bad(pair):
 def test_an_unknown_dtype_is_refused_before_anything_is_read():
     with pytest.raises(RequestError, match="dtype is 'int8'; expected float32, bfloat16, float16"):
         load("no/such", dtype="int8")
+
+
+@pytest.mark.parametrize(("drafter", "doubted"), [("assistant", True), ("assistant_fit", False)])
+def test_a_drafter_whose_drafts_are_not_kept_is_doubted_with_the_figure(drafter, doubted):
+    pair = load(str(EDGE / "target"), str(EDGE / drafter))
+    assert pair.doubt is None
+    ids = goldens("edge")["short/ids"].tolist()
+    done = pair.generate([ids], GREEDY, width=2, max_tokens=40)[0].stats
+    assert (pair.doubt is not None) == doubted
+    if doubted:
+        assert f"({done.kept_at[0]} of" in pair.doubt and str(EDGE / drafter) in pair.doubt
+
+
+def test_a_model_may_draft_for_itself_and_the_user_hears_that_it_is_as_large():
+    pair = load(str(EDGE / "target"), str(EDGE / "target"))
+    assert len(pair.warnings) == 1 and "name a smaller drafter" in pair.warnings[0]
+    stats = pair.generate([[3, 4, 5]], GREEDY, width=3, max_tokens=17)[0].stats
+    assert stats.kept == stats.drafted == 12
+
+
+def test_lookup_needs_no_checkpoint_and_goes_over_any():
+    plain = load(str(EDGE / "target"), None)
+    for name in ("lookup", "none+lookup", f"{EDGE / 'assistant_fit'}+lookup"):
+        pair = load(str(EDGE / "target"), name)
+        assert pair.drafter_name == name.removeprefix("none+") and pair.warnings == ()
+        texts = [p.generate([[3, 4, 5] * 4], GREEDY, 3, max_tokens=12)[0].tokens for p in (pair, plain)]
+        assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, True, "1 GB"])
+def test_an_impossible_prefix_budget_is_refused_before_anything_is_read(value):
+    with pytest.raises(RequestError, match="^prefix_bytes is .*; expected a number of bytes, 0 to keep nothing$"):
+        load("no/such", prefix_bytes=value)

@@ -5,13 +5,16 @@ from pathlib import Path
 
 import pytest
 
+from mlx_mtp.drafters.mtp import KIND
 from mlx_mtp.models.config import AssistantConfig, LayerConfig, TextConfig
-from mlx_mtp.pairs import KNOWN, check_pair, find_drafter, fits
+from mlx_mtp.pairs import KNOWN, check_pair, find_drafter, offers, poor_acceptance
 from mlx_mtp.rows import PairingError
 
 GB = 1e9
 SLIDING = LayerConfig(512, 0, 8, 2, 256, False, 64, 1e4, 1.0, 128)
 FULL = LayerConfig(None, 1, 8, 4, 512, True, 64, 1e6, 1.0, 64)
+assert KIND.network is not None
+MTP = KIND.network
 NAMES = ("google/gemma-4-31B-it", "google/gemma-4-E2B-it-assistant")
 
 
@@ -29,17 +32,17 @@ TARGET = text(SLIDING, FULL)
 
 def misfit(drafter: AssistantConfig, target: TextConfig = TARGET, names: tuple[str, str] = NAMES) -> str:
     with pytest.raises(PairingError) as caught:
-        check_pair(target, drafter, names)
+        check_pair(MTP, target, drafter, names)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
 def test_a_drafter_that_fits_passes_without_a_word() -> None:
-    assert check_pair(TARGET, assistant(SLIDING, SLIDING, FULL), NAMES) == []
+    assert check_pair(MTP, TARGET, assistant(SLIDING, SLIDING, FULL), NAMES) == []
 
 
 def test_a_base_model_is_a_warning_and_no_error() -> None:
-    (note,) = check_pair(TARGET, assistant(SLIDING, FULL), NAMES, base_model=True)
+    (note,) = check_pair(MTP, TARGET, assistant(SLIDING, FULL), NAMES, base_model=True)
     assert note.startswith("google/gemma-4-31B-it has no chat template")
 
 
@@ -81,7 +84,7 @@ def test_every_size_that_must_agree_is_compared(drafter: AssistantConfig, compla
 def test_a_drafter_reads_the_last_layers_that_own_their_keys() -> None:
     """Layer 2 borrows from layer 0, and what it says of key heads is of no concern."""
     shared = text(SLIDING, FULL, replace(SLIDING, owner=0, kv_heads=8), replace(FULL, kv_heads=8))
-    assert check_pair(shared, assistant(SLIDING, FULL), NAMES) == []
+    assert check_pair(MTP, shared, assistant(SLIDING, FULL), NAMES) == []
 
 
 @pytest.mark.parametrize(("layer", "kind"), [(FULL, "sliding"), (SLIDING, "full")])
@@ -160,10 +163,34 @@ def test_every_known_target_finds_its_own_drafter() -> None:
         assert find_drafter(pair.target) == find_drafter(pair.quantised) == pair.drafter
 
 
-def test_what_fits_is_the_most_bits_that_leave_a_quarter_of_the_memory() -> None:
-    table = {pair.size: bits for pair, bits in fits(int(16 * GB))}
-    assert table == {"E2B": 16, "E4B": 8, "12B": 4, "26B-A4B": None, "31B": None}
-    assert {bits for _, bits in fits(int(512 * GB))} == {16}
-    pair = KNOWN[0]
-    assert pair.fits(int(pair.weight_bytes(8) / 0.75) + 1) == 8
-    assert pair.fits(int(pair.weight_bytes(8) / 0.75) - 1) == 4
+def test_what_fits_leaves_a_quarter_of_the_memory() -> None:
+    fit = {(o.target, o.kind) for o in offers() if o.fits(int(16 * GB))}
+    assert {target.split("/")[1] for target, _ in fit} == {
+        "gemma-4-E2B-it",
+        "gemma-4-e2b-it-4bit",
+        "gemma-4-e4b-it-4bit",
+        "gemma-4-12b-it-4bit",
+    }
+    for o in offers():
+        assert o.fits(int(o.weight_bytes / 0.75) + 2) and not o.fits(int(o.weight_bytes / 0.75) - 2)
+
+
+def test_the_largest_target_is_offered_with_every_kind() -> None:
+    kinds = {o.kind: o for o in offers() if o.target == KNOWN[-1].target}
+    assert list(kinds) == ["mtp", "dflash", "draft_model"]
+    assert kinds["draft_model"].weight_bytes == pytest.approx(2 * (30.7 + 4.63) * GB)
+
+
+@pytest.mark.parametrize(
+    ("kept", "judged", "doubted"), [(0, 10, False), (0, 11, True), (3, 11, False), (50, 200, True), (75, 200, False)]
+)
+def test_a_drafter_is_doubted_once_too_few_of_its_first_tokens_were_kept(kept: int, judged: int, doubted: bool) -> None:
+    said = poor_acceptance(kept, judged, TARGET, NAMES)
+    assert (said is not None) == doubted
+    if said:
+        assert f"keeps {kept / judged:.0%} of what" in said and f"({kept} of {judged})" in said
+        assert "the drafter of gemma-4-31B-it is gemma-4-31B-it-assistant" in said and "--drafter none" in said
+
+
+def test_no_drafter_is_doubted_before_it_has_drafted() -> None:
+    assert poor_acceptance(0, 0, TARGET, NAMES) is None

@@ -14,7 +14,6 @@ from engines import (
     engine_of,
     fixture,
     full_pass,
-    goldens,
     processed,
     prompts,
     request,
@@ -73,7 +72,7 @@ def drawn(seed: int, *shape: int) -> tuple[mx.array, mx.array]:
 
 
 @given(rows=rows_, seed=st.integers(0, 2**20))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_column_j_is_processed_as_if_the_first_j_drafts_had_been_said(rows, seed):
     logits, draft = drawn(seed, len(rows), WIDTH + 1, VOCAB)
     rule = told(rows).processors(slice(0, len(rows)))
@@ -89,7 +88,7 @@ def test_column_j_is_processed_as_if_the_first_j_drafts_had_been_said(rows, seed
 
 
 @given(rows=rows_, seed=st.integers(0, 2**20))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_a_column_has_the_same_bits_at_any_width_in_any_round_and_beside_any_rows(rows, seed):
     logits, draft = drawn(seed, len(rows), WIDTH + 1, VOCAB)
     everybody = told(rows).processors(slice(0, len(rows)))
@@ -109,7 +108,7 @@ def test_a_column_has_the_same_bits_at_any_width_in_any_round_and_beside_any_row
 
 
 @given(rows=rows_, seed=st.integers(0, 2**20))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_a_drafters_step_is_the_targets_column_for_all_tokens_and_for_some(rows, seed):
     logits, draft = drawn(seed, len(rows), WIDTH + 1, VOCAB)
     rule = told(rows).processors(slice(0, len(rows)))
@@ -234,7 +233,7 @@ def steered_like_reference(models: Models, wanted: Request, text: list[int]) -> 
 
 def test_plain_decoding_says_what_a_plain_loop_says_and_every_setting_changes_the_text():
     models = smallest()
-    for wanted in seven(models, 24)[:5]:
+    for wanted in seven(models, 10)[:5]:
         text = solo(models, wanted)
         assert text == steered_like_reference(models, wanted, text)
         bare = Sampling(**{k: getattr(wanted.sampling, k) for k in ("temperature", "top_k", "top_p", "min_p", "seed")})
@@ -244,7 +243,7 @@ def test_plain_decoding_says_what_a_plain_loop_says_and_every_setting_changes_th
 @pytest.mark.parametrize("width", [*range(8), "heuristic"])
 def test_seven_rows_with_settings_of_their_own_have_their_solo_texts_at_every_width(width):
     models = smallest()
-    wanted = seven(models, 24 if width == 3 else 12)
+    wanted = seven(models, 10)
     jobs = [Job(r, at) for r, at in zip(wanted, (0, 0, 3, 5, 5, 6, 9), strict=True)]
     depth = Heuristic() if width == "heuristic" else width
     assert texts(run(engine_of(models, "near", depth, SMALL_CHUNKS), jobs)) == [solo(models, r) for r in wanted]
@@ -256,7 +255,7 @@ CLUSTERED, WHOLE_HEAD = ("edge", 3), ("dense", 2)
 @pytest.mark.parametrize("shape, width", [CLUSTERED, pytest.param(*WHOLE_HEAD, marks=pytest.mark.slow)])
 def test_rows_drafted_by_an_assistant_have_their_solo_texts(shape, width):
     models = fixture(shape)
-    wanted = seven(models, 9)
+    wanted = seven(models, 8)[:5]
     jobs = [Job(r, i) for i, r in enumerate(wanted)]
     assert texts(run(engine_of(models, "fit", width), jobs)) == [solo(models, r) for r in wanted]
 
@@ -264,7 +263,7 @@ def test_rows_drafted_by_an_assistant_have_their_solo_texts(shape, width):
 @pytest.mark.parametrize("own", SETTINGS[:5])
 def test_one_row_has_the_text_of_plain_decoding(own):
     models = smallest()
-    wanted = request((9, 30, 5, 9), 20, own)
+    wanted = request((9, 30, 5, 9), 14, own)
     assert texts(run(engine_of(models, "near", 5), [wanted])) == [solo(models, wanted)]
 
 
@@ -279,9 +278,9 @@ class Blind(MtpDrafter):
 
 def test_a_drafter_that_is_steered_as_the_target_is_has_more_drafts_kept():
     pair = load("tiny")  # fitted to each other, with a clustered head
-    code = ("import os\n\nclass Stack:\n    def __init__(self):\n", "def fib(n):\n", "for i in range(10):\n    print(")
+    code = ("import os\n\nclass Stack:\n    def __init__(self):\n", "for i in range(10):\n    print(")
     own = (Sampling(0.0, presence_penalty=2.0, frequency_penalty=2.0), Sampling(0.0, repetition_penalty=1.3))
-    wanted = [request(pair.text.encode(text), 40, s) for text in code for s in own]
+    wanted = [request(pair.text.encode(text), 30, s) for text in code for s in own]
     said, kept = [], []
     for kind in (MtpDrafter, Blind):
         cache = Cache(pair._model.specs, MAX_WIDTH, mx.float32)
@@ -304,10 +303,22 @@ def test_a_model_that_drafts_for_itself_is_accepted_completely(width):
         assert outcome.stats.kept == outcome.stats.drafted
 
 
+def test_an_assistant_is_steered_by_what_it_has_drafted_itself():
+    models = fixture("dense")
+    others = tuple((token, -100.0) for token in range(models.vocab) if token not in (40, 41))
+    alternates = Sampling(0.0, presence_penalty=2.0, frequency_penalty=2.0, logit_bias=others)
+    engine = engine_of(models, "fit", 6)
+    engine.submit(request((5, 6, 7), 20, alternates))
+    engine.step()
+    assert engine._running is not None and engine._running.draft is not None
+    (draft,) = engine._running.draft.tolist()
+    assert set(draft) == {40, 41} and min(draft.count(40), draft.count(41)) >= 2
+
+
 def test_a_request_that_continues_a_kept_prefix_is_penalised_for_its_whole_prompt():
-    models = fixture("edge")
-    engine = engine_of(models, "fit", 2, Limits(prefix_bytes=2**30))
-    first = request(goldens("edge")["short/ids"], 12)
+    models = smallest()
+    engine = engine_of(models, "near", 2, Limits(prefix_bytes=2**30))
+    first = request(prompts(models, (30,), seed=4)[0], 12)
     [said] = texts(run(engine, [first]))
     following = request((*first.prompt, *said, 7), 16, Sampling(0.0, repetition_penalty=1.6))
     [outcome] = run(engine, [following])

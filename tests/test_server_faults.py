@@ -14,6 +14,7 @@ import httpx
 import pytest
 from servers import EDGE, LATE_S, Live, running, until
 
+from mlx_mtp.cli import main
 from mlx_mtp.cli.serve import serve
 from mlx_mtp.server.nouns import ServerError
 
@@ -234,13 +235,14 @@ def test_the_help_names_every_route(live):
         assert path.replace("{name}", "ID") in told
 
 
-def test_mistakes_end_with_code_2_and_one_line():
+def test_mistakes_end_with_code_2_and_one_line(capfd):
     for options, word in (
-        (["-m", "no/such/folder"], "no/such/folder"),
+        (["-m", "./no/such/folder"], "no/such/folder"),
         (["--host", "no.such.host.invalid"], "no.such.host.invalid"),
         (["--temperature", "-1"], "temperature"),
         (["--width", "99"], "width"),
+        (["--api-key", ""], "API key"),
     ):
-        server = Process(*options)
-        assert server.ended() == 2
-        assert len(server.said) == 1 and word in server.said[0], server.said
+        assert main(["serve", "--port", "0", *options]) == 2
+        said = capfd.readouterr()
+        assert word in said.err and said.err.count("\n") == 1 and not said.out

@@ -214,14 +214,14 @@ def test_a_cancelled_task_ends_its_text(live):
     until(lambda: live.worker.open == 0)
 
 
-def test_llm_answers_and_streams_with_the_server_as_its_model(live, client, tmp_path):
+@pytest.mark.parametrize("more", [[], pytest.param(["--no-stream"], marks=pytest.mark.slow)])
+def test_llm_talks_to_the_server_as_to_its_own_models(live, client, tmp_path, more):
     entry = {"model_id": "served", "model_name": "tiny", "api_base": f"{live.url}/v1"}
     (tmp_path / "extra-openai-models.yaml").write_text(json.dumps([entry]))
     environment = {**os.environ, "LLM_USER_PATH": str(tmp_path), "OPENAI_API_KEY": "none"}
     want = ask(client, max_tokens=10).choices[0].message.content
-    for more in ([], ["--no-stream"]):
-        command = [sys.executable, "-W", "ignore", "-m", "llm", "-m", "served", "-o", "max_tokens", "10"]
-        command += ["-o", "temperature", "0", "import os", *more]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.strip() == want.strip()
+    command = [sys.executable, "-W", "ignore", "-m", "llm", "-m", "served", "-o", "max_tokens", "10"]
+    command += ["-o", "temperature", "0", "import os", *more]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == want.strip()

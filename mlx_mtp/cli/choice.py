@@ -13,6 +13,7 @@ from mlx_mtp.rows import Sampling
 
 if TYPE_CHECKING:
     from mlx_mtp.pair import Pair
+    from mlx_mtp.scheduler import Limits
 
 EMBEDDED = "tiny"
 
@@ -25,10 +26,18 @@ class Choice(Debug):
         EMBEDDED
     )
     drafter: Annotated[
-        str, typer.Option(help="auto (the target's own, by name), none (plain decoding), a folder or hub id.")
+        str, typer.Option(help="A folder or hub id of any kind, auto (the target's own), lookup, auto+lookup, or none.")
     ] = "auto"
     quantize_drafter: Annotated[
         int | None, typer.Option(metavar="4|8", help="Quantise the drafter to so many bits at load.")
+    ] = None
+    drafter_clusters: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Cluster the vocabulary of a drafter that scores all of it, once, and score the best N clusters, "
+            "such as 128: cheaper drafts, fewer of them kept. The text is the same.",
+        ),
     ] = None
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; unset = what suits the machine.")] = (
         None
@@ -83,15 +92,18 @@ def parse_width(text: str) -> int | str:
     return width
 
 
-def load_pair(options: Choice) -> Pair:
+def load_pair(options: Choice, limits: Limits | None = None, prefix_bytes: int | None = None) -> Pair:
     from mlx_mtp.pair import load
 
     with progress() as report:
         pair = load(
             options.model,
-            None if options.drafter == "none" else options.drafter,
+            options.drafter,
             quantize_drafter=options.quantize_drafter,
+            drafter_clusters=options.drafter_clusters,
             dtype=options.dtype,
+            limits=limits,
+            prefix_bytes=prefix_bytes,
             report=report,
         )
     for warning in pair.warnings:

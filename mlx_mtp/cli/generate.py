@@ -66,6 +66,8 @@ def generate(options: Generate) -> None:
             print_json(_collect(events))
         else:
             _report_stats(_show(events))
+    if pair.doubt:
+        say(f"warning: {pair.doubt}")
 
 
 @command
@@ -76,7 +78,7 @@ def chat(options: Talk) -> None:
     if not pair.text.has_template:
         raise RequestError(f"{options.model} has no chat template (a base model?); use `mlx-mtp generate`")
     conversation = pair.chat(options.system)
-    chosen = replace(pair.default_sampling, **sampling)
+    chosen, doubted = replace(pair.default_sampling, **sampling), False
     for line in _lines():
         if line == "/exit":
             break
@@ -92,6 +94,9 @@ def chat(options: Talk) -> None:
             say(str(error))
             continue
         _report_stats(stats)
+        if pair.doubt and not doubted:
+            doubted = True
+            say(f"warning: {pair.doubt}")
 
 
 def _read_prompt(options: Generate) -> str:

@@ -20,36 +20,36 @@ class Report(Debug):
 
 @command
 def pairs(options: Report) -> None:
-    """List the published targets with their drafters, and what of them fits into this machine's memory."""
+    """List published targets with their drafters: what they take, what is here, and what fits into this memory."""
     from mlx_mtp.doctor import memory_bytes
-    from mlx_mtp.pairs import fits
+    from mlx_mtp.hub import on_disk_bytes
+    from mlx_mtp.pairs import offers
 
-    known = fits(memory_bytes())
+    memory, disk = memory_bytes(), {}
+    for offer in offers():
+        disk |= {name: on_disk_bytes(name) for name in (offer.target, offer.drafter) if name not in disk}
+    found = [(offer, disk[offer.target] + disk[offer.drafter], offer.fits(memory)) for offer in offers()]
     if options.as_json:
         print_json(
             [
-                {
-                    "target": pair.target,
-                    "drafter": pair.drafter,
-                    "quantised": pair.quantised,
-                    "params": int(pair.params),
-                    "weight_bytes": {str(bits): pair.weight_bytes(bits) for bits in (16, 8, 4)},
-                    "fits_bits": bits,
-                }
-                for pair, bits in known
+                asdict(o) | {"weight_bytes": o.weight_bytes, "on_disk_bytes": size, "fits": fits}
+                for o, size, fits in found
             ]
         )
         return
     rows = [
         (
-            pair.target,
-            pair.drafter,
-            *(f"{pair.weight_bytes(bits) / 1e9:.1f}" for bits in (16, 8, 4)),
-            f"{bits} bit" if bits else "no",
+            o.target,
+            o.drafter,
+            o.kind,
+            str(o.bits),
+            f"{o.weight_bytes / 1e9:.1f}" + ("" if o.drafter_params else " and the drafter's"),
+            f"{size / 1e9:.1f}" if size else "-",
+            "yes" if fits else "no",
         )
-        for pair, bits in known
+        for o, size, fits in found
     ]
-    print_table(("target", "drafter (--drafter auto)", "GB, 16 bit", "8 bit", "4 bit", "fits here"), rows)
+    print_table(("target (-m)", "drafter (--drafter)", "kind", "bits", "GB", "GB on disk", "fits here"), rows)
 
 
 @command

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mlx_mtp.cli.app import command
-from mlx_mtp.cli.choice import Choice, parse_width, sampling_changes
-from mlx_mtp.cli.output import progress, say
+from mlx_mtp.cli.choice import Choice, load_pair, parse_width, sampling_changes
+from mlx_mtp.cli.output import say
 from mlx_mtp.rows import RequestError
 
 if TYPE_CHECKING:
@@ -149,24 +149,11 @@ def serve(options: Serve) -> None:
 
 
 def _load(options: Serve) -> Pair:
-    from mlx_mtp.pair import load
     from mlx_mtp.scheduler import Limits
 
     kv_bytes = None if options.kv_gb is None else int(options.kv_gb * 1e9)
     prefix_bytes = None if options.prefix_gb is None else int(options.prefix_gb * 1e9)
-    with progress() as report:
-        pair = load(
-            options.model,
-            None if options.drafter == "none" else options.drafter,
-            quantize_drafter=options.quantize_drafter,
-            dtype=options.dtype,
-            prefix_bytes=prefix_bytes,
-            limits=Limits(max_rows=options.rows, kv_bytes=kv_bytes),
-            report=report,
-        )
-    for warning in pair.warnings:
-        say(f"warning: {warning}")
-    return pair
+    return load_pair(options, Limits(max_rows=options.rows, kv_bytes=kv_bytes), prefix_bytes)
 
 
 def _progress(url: str) -> Callable[[str, int, int], None]:

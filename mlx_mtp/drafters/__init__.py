@@ -26,10 +26,13 @@ class Drafter(Protocol):
         `sampler.offer` first, lest it draft what a constraint forbids."""
         ...
 
-    def observe(self, fwd: Forward, kept: mx.array) -> None:
+    def observe(self, fwd: Forward, kept: mx.array) -> mx.array | None:
         """The target ran a pass, and kept[b] of row b's columns became true ([B] int32; 0: the row stood still).
 
         A prompt chunk is a pass whose every column is kept and none was drafted.
+        Returns the rows' outlook [B] int32: NOTHING, USUAL or more, classes by which the depth policy keeps apart
+        what it learns of acceptance. The host reads it along with this pass's tokens, when the next pass has been
+        built: it decides the width of the one after that. None: all rows are as usual.
         """
         ...
 

@@ -8,10 +8,12 @@ import mlx.core as mx
 
 from mlx_mtp import kernels
 from mlx_mtp.cache import Cache
+from mlx_mtp.drafters.kinds import Kind, Network
 from mlx_mtp.kernels.head import head
+from mlx_mtp.models.config import DRAFTER_TYPES, AssistantConfig, LayerConfig, TextConfig, read_assistant
 from mlx_mtp.models.gemma4 import Gemma4
 from mlx_mtp.models.gemma4_assistant import Assistant
-from mlx_mtp.rows import Candidates, Draft, Forward
+from mlx_mtp.rows import Candidates, Draft, Forward, PairingError
 from mlx_mtp.sampling import Sampler
 
 
@@ -103,3 +105,57 @@ class MtpDrafter:
 
     def restore(self, state: mx.array) -> None:
         self._hidden = state
+
+
+# pairing ----------------------------------------------------------------------------------------------------
+
+
+def check(target: TextConfig, config: AssistantConfig, advice: str) -> list[str]:
+    """Raise PairingError unless every size that the drafter shares with its target is the target's."""
+    if config.backbone_size != target.hidden_size:
+        raise PairingError(
+            f"drafter expects hidden size {config.backbone_size}, target has {target.hidden_size}; {advice}"
+        )
+    if config.text.vocab_size != target.vocab_size:
+        raise PairingError(f"drafter has vocabulary {config.text.vocab_size}, target has {target.vocab_size}; {advice}")
+    sliding, full = target.drafter_reads
+    for index, layer in enumerate(config.text.layers):
+        kind, owner = ("full", full) if layer.window is None else ("sliding", sliding)
+        if owner < 0:
+            raise PairingError(
+                f"drafter layer {index} reads a {kind} layer, target has none with keys of its own; {advice}"
+            )
+        _check_layer(index, layer, target.layers[owner], advice)
+    return []
+
+
+def _check_layer(index: int, layer: LayerConfig, owner: LayerConfig, advice: str) -> None:
+    facts = (
+        ("heads of size", layer.head_dim, owner.head_dim),
+        ("key heads numbering", layer.kv_heads, owner.kv_heads),
+        ("a sliding window of", layer.window, owner.window),
+        ("a RoPE base of", layer.rope_theta, owner.rope_theta),
+        ("a RoPE factor of", layer.rope_factor, owner.rope_factor),
+        ("rotated frequencies numbering", layer.rotated, owner.rotated),
+    )
+    for what, got, expected in facts:
+        if got != expected:
+            raise PairingError(f"drafter layer {index} expects {what} {got}, target has {expected}; {advice}")
+    if layer.heads % owner.kv_heads:
+        raise PairingError(
+            f"drafter layer {index} has {layer.heads} heads, expected a multiple of the target's "
+            f"{owner.kv_heads} key heads; {advice}"
+        )
+
+
+KIND = Kind(
+    "mtp",
+    lambda parts: MtpDrafter(parts.target, parts.network, parts.cache),
+    Network(
+        recognise=lambda config: config.get("model_type") in DRAFTER_TYPES,
+        read=read_assistant,
+        build=Assistant,
+        check=check,
+        layers=lambda config: config.text.layers,
+    ),
+)

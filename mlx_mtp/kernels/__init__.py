@@ -5,6 +5,7 @@ reference where it cannot, with a reason. None of them has run on Metal: they ar
 tests/metal_emu, which proves what they compute and read, and nothing about speed.
 
     rows_qmv   a weight matrix times a few rows
+    gate_up    two of them and the activation that joins them
     head       clustered vocabulary: hidden state to token
     verdict    choice in every column, comparison with the draft
     experts    routed experts of 1 to 64 tokens

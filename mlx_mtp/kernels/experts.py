@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_mtp.kernels.backend import Definition, Launch, on_cpu, run, why_not_here
+from mlx_mtp.kernels.gate_up import GELU_METAL, geglu
 from mlx_mtp.kernels.matrix import FLOATS, Matrix
 from mlx_mtp.kernels.matrix import METAL as MATRIX_METAL
 
@@ -73,6 +74,7 @@ GROUPS = Definition(
 
 HEADER = (
     MATRIX_METAL
+    + GELU_METAL
     + """
 // One row of weights times up to TOKENS inputs, the lane's part of it: acc[t] for x[from[t] .. from[t] + K).
 template <int FORMAT, int BITS, int GROUP, int TOKENS, typename W, typename S, typename B, typename X>
@@ -97,10 +99,6 @@ METAL_FUNC void row_times(W row, S scales, B biases, X x, thread const uint* fro
       }
     }
   }
-}
-METAL_FUNC float gelu_tanh(float v) {
-  const float inner = 0.7978845608f * (v + 0.044715f * v * v * v);
-  return 0.5f * v * (1.0f + tanh(clamp(inner, -10.0f, 10.0f)));  // tanh(10) rounds to 1, and no device overflows
 }
 """
 )
@@ -301,8 +299,7 @@ def reference(x: mx.array, routing: Routing, weights: Experts) -> mx.array:
     each = x[:, None, None, :]
     gate = _gathered(each, weights.gate, routing.indices)
     up = _gathered(each, weights.up, routing.indices)
-    active = 0.5 * gate * (1 + mx.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3))) * up
-    part = _gathered(active.astype(gate.dtype), weights.down, routing.indices)[..., 0, :]
+    part = _gathered(geglu(gate, up), weights.down, routing.indices)[..., 0, :]
     together = (part.astype(mx.float32) * routing.weights.astype(mx.float32)[..., None]).sum(axis=1)
     return together.astype(x.dtype)
 

@@ -12,6 +12,7 @@ MLX's own affine_qmv (one row) and affine_qmv_wide (2 to 12 rows, GPU generation
 """
 
 import math
+from collections.abc import Callable
 
 import mlx.core as mx
 
@@ -24,41 +25,49 @@ MAX_ROWS = 64
 ROWS_AT_ONCE = 16
 SIMDGROUPS = 2  # of a threadgroup; each holds R weight rows in registers
 
-SOURCE = """
+# What a simdgroup sums: R weight rows times M rows of x. {read} sets weights[r], scale[r] and bias[r] of a block.
+SUMS = """
+    float acc[M][R] = {{}};
+    for (uint block = lane; block * 8 < K; block += 32) {{
+      float weights[R][8] = {{}}, scale[R] = {{}}, bias[R] = {{}};
+      for (uint r = 0; r < R; r++) {{
+{read}
+      }}
+      for (uint m = 0; m < M; m++) {{
+        float values[8], total = 0.0f;
+        block_values<0, 8>(x + size_t(m) * K, block, K, values);
+        for (uint j = 0; j < 8; j++) total += values[j];
+        for (uint r = 0; r < R; r++) {{
+          float dot = 0.0f;
+          for (uint j = 0; j < 8; j++) dot = fma(values[j], weights[r][j], dot);
+          acc[m][r] = fma(scale[r], dot, acc[m][r]);
+          if (FORMAT == 1) acc[m][r] = fma(bias[r], total, acc[m][r]);
+        }}
+      }}
+    }}
+"""
+
+_READ = """
+        if (r < rows) {
+          const size_t row = first + r;
+          block_values<FORMAT, BITS>(w + row * words, block, K, weights[r]);
+          scale[r] = scale_value<FORMAT>(scales, row * groups + block * 8 / GROUP);
+          bias[r] = bias_value<FORMAT>(biases, row * groups + block * 8 / GROUP);
+        }"""
+
+SOURCE = f"""
     const uint lane = thread_index_in_simdgroup;
     const uint K = x_shape[1], N = w_shape[0];
     const uint first = (threadgroup_position_in_grid.x * 2 + simdgroup_index_in_threadgroup) * R;
     if (first >= N) return;
     const uint rows = min(uint(R), N - first);
     const uint words = w_shape[1], groups = FORMAT == 0 ? 1 : K / GROUP;
-    float acc[M][R] = {};
-    for (uint block = lane; block * 8 < K; block += 32) {
-      float weights[R][8] = {}, scale[R] = {}, bias[R] = {};
-      for (uint r = 0; r < R; r++) {
-        if (r < rows) {
-          const size_t row = first + r;
-          block_values<FORMAT, BITS>(w + row * words, block, K, weights[r]);
-          scale[r] = scale_value<FORMAT>(scales, row * groups + block * 8 / GROUP);
-          bias[r] = bias_value<FORMAT>(biases, row * groups + block * 8 / GROUP);
-        }
-      }
-      for (uint m = 0; m < M; m++) {
-        float values[8], total = 0.0f;
-        block_values<0, 8>(x + size_t(m) * K, block, K, values);
-        for (uint j = 0; j < 8; j++) total += values[j];
-        for (uint r = 0; r < R; r++) {
-          float dot = 0.0f;
-          for (uint j = 0; j < 8; j++) dot = fma(values[j], weights[r][j], dot);
-          acc[m][r] = fma(scale[r], dot, acc[m][r]);
-          if (FORMAT == 1) acc[m][r] = fma(bias[r], total, acc[m][r]);
-        }
-      }
-    }
+{SUMS.format(read=_READ)}
     for (uint m = 0; m < M; m++)
-      for (uint r = 0; r < R; r++) {
+      for (uint r = 0; r < R; r++) {{
         const float sum = simd_sum(acc[m][r]);
         if (lane == 0 && r < rows) y[size_t(m) * N + first + r] = T(sum);
-      }
+      }}
 """
 
 KERNEL = Definition("rows_qmv", ("x", "w", "scales", "biases"), ("y",), SOURCE, METAL)
@@ -82,10 +91,15 @@ def rows_qmv(x: mx.array, matrix: Matrix) -> mx.array:
     """x [..., K] float times matrix [N, K] -> [..., N] in x's dtype."""
     if why_not(x, matrix):
         return reference(x, matrix)
+    return in_sixteens(x, lambda part: _launch(part, matrix))
+
+
+def in_sixteens(x: mx.array, product: Callable[[mx.array], mx.array]) -> mx.array:
+    """A product of up to ROWS_AT_ONCE rows applied to all rows of x [..., K]: [..., N]."""
     flat = x.reshape(-1, x.shape[-1])
-    parts = [_launch(flat[i : i + ROWS_AT_ONCE], matrix) for i in range(0, flat.shape[0], ROWS_AT_ONCE)]
+    parts = [product(flat[i : i + ROWS_AT_ONCE]) for i in range(0, flat.shape[0], ROWS_AT_ONCE)]
     y = parts[0] if len(parts) == 1 else mx.concatenate(parts)
-    return y.reshape(*x.shape[:-1], matrix.rows)
+    return y.reshape(*x.shape[:-1], -1)
 
 
 def _launch(x: mx.array, matrix: Matrix) -> mx.array:

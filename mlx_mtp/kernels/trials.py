@@ -12,11 +12,18 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-from mlx_mtp.kernels import attend, choice, experts, head, rows_qmv, verdict
+from mlx_mtp.kernels import attend, choice, experts, gate_up, head, rows_qmv, verdict
 from mlx_mtp.kernels.backend import why_not_here
 from mlx_mtp.kernels.matrix import Matrix
 
-KERNELS = {"rows_qmv": rows_qmv, "experts": experts, "attend": attend, "head": head, "verdict": verdict}
+KERNELS = {
+    "rows_qmv": rows_qmv,
+    "gate_up": gate_up,
+    "experts": experts,
+    "attend": attend,
+    "head": head,
+    "verdict": verdict,
+}
 LAYOUTS = ((64, 4, "affine"), (64, 8, "affine"), (32, 4, "mxfp4"), (32, 8, "mxfp8"), (16, 4, "nvfp4"), None)
 SLOWER = 1.3  # times MLX's own product at which a kernel is not worth its exactness
 TOLERANCE = 0.02  # of the largest value: bfloat16 keeps 8 bits
@@ -47,6 +54,7 @@ def _outcomes(metal_kernel: object) -> dict[str, str | None]:
     """Once for a factory of kernels: the device's own, or one that tests put in its place."""
     trials: dict[str, Callable[[], str | None]] = {
         "rows_qmv": _rows_qmv,
+        "gate_up": _gate_up,
         "experts": _experts,
         "attend": _attend,
         "head": _head,
@@ -104,9 +112,9 @@ def _rows_qmv() -> str | None:
 
 
 def _slower() -> str | None:
-    """Whether a projection of usual size takes clearly longer than MLX's own; on Metal only, an emulator's time says
-    nothing. Both sides take turns; medians of five, eight products each."""
-    if not mx.metal.is_available():
+    """Whether a projection of usual size takes clearly longer than MLX's own. Both sides take turns; medians of five,
+    eight products each. Not asked without a GPU: an emulator claims Metal, and its time says nothing."""
+    if not mx.is_available(mx.gpu):
         return None
     matrix = _matrix(1, LAYOUTS[0], 4096, 4096)
     for rows in (1, 5):
@@ -120,6 +128,18 @@ def _slower() -> str | None:
         if ours > SLOWER * mlx:
             return f"it takes {ours / mlx:.1f} times as long as MLX's own product at {rows} rows"
     return None
+
+
+def _gate_up() -> str | None:
+    x, found = _normal(0, 3, 192), []
+    wide = x.astype(mx.float32) / 8
+    for layout in LAYOUTS:
+        gate, up = (_matrix(seed, layout, 37, 192) for seed in (1, 2))
+        y = gate_up.gate_up(wide, gate, up)
+        what = "plain" if layout is None else f"{layout[2]}, {layout[1]} bit"
+        found.append(_differs(y, gate_up.reference(wide, gate, up), what))
+        found.append(_alone(y[2:], gate_up.gate_up(wide[2:], gate, up)))
+    return _first(*found)
 
 
 def _experts() -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_mtp.kernels.gate_up import geglu
 from mlx_mtp.models.config import MoeConfig
 
 SORT_FROM = 64  # (token, expert) pairs from which MLX's gathered products run faster, and share reads, when sorted
@@ -48,12 +49,6 @@ class QuantizedExpertLinear(nn.Module):
             mode=self.mode,
             sorted_indices=ordered,
         )
-
-
-@mx.compile
-def geglu(gate: mx.array, up: mx.array) -> mx.array:
-    """gelu_tanh(gate) * up, elementwise."""
-    return nn.gelu_approx(gate) * up
 
 
 class Experts(nn.Module):

@@ -13,8 +13,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_mtp.cache import LayerSpec, Pass
+from mlx_mtp.kernels.gate_up import geglu
 from mlx_mtp.models.config import LayerConfig, MoeConfig, TextConfig
-from mlx_mtp.models.experts import Experts, geglu
+from mlx_mtp.models.experts import Experts
 
 ALL, LAST = slice(None), slice(-1, None)
 

@@ -22,7 +22,9 @@ class Settings:
     sampling: values that take the place of the checkpoint's defaults. max_tokens: for requests that name none.
     api_key: None leaves the server open. origins: web origins that may call it, "*" is any. hosts: host names beside
     this machine's that it answers to, "*" is any.
-    loop_guard: when a chat's text counts as a loop, and is ended; None lets it go on to its limit.
+    warm_up: (requests at once, prompt tokens of each), run one after another before the first request, so that no
+    client waits for kernels to be compiled. loop_guard: when a chat's text counts as a loop, and is ended; None lets it
+    go on to its limit.
     keepalive_s: a stream that has nothing to say for so long says that it lives. grace_s: how long running requests
     may go on after SIGTERM.
     """
@@ -40,6 +42,7 @@ class Settings:
     body_bytes: int = 32 * 2**20
     loop_guard: LoopLimits | None = field(default_factory=LoopLimits)
     keepalive_s: float = 5.0
+    warm_up: tuple[tuple[int, int], ...] = ((1, 8), (1, 600), (2, 24), (4, 24))
     grace_s: float = 30.0
 
 

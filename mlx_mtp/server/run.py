@@ -97,7 +97,7 @@ def serve(settings: Settings, load: Callable[[], Pair], bound: socket.socket, pr
     def failed(error: Exception) -> None:
         server.should_exit = True
 
-    worker = Worker(load, settings.width, Reports(progress, failed))
+    worker = Worker(load, settings, Reports(progress, failed))
     server = Server(Service(settings, worker, Metrics()))
     server.run(sockets=[bound])
     worker.abort(ServerError(503, "shutting_down", "the server is shutting down"), stop=True)

@@ -21,7 +21,7 @@ from queue import Empty, SimpleQueue
 from mlx_mtp.pair import Pair, leave_thread
 from mlx_mtp.rows import GREEDY, Event, Request, RequestError, Sampling
 from mlx_mtp.server.decoding import Decoder, joined
-from mlx_mtp.server.nouns import Delta, Finish, Job, ServerError, State, Usage, invalid
+from mlx_mtp.server.nouns import Delta, Finish, Job, ServerError, Settings, State, Usage, invalid
 from mlx_mtp.text import Text
 
 MAX_FAULTS, FAULT_WINDOW_S = 3, 300.0
@@ -136,9 +136,10 @@ class Reports:
 class Worker:
     """Runs jobs on a thread of its own. `submit`, `cancel` and `abort` are called from the event loop."""
 
-    def __init__(self, load: Callable[[], Pair], width: int | str, reports: Reports) -> None:
+    def __init__(self, load: Callable[[], Pair], settings: Settings, reports: Reports) -> None:
         """load: makes the pair, on the engine thread."""
-        self._load, self._width, self._reports = load, width, reports
+        self._load, self._settings, self._reports = load, settings, reports
+        self._width = settings.width
         self._commands: SimpleQueue[_Submit | _Cancel | _Abort] = SimpleQueue()
         self._lock = threading.Lock()  # no command may be left in the queue when the thread has gone
         self._live: dict[int, _Live] = {}
@@ -227,8 +228,7 @@ class Worker:
                     return
 
     def _warm_up(self, pair: Pair) -> None:
-        """Run once what requests will run, so that no client waits for kernels to be compiled."""
-        plan = [(1, 8), (1, 600), (2, 24), (4, 24)]
+        plan = self._settings.warm_up
         for done, (rows, length) in enumerate(plan):
             self._reports.progress("warm-up", done, len(plan))
             length = max(1, min(length, pair.room_tok - 9))

@@ -44,7 +44,7 @@ def complaints(definition: Definition, call: Call) -> list[str]:
     text = f'#include "msl_lint.h"\n#include "{build.MLX_KERNELS}utils.h"\n{text}'
     text = build.inline_mlx_headers(text, lowered, build.HERE / "lint")
     source = build.write_atomically(build.cache_directory() / f"lint_{build.digest(text)}.clcpp", text)
-    folders = [build.HERE / "lint", build.standard_headers("msl_lint"), build.mlx_include()]
+    folders = [build.HERE / "lint", build.HERE / "override", build.standard_headers("msl_lint"), build.mlx_include()]
     includes = [word for folder in folders for word in ("-I", str(folder))]
     done = subprocess.run([CLANG, *FLAGS, *includes, str(source)], capture_output=True, text=True)
     found = [line for line in done.stderr.split("\n") if ": error:" in line or "note: candidate" in line]

@@ -1,0 +1,97 @@
+"""Every kind of drafter there is: what the loader must know of each, and how one is made. Knows no files and no rows.
+
+A kind is a module beside this one with a `KIND`, and a line in KINDS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import mlx.nn as nn
+
+from mlx_mtp.cache import Cache
+from mlx_mtp.drafters import Drafter
+from mlx_mtp.models.config import LayerConfig, TextConfig
+from mlx_mtp.models.gemma4 import Gemma4
+from mlx_mtp.rows import CheckpointError
+
+KINDS = (
+    "mtp",
+    "dflash",
+    "draft_model",
+    "lookup",
+)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a drafter is made of.
+
+    cache: the target's, which drafters read and never write. network: the drafter's own, None if it has none.
+    under: the drafter that drafts where this one has nothing to say.
+    """
+
+    target: Gemma4
+    cache: Cache
+    network: Any
+    under: Drafter
+
+
+@dataclass(frozen=True)
+class Network:
+    """How a kind's checkpoints are told from others, read, and held against a target, before weights are.
+
+    recognise: whether a config.json is one of its own. read: (config.json, its path) -> config; raises
+    CheckpointError. build: config -> network, whose parameters are named as stored.
+    check: (target, config, advice) -> warnings for the user; raises PairingError, whose line ends in the advice.
+    layers: of a config, those that may borrow another's keys and values, so that stored tensors have no use.
+    nested: stored names may carry the prefixes of a whole model (`model.language_model.`).
+    """
+
+    recognise: Callable[[dict[str, Any]], bool]
+    read: Callable[[dict[str, Any], str], Any]
+    build: Callable[[Any], nn.Module]
+    check: Callable[[TextConfig, Any, str], list[str]]
+    layers: Callable[[Any], tuple[LayerConfig, ...]] = lambda config: ()
+    nested: bool = False
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of drafter. network: None where it has none, so that it is chosen by name and no checkpoint."""
+
+    name: str
+    make: Callable[[Parts], Drafter]
+    network: Network | None = None
+
+
+def kinds() -> tuple[Kind, ...]:
+    """All kinds, in the order of KINDS."""
+    return tuple(import_module(f"mlx_mtp.drafters.{name}").KIND for name in KINDS)
+
+
+def kind_of(config: dict[str, Any], where: str) -> tuple[Kind, Network]:
+    """The kind whose checkpoints have such a config.json, found at `where`. Raises CheckpointError."""
+    for kind in kinds():
+        if kind.network is not None and kind.network.recognise(config):
+            return kind, kind.network
+    known = ", ".join(kind.name for kind in kinds() if kind.network is not None)
+    raise CheckpointError(
+        f"{where}: model_type is {config.get('model_type')!r}, no drafter of a known kind; expected one of: {known}"
+    )
+
+
+def split_name(drafter: str) -> tuple[str | None, tuple[Kind, ...]]:
+    """What --drafter says: (a checkpoint, "auto" or None; the kinds without a network over it, innermost first).
+
+    "none" is neither; "auto+lookup" is both.
+    """
+    named = {kind.name: kind for kind in kinds() if kind.network is None}
+    over: list[Kind] = []
+    while drafter in named or drafter.rpartition("+")[2] in named:
+        drafter, _, name = drafter.rpartition("+")
+        over.insert(0, named[name])
+    return None if drafter in ("", "none") else drafter, tuple(over)

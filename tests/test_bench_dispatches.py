@@ -1,0 +1,62 @@
+"""Dispatches are counted from graphs that are never run, as the emulator counts the launches of ones that are."""
+
+import importlib.util
+import sys
+from collections import Counter
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from mlx_mtp.drafters.mtp import KIND
+from mlx_mtp.models.config import read_assistant, read_target
+from mlx_mtp.pairs import KNOWN, check_pair
+
+pytestmark = pytest.mark.kernels
+
+
+@pytest.fixture(scope="module")
+def bench():
+    file = Path(__file__).parent.parent / "bench" / "dispatches.py"
+    spec = importlib.util.spec_from_file_location("dispatches", file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["dispatches"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["dispatches"]
+
+
+def test_what_only_looks_at_memory_is_no_dispatch(bench):
+    x = mx.zeros((4, 6))
+    mx.eval(x)
+    y = mx.exp(x).reshape(6, 4).T[1:3]
+    assert bench.primitives(y) == Counter(Exp=1)
+    assert bench.primitives(y, mx.abs(y)) == Counter(Exp=1, Abs=1), "what two results share is counted once"
+
+
+def test_the_sizes_are_those_of_the_published_pairs(bench):
+    for pair in KNOWN:
+        target, drafter = bench.configs(bench.SIZES[pair.size])
+        read = read_target(target, pair.target)
+        assert read.hidden_size == pair.hidden_size
+        found = read_assistant(drafter, pair.drafter)
+        assert check_pair(KIND.network, read, found, (pair.target, pair.drafter)) == []
+
+
+def test_a_step_of_kernels_is_what_the_code_launches(bench):
+    with bench.as_on_metal(kernels=True):
+        made = bench.networks(bench.SIZES["26B-A4B"], 4)
+        step, draft = bench.round_of(made, 0), bench.counts(bench.SIZES["26B-A4B"], 4, True, 1).draft
+    # a layer: 7 products (6 in full layers, whose values are their keys), 4 launches of experts, 2 of attention, 13
+    # norms and rotations; then the last norm and the output head, the verdict's two, the embedding's dequantising
+    layers, full = 30, 5
+    assert step["Depends"] == (7 + 4 + 2 + 13) * layers - full + 1 + 1 + 2 + 1
+    assert draft["Depends"] == (4 + 2 + 6) * 4 + 3 + 1 + 1
+
+
+def test_attention_over_heads_of_512_is_several_operations_without_the_kernel(bench):
+    with bench.as_on_metal(kernels=False):
+        made = bench.networks(bench.SIZES["E4B"], 4)
+        step = bench.round_of(made, 0)
+    assert step["Softmax"] == 7 and step["Matmul"] == 2 * 7
+    assert step["QuantizedMatmul"] == 24 * 2 + 42 * (2 + 3 + 2) + 2  # keys and values; every layer; two outside
