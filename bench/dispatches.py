@@ -21,7 +21,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_mtp.accept import verdict
-from mlx_mtp.cache import Cache, Snapshot
+from mlx_mtp.cache import Cache
 from mlx_mtp.drafters.mtp import MtpDrafter
 from mlx_mtp.few_rows import use_kernels
 from mlx_mtp.kernels import trials
@@ -203,13 +203,9 @@ def networks(size: Size, bits: int) -> Networks:
 def filled(target: Gemma4, rows: int) -> Cache:
     """A cache with rows that hold CONTEXT positions."""
     cache = Cache(target.specs, MAX_WIDTH, mx.bfloat16)
-    ring, full = {}, {}
-    for i, spec in enumerate(target.specs):
-        slots = cache.ring_size(spec.window) if spec.window else CONTEXT
-        blank = _hollow((1, spec.kv_heads, slots, spec.head_dim), mx.bfloat16)
-        (ring if spec.window else full)[i] = (blank, blank)
     for _ in range(rows):
-        cache.join(CONTEXT, Snapshot((0,) * CONTEXT, ring, full))
+        cache.join(CONTEXT + MAX_WIDTH + 1)
+    cache.bounds = [CONTEXT] * rows
     cache.restore(tree_map(hollow, cache.state()))
     return cache
 

@@ -7,6 +7,7 @@ Shapes: B rows, K drafted columns, V vocabulary; column j of the target's output
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import mlx.core as mx
 
@@ -32,6 +33,14 @@ class Verdict:
     def bonus(self) -> mx.array:
         """The last new token of every row, [B] int32; it is not in the cache yet."""
         return mx.take_along_axis(self.tokens, self.kept[:, None] - 1, axis=1)[:, 0]
+
+
+class Judge(Protocol):
+    """What an engine asks for a verdict; `verdict` is the exact one."""
+
+    def __call__(
+        self, draft: Draft, logits: mx.array, start: mx.array, sampler: Sampler, hidden: mx.array | None = None
+    ) -> Verdict: ...
 
 
 def verdict(

@@ -365,20 +365,24 @@ class Pass:
         self._chunk = columns > cache.max_width + 1  # too wide for the ring's slack: a prompt chunk
         self.routed: list[mx.array] = []  # the model leaves its expert choices here, [N, k] a layer, to be counted
         self._masks: dict[tuple, mx.array] = {}
-        self._slots: dict[int, tuple] = {}
+        self._slots: dict[int | tuple, tuple] = {}
 
-    def store(self, layer: int, keys: mx.array, values: mx.array) -> View:
-        """Write [B, H, L, D] keys and values of the new columns; returns what the queries of this pass see."""
+    def store(self, layer: int, keys: mx.array, values: mx.array, *, causal: bool = True) -> View:
+        """Write [B, H, L, D] keys and values of the new columns; returns what the queries of this pass see.
+
+        causal: False shows every query all columns of the pass, those ahead of it too; not for prompt chunks.
+        """
         window = self.cache.specs[layer].window
         if window is None:
-            return self._store_full(layer, keys, values)
+            return self._store_full(layer, keys, values, causal)
         if self._chunk:
+            assert causal
             return self._store_chunk(layer, keys, values, window)
         self._write_ring(layer, keys, values, self.columns)
         last = self.start[:, None] + (self.columns - 1)
         k, v, at = self.cache._ring_view(layer, self.rows, self.columns, last)
-        whole = self.cache.whole_ring(layer, self.rows, self.start, window)
-        return View((Part(k, v, self._mask(("ring", window), at, window), whole),))
+        whole = self.cache.whole_ring(layer, self.rows, self.start, window) if causal else None
+        return View((Part(k, v, self._mask(("ring", window), at, window, causal), whole),))
 
     def _store_chunk(self, layer: int, keys: mx.array, values: mx.array, window: int) -> View:
         """A chunk wider than the ring's slack attends over the ring and itself, and leaves its last columns there."""
@@ -394,6 +398,10 @@ class Pass:
     def _write_ring(self, layer: int, keys: mx.array, values: mx.array, last: int) -> None:
         k, v = self.cache._ring[layer]
         size = k.shape[2]
+        if last == self.columns and self.rows == slice(0, k.shape[0]):
+            # Every row has a place in it: one operation, where indexing rows and slots takes MLX fifteen.
+            self.cache._ring[layer] = (self._put_all(k, keys), self._put_all(v, values))
+            return
         if size not in self._slots:
             rows = mx.arange(self.rows.start, self.rows.stop)[:, None]
             self._slots[size] = (rows, self._at[:, self.columns - last :] % size)
@@ -404,8 +412,16 @@ class Pass:
             _put(v, where, values[:, :, self.columns - last :].transpose(0, 2, 1, 3)),
         )
 
-    def _store_full(self, layer: int, keys: mx.array, values: mx.array) -> View:
+    def _put_all(self, ring: mx.array, new: mx.array) -> mx.array:
+        """ring [R, H, S, D] with the pass's columns [R, H, L, D] in their slots."""
+        size, key = ring.shape[2], (ring.shape[2], *new.shape)
+        if key not in self._slots:
+            self._slots[key] = (mx.broadcast_to((self._at % size)[:, None, :, None], new.shape),)
+        return mx.put_along_axis(ring, self._slots[key][0], new, axis=2)
+
+    def _store_full(self, layer: int, keys: mx.array, values: mx.array, causal: bool) -> View:
         buffers, parts = self.cache._full[layer], []
+        upto = self._at if causal else self._at[:, -1:]  # [B, L or 1]
         for b, row in enumerate(range(self.rows.start, self.rows.stop)):
             k, v = buffers[row]
             need = self.cache.bounds[row] + self.columns
@@ -419,17 +435,22 @@ class Pass:
             buffers[row] = (k, v)
             k, v = self.cache._full_view(layer, row, self.columns)
             used = k.shape[2]
-            if (row, used) not in self._masks:
-                self._masks[row, used] = (mx.arange(used) <= self._at[b][:, None])[None, None]
-            whole = None if self._chunk else self.cache.whole_full(layer, row, at)
-            parts.append(Part(k, v, self._masks[row, used], whole))
+            key = row, used, causal
+            if key not in self._masks:
+                seen = mx.arange(used) <= upto[b][:, None]
+                self._masks[key] = mx.broadcast_to(seen, (self.columns, used))[None, None]
+            whole = self.cache.whole_full(layer, row, at) if causal and not self._chunk else None
+            parts.append(Part(k, v, self._masks[key], whole))
         return View(tuple(parts))
 
-    def _mask(self, key: tuple, at: mx.array, window: int) -> mx.array:
-        """[B, 1, L, T]: key positions at [B, T] a query sees: stored, not ahead of it, inside the window."""
+    def _mask(self, key: tuple, at: mx.array, window: int, causal: bool = True) -> mx.array:
+        """[B, 1, L, T]: key positions at [B, T] a query sees: stored, not ahead of it (or in this pass), inside the
+        window."""
+        key = *key, causal
         if key not in self._masks:
             at, query = at[:, None, :], self._at[:, :, None]
-            self._masks[key] = ((at >= 0) & (at <= query) & (at > query - window))[:, None]
+            upto = query if causal else self._at[:, -1:, None]
+            self._masks[key] = ((at >= 0) & (at <= upto) & (at > query - window))[:, None]
         return self._masks[key]
 
 

@@ -117,11 +117,12 @@ class Auto:
     shape not yet seen takes at least what the next narrower one takes; where that would be fast enough to win, the
     shape is tried. Steps in the cost, as kernels have them, are found this way.
     Where width 0 is best, a narrow round is tried at growing distances, unless no drafter has anything. A ledger holds
-    what drafting has gained and lost against width 0; while it shows a loss of more than LOSS, nothing is drafted.
+    what drafting has gained and lost against width 0; while it shows a loss of more than LOSS, nothing is drafted, and
+    no shape is tried that could make it as much.
     """
 
     GAIN = 1.03  # a new width must look this much better
-    SAMPLES, FIRST = 2, 4  # timed rounds before a shape is judged; the first width, half of it from 3 rows on
+    SAMPLES, FIRST = 2, 2  # timed rounds before a shape is judged; the first width: what is wasted if nothing is kept
     LOSS, ALLOWANCE = 0.015, 6  # share of the time, on top of so many rounds of width 0
     MEMORY = 0.999  # per round: about a thousand rounds stand in the ledger
     PAUSE = 6  # rounds between two shapes that are tried for their time
@@ -142,10 +143,10 @@ class Auto:
     def choose(self, outlook: Sequence[int]) -> int:
         rows = len(outlook)
         hopeful = any(o != NOTHING for o in outlook)
-        for width in (min(self.FIRST if rows < 3 else self.FIRST // 2, self._most) if hopeful else 0, 0):
+        for width in (min(self.FIRST, self._most) if hopeful else 0, 0):
             if not self._timed(rows, width):
                 return width
-        if self._gained < -self.LOSS * self._spent - self.ALLOWANCE * self.seconds(rows, 0):
+        if self._left(rows) < 0:
             return 0
         if hopeful and self._trial and self._trial[0] == rows and not self._timed(*self._trial):
             return self._trial[1]
@@ -206,12 +207,23 @@ class Auto:
         return self._width if stay else best
 
     def _worth_trying(self, outlook: Sequence[int]) -> int | None:
-        """An untimed width that would win if it took no longer than the next narrower timed one."""
-        unknown = [w for w in range(1, self._most + 1) if not self._timed(len(outlook), w)]
-        best = max(unknown, key=lambda w: self._rate(outlook, w), default=None)
-        if best is None or self._rate(outlook, best) < self.GAIN * self._rate(outlook, self._width):
-            return None
-        return best
+        """An untimed width that would win if it took no longer than the next narrower timed one; of those about as good
+        the narrowest, which costs least if it does not win."""
+        rows = len(outlook)
+        unknown = [w for w in range(1, self._most + 1) if not self._timed(rows, w) and self._affordable(rows, w)]
+        rates = {w: self._rate(outlook, w) for w in unknown}
+        wanted = max(self.GAIN * self._rate(outlook, self._width), max(rates.values(), default=0.0) / self.GAIN)
+        return next((w for w, rate in rates.items() if rate >= wanted), None)
+
+    def _left(self, rows: int) -> float:
+        """Seconds that may still be lost."""
+        return self._gained + self.LOSS * self._spent + self.ALLOWANCE * self.seconds(rows, 0)
+
+    def _affordable(self, rows: int, width: int) -> bool:
+        """Whether the loss would be borne if timing a width brought nothing and the cost went on as it has so far."""
+        widest = max(w for w in range(self._most + 1) if self._timed(rows, w))
+        slope = (self.seconds(rows, widest) - self.seconds(rows, 0)) / max(widest, 1)
+        return (self.SAMPLES + 1) * slope * width <= self._left(rows)
 
     def _probe(self) -> int:
         """Width of a round while drafting does not pay: 0, except for a narrow look at growing distances."""

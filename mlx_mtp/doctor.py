@@ -40,7 +40,17 @@ def memory_bytes() -> int:
         value = info.get(key)
         if isinstance(value, int) and value > 0:
             return value
-    return _ram_bytes()
+    return ram_bytes()
+
+
+def chip_brand() -> str | None:
+    """What macOS calls its processor, such as "Apple M4 Pro"; None elsewhere."""
+    return _sysctl("machdep.cpu.brand_string")
+
+
+def ram_bytes() -> int:
+    """All memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def on_gpu() -> bool:
@@ -50,10 +60,6 @@ def on_gpu() -> bool:
 
 def _device_info() -> dict[str, str | int]:
     return mx.device_info(mx.default_device())
-
-
-def _ram_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _platform() -> Fact:

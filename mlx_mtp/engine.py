@@ -7,6 +7,9 @@ for a read and a dispatch but never for Python to build or emit anything.
 
 The price: a row's end is seen one pass late, and its last pass is wasted, unless no row is left that needs the pass;
 then the pass is undone before it was ever dispatched.
+
+While a constrained row decodes nothing is built ahead, and a round that drafts is read twice: its draft, for which the
+constraint says on the host what may stand where while the target's pass runs, and then its verdict.
 """
 
 from __future__ import annotations
@@ -21,10 +24,11 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_mtp import logprobs
-from mlx_mtp.accept import Verdict, verdict
+from mlx_mtp.accept import Judge, Verdict, verdict
 from mlx_mtp.cache import Cache
-from mlx_mtp.depth import Depth
+from mlx_mtp.depth import MAX_WIDTH, Depth
 from mlx_mtp.drafters import Drafter
+from mlx_mtp.guide import Guide, allowing
 from mlx_mtp.models.experts import distinct_experts
 from mlx_mtp.models.gemma4 import ALL, LAST, Gemma4
 from mlx_mtp.prefixes import Prefix
@@ -97,11 +101,13 @@ class Engine:
     ) -> None:
         """profile: wait for every draft, to tell its time from the verifying pass's; costs a host wait a round."""
         self.target, self.cache, self.drafter, self.depth = target, cache, drafter, depth
+        self.judge: Judge = verdict  # what decides which drafts a round keeps; benchmarks give another
         self.scheduler = Scheduler(limits, cache.row_bytes, cache.back)
         self.host_reads = 0
         self.total = Stats()  # of all requests that have ended
         self.first_drafts = self.first_kept = 0  # of the first JUDGED rounds: drafts that were its drafter's own guess
         self._profile, self._sent_s, self._left_s = profile, 0.0, 0.0
+        self._begun_s: float | None = None  # when the first part of the pass being built was dispatched, if it was
         self._ids = itertools.count()
         self._bonus = mx.zeros((0,), mx.int32)  # [R] newest token of every row
         self._history = History(target.config.vocab_size)
@@ -117,7 +123,8 @@ class Engine:
         Raises RequestError for what can never run here.
         """
         check_ids(request.sampling, self.target.config.vocab_size)
-        row = Row(next(self._ids), request, RowSampler.of(request.sampling))
+        follower = request.constraint.begin() if request.constraint is not None else None
+        row = Row(next(self._ids), request, RowSampler.of(request.sampling), follower=follower)
         row.stats.prompt_tokens = len(request.prompt)
         self.scheduler.submit(row)
         return row.id
@@ -150,7 +157,8 @@ class Engine:
             self._dispatch(built)
         running, undo = self._running, self._state()
         assert running is not None
-        ahead = self._build()
+        # What a constrained row may say next depends on what the pass under way has said.
+        ahead = None if self._constrained() else self._build()
         events = self._read(running, away_s)
         if ahead is not None and any(not r.done for r in ahead.rows):
             del undo  # MLX copies a buffer that is still referred to instead of writing into it
@@ -202,6 +210,10 @@ class Engine:
         self._history.join(row.request)
         self._bonus = mx.concatenate([self._bonus, mx.zeros((1,), mx.int32)])
 
+    def _constrained(self) -> bool:
+        """Whether the coming round has a row whose text must be something."""
+        return any(r.follower is not None and r.decoding and not r.done for r in self.scheduler.rows)
+
     def _width(self, active: list[Row]) -> int:
         """The depth policy's width, but no wider than the longest row can still use."""
         useful = max((r.room for r in active), default=1) - 1
@@ -211,16 +223,18 @@ class Engine:
         """Draft, verify, commit. most: log-probabilities of so many tokens go with each where they are asked for."""
         rows, asking = slice(0, len(decoded)), [i for i, r in enumerate(decoded) if r in _asking(active)]
         sampler = self._sampler(decoded, rows)
+        guide = self._guide(decoded, active, width)
         bonus = self._bonus[rows]
-        draft = Draft(mx.zeros((len(decoded), 0), mx.int32))
-        if width:
-            draft = self.drafter.propose(rows, bonus, sampler, width)
+        draft = self._draft(rows, bonus, sampler, width, guide)
         width = draft.width
         tokens = mx.concatenate([bonus[:, None], draft.tokens], axis=1)
         pass_ = self.cache.open(rows, width + 1)
         hidden, taps = self.target.forward(tokens, pass_, self.drafter.taps)
         logits = self.target.logits(hidden, capped=bool(asking) or not sampler.order_decides)
-        judged = verdict(draft, logits, pass_.start, sampler, hidden)
+        if guide is not None:
+            drafts = guide.known() if guide.certain else self._peek(draft.tokens, logits, active)
+            sampler = guide.judging(sampler, drafts)
+        judged = self.judge(draft, logits, pass_.start, sampler, hidden)
         kept = judged.kept
         still = frozenset(i for i, r in enumerate(decoded) if r.done or not r.decoding)
         if still:  # rows that are feeding their prompt, or have ended
@@ -237,6 +251,33 @@ class Engine:
         scores = _scores(logits, judged.tokens, asking, most)
         foreseen = [] if outlook is None else [outlook]
         return Round(draft.tokens if width else None, Verdict(judged.tokens, kept), foreseen, experts, scores)
+
+    def _guide(self, decoded: list[Row], active: list[Row], width: int) -> Guide | None:
+        """What constrains a round; None where nothing does."""
+        if not any(r.follower is not None for r in active):
+            return None
+        most = max(width, min(MAX_WIDTH, max(r.room for r in active) - 1))
+        return Guide(decoded, active, width, most, self.target.config.vocab_size)
+
+    def _draft(self, rows: slice, bonus: mx.array, sampler: Sampler, width: int, guide: Guide | None) -> Draft:
+        if guide is not None and guide.certain:
+            return Draft(mx.array(guide.known(), mx.int32).reshape(bonus.shape[0], guide.width))
+        if not width:
+            return Draft(mx.zeros((bonus.shape[0], 0), mx.int32))
+        if guide is None:
+            return self.drafter.propose(rows, bonus, sampler, width)
+        return guide.extended(self.drafter.propose(rows, bonus, guide.hinting(sampler), width))
+
+    def _peek(self, draft: mx.array, logits: mx.array, active: list[Row]) -> list[list[int]]:
+        """The tokens of a draft [B, K], and the target's pass over them on its way."""
+        self._begun_s = time.perf_counter()
+        mx.async_eval(draft)
+        mx.async_eval(logits)
+        drafts = cast(list[list[int]], draft.tolist())
+        self.host_reads += 1
+        for row in active:
+            row.stats.host_reads += 1
+        return drafts
 
     def _chunk(self, chunk: Chunk, most: int) -> tuple[mx.array, list[mx.array]]:
         """A prompt chunk; returns the token after it, [1] int32, which counts only at the prompt's end, and scores as
@@ -256,6 +297,8 @@ class Engine:
             return self.cache.lengths[rows], []  # something to wait for
         row.pending += 1
         sampler, asking = self._sampler([row], rows), [0] if _asking([row]) else []
+        if row.follower is not None:
+            sampler = allowing(sampler, [row.follower], [[]], self.target.config.vocab_size)
         nothing = Draft(mx.zeros((1, 0), mx.int32))
         logits = self.target.logits(hidden[:, LAST], capped=bool(asking) or not sampler.order_decides)
         judged = verdict(nothing, logits, pass_.start + (count - 1), sampler, hidden[:, LAST])
@@ -292,7 +335,8 @@ class Engine:
         return self.cache.state(), self.drafter.state(), self._bonus, self._history.state()
 
     def _dispatch(self, built: Pass) -> None:
-        self._running, self._sent_s, drafted_s = built, time.perf_counter(), 0.0
+        self._running, drafted_s = built, 0.0
+        self._sent_s, self._begun_s = self._begun_s or time.perf_counter(), None
         if built.draft is not None:
             mx.async_eval(built.draft)
         if self._profile and built.draft is not None:  # a second wait, only to tell drafting from verifying
@@ -367,11 +411,14 @@ class Engine:
         if end is not None:
             tokens = tokens[: end + 1]
         row.tokens += tokens
+        if row.follower is not None:
+            row.follower.advance(tokens)
         stats, reason = row.stats, None
         stats.generated_tokens = len(row.tokens)
         if width is not None:
             stats.count_round(width, kept, len(tokens))
-        if end is not None or len(row.tokens) == request.max_tokens:
+        failed = row.follower is not None and row.follower.failed
+        if end is not None or failed or len(row.tokens) == request.max_tokens:
             reason = "stop" if end is not None else "length"
             self._end(row, now)
         return Event(row.id, tuple(tokens), "", reason, stats if reason else None, scores[: len(tokens)])
@@ -390,6 +437,8 @@ class Engine:
             self.scheduler.timed(seconds, sum(c.count for c in done.chunks), len(done.decoded))
         if done.decoded:
             counts = [k for k, row in zip(kept, done.decoded, strict=True) if row in done.active]
+            if any(row.follower is not None for row in done.active):
+                return  # forced drafts say nothing about the drafter
             self.depth.record(done.width, counts, None if done.chunks else seconds, done.outlook)
             if done.width and self.first_drafts < JUDGED:
                 guessed = [k > 1 for k, outlook in zip(counts, done.outlook, strict=True) if outlook == USUAL]

@@ -69,10 +69,10 @@ def load(
     quantize_drafter: 4 or 8 bits, at load. drafter_clusters: cluster the vocabulary of a drafter that scores all of it,
     once (kept on disk), and score so many clusters a step: fewer drafts are kept, the text is the same.
     dtype: "float32", "bfloat16" or "float16"; None takes the checkpoint's on a GPU and float32 on a CPU.
+    limits: on rows and memory; without kv_bytes they take what the weights leave.
     prefix_bytes: memory for what has been computed of earlier prompts and replies, so that a later prompt that begins
     the same costs only the rest; None is half of that for all keys and values, which running requests take back as they
-    need it; 0 keeps nothing. limits: on rows and memory; without kv_bytes they take what the weights leave.
-    report: called with (stage, done bytes, total bytes) while weights are read.
+    need it; 0 keeps nothing. report: called with (stage, done bytes, total bytes) while weights are read.
     Raises CheckpointError, DownloadError, PairingError or RequestError, before weights are read where possible.
     """
     if dtype is not None and dtype not in DTYPES:

@@ -31,12 +31,50 @@ def check_ids(sampling: Sampling, vocabulary: int) -> None:
 
 
 @dataclass(frozen=True)
+class Steering:
+    """What is known of a constrained text before it is drafted: its next tokens, where they are forced, and what may
+    follow them.
+
+    forced [B, n] int32: the token of every step of the draft, -1 where the drafter is free. allowed [B, V] bool: what
+    may stand at step at[b]; at [B] int32.
+    """
+
+    forced: mx.array
+    allowed: mx.array
+    at: mx.array
+
+    def steer(self, logits: mx.array, ids: mx.array | None, step: int) -> mx.array:
+        """logits [B, C] of tokens `ids` [B, C] (None: column c is token c) -> what may not be drafted at -inf.
+
+        Where no candidate may, all stay: the draft will not be kept, but its distribution is one.
+        """
+        may = self.allowed if ids is None else mx.take_along_axis(self.allowed, ids, axis=-1)
+        may = may | (self.at != step)[:, None]
+        may = may | ~mx.any(may, axis=-1, keepdims=True)
+        return mx.where(may, logits, -mx.inf)
+
+    def force(self, logits: mx.array, ids: mx.array | None, step: int) -> tuple[mx.array, mx.array | None]:
+        """The same with the forced token of a step as the only one: in the first column, or its own."""
+        if step >= self.forced.shape[1]:
+            return logits, ids
+        token = self.forced[:, step : step + 1]
+        column, first = mx.arange(logits.shape[1]), token if ids is None else mx.zeros_like(token)
+        only = mx.where(column == first, 0.0, -mx.inf)
+        if ids is not None:  # no id twice: the distribution would not be one
+            ids = mx.where(token >= 0, (token + column) % self.allowed.shape[-1], ids)
+        return mx.where(token >= 0, only, logits), ids
+
+
+@dataclass(frozen=True)
 class Processors:
     """What is done to the logits of B rows, and what the rows have said so far; None: no row asks for it.
 
     repetition, presence, frequency: [B, 1, 1] float32. Tables: said [B, V] int32, how often every token stands in a
     row's text, newest token included; prompt [B, V] bool, whether it stands in the prompt; bias [B, V] float32.
     A row that asks for nothing keeps its logits bit by bit (x / 1, x - 0, x + 0), whoever stands beside it.
+
+    Last comes what a constraint forbids. allowed [B, L, V] bool: the tokens that may stand in every column judged.
+    steering: the same for the drafter, as far as it is known while it drafts.
     """
 
     said: mx.array | None
@@ -45,6 +83,8 @@ class Processors:
     repetition: mx.array | None
     presence: mx.array | None
     frequency: mx.array | None
+    allowed: mx.array | None = None
+    steering: Steering | None = None
 
     def columns(self, logits: mx.array, draft: mx.array, before: int = 0) -> mx.array:
         """logits [B, L, V] float32, column j after the text so far and draft[:, : before + j] -> processed, the same.
@@ -53,6 +93,10 @@ class Processors:
         drafted, for which alone they differ, are done again with their own. The same function of the same numbers
         decides in both cases, so a column's result does not depend on how many there are.
         """
+        out = self._columns(logits, draft, before)
+        return out if self.allowed is None else mx.where(self.allowed, out, -mx.inf)
+
+    def _columns(self, logits: mx.array, draft: mx.array, before: int = 0) -> mx.array:
         out = self._apply(logits, *(None if t is None else t[:, None] for t in self._tables))
         if self.said is None or not draft.shape[1] or before + logits.shape[1] == 1:
             return out
@@ -69,9 +113,13 @@ class Processors:
     def step(self, logits: mx.array, ids: mx.array | None, drafted: Sequence[mx.array]) -> mx.array:
         """A drafter's logits [B, C] of tokens `ids` [B, C] (None: column c is token c), after the text so far and the
         tokens [B] in `drafted` -> processed, the same."""
+        out = self._step(logits, ids, drafted)
+        return out if self.steering is None else self.steering.steer(out, ids, len(drafted))
+
+    def _step(self, logits: mx.array, ids: mx.array | None, drafted: Sequence[mx.array]) -> mx.array:
         draft = mx.stack(list(drafted), axis=1) if drafted else mx.zeros((logits.shape[0], 0), mx.int32)
         if ids is None:
-            return self.columns(logits[:, None], draft, len(drafted))[:, 0]
+            return self._columns(logits[:, None], draft, len(drafted))[:, 0]
         said, prompt, bias = (None if t is None else self._at(t, ids) for t in self._tables)
         if said is not None and drafted:
             said = said + (ids[:, None, :, None] == draft[:, None, None, :]).sum(axis=-1)

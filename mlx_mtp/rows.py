@@ -12,10 +12,12 @@ Shapes: B rows, L columns, K width, H hidden size, V vocabulary. Positions are a
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 import mlx.core as mx
+import numpy as np
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -139,12 +141,46 @@ GREEDY = Sampling(temperature=0.0)
 MAX_LOGPROBS = 20  # the most that OpenAI's API gives
 
 
+class Follower(Protocol):
+    """Where one text stands in what it must be. Lives on the host; the engine asks it once a round."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether it cannot follow the text any more."""
+        ...
+
+    def forced(self, most: int) -> list[int]:
+        """The tokens that come next whatever the model says, at most so many. They are drafted; nothing depends on
+        their being complete."""
+        ...
+
+    def masks(self, draft: Sequence[int]) -> np.ndarray:
+        """[len(draft) + 1, ceil(V / 32)] uint32: bit t of row j says whether token t may follow the text and draft[:j].
+
+        At least one token may. Rows after a draft that may not come itself are all ones.
+        """
+        ...
+
+    def advance(self, tokens: Sequence[int]) -> None:
+        """The text has grown by these."""
+        ...
+
+
+class Constraint(Protocol):
+    """What a text must be, whoever writes it; requests may share one."""
+
+    def begin(self) -> Follower:
+        """Follow a new text from its first token."""
+        ...
+
+
 @dataclass(frozen=True)
 class Request:
     """What came in. Token ids and limits, checked before it reaches the engine.
 
     eos: ids that end the text. priority: higher joins first and feeds its prompt first; equals in order of arrival.
     logprobs: None asks for no log-probabilities, n for those of every token and of the n most probable in its place.
+    constraint: what the text must be. Needs end tokens, since only they can end it.
     """
 
     prompt: tuple[int, ...]
@@ -153,8 +189,11 @@ class Request:
     eos: frozenset[int] = frozenset()
     priority: int = 0
     logprobs: int | None = None
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
+        if self.constraint is not None and not self.eos:
+            raise RequestError("a constrained text cannot ignore the end tokens; leave out one of the two")
         if self.logprobs is not None:
             _require_integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
 

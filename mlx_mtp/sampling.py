@@ -148,16 +148,41 @@ class Sampler:
         """
         if self.processors is not None:
             logits = self.processors.step(logits, ids, drafted)
+        shown = None if ids is None else ids[:, None]
+        tokens, kept = self._drawn(logits[:, None], shown, position[:, None])
+        return tokens[:, 0], None if kept is None else kept[:, 0]
+
+    def draw_all(self, logits: mx.array, position: mx.array) -> tuple[mx.array, mx.array | None]:
+        """As `draw`, for drafts that were computed together: logits [B, L, V], position [B, L] -> tokens [B, L] and
+        filtered logits [B, L, V]. Penalties still see the tokens drawn before."""
+        if self.processors is None:
+            return self._drawn(logits, None, position)
+        tokens, kept = [], []
+        for i in range(logits.shape[1]):
+            token, z = self.draw(logits[:, i], None, position[:, i], tokens)
+            tokens.append(token)
+            kept.append(z)
+        return mx.stack(tokens, axis=1), None if kept[0] is None else mx.stack(kept, axis=1)
+
+    def _drawn(self, logits: mx.array, ids: mx.array | None, position: mx.array) -> tuple[mx.array, mx.array | None]:
+        """logits [B, L, C] of tokens `ids` [B, 1, C], position [B, L] -> tokens [B, L], filtered logits [B, L, C]."""
         if self.greedy:
             column, kept = mx.argmax(logits, axis=-1), logits if self.keep_logits else None
         else:
-            z = self.filter(logits[:, None])
-            shown = None if ids is None else ids[:, None]
-            noise = self.noise(position[:, None], shown, z.shape[-1], self._stream(DRAFT_STREAM))
-            column, kept = mx.argmax(z + noise, axis=-1)[:, 0], z[:, 0] if self.keep_logits else None
+            z = self.filter(logits)
+            noise = self.noise(position, ids, z.shape[-1], self._stream(DRAFT_STREAM))
+            column, kept = mx.argmax(z + noise, axis=-1), z if self.keep_logits else None
         if ids is not None:
-            column = mx.take_along_axis(ids, column[:, None], axis=-1)[:, 0]
+            column = mx.take_along_axis(ids[:, 0], column, axis=-1)
         return column.astype(mx.int32), kept
+
+    def offer(
+        self, logits: mx.array, ids: mx.array | None, drafted: Sequence[mx.array]
+    ) -> tuple[mx.array, mx.array | None]:
+        """What `draw` is to choose from: a drafter's logits [B, C] of tokens `ids` [B, C] (None: column c is token c),
+        or, in rows whose token after the ones in `drafted` is known beforehand, that token alone."""
+        steering = self.processors.steering if self.processors is not None else None
+        return (logits, ids) if steering is None else steering.force(logits, ids, len(drafted))
 
     def choose(self, filtered: mx.array, position: mx.array) -> mx.array:
         """The target's own choices [B, L] int32: filtered [B, L, V] from `filter`, position [B, L]."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mlx_mtp.prefixes import Prefix, Prefixes, Spacing, shared
-from mlx_mtp.rows import USUAL, Request, RequestError, Stats
+from mlx_mtp.rows import USUAL, Follower, Request, RequestError, Stats
 from mlx_mtp.sampling import RowSampler
 
 CHUNK_STEP = 16  # prompt chunks beside running rows are multiples of this
@@ -49,6 +49,7 @@ class Row:
     begin: the kept beginning of its prompt, if any, until it joins. stops: lengths of the prompt at which a prefix
     will be kept, ascending; no chunk runs past the next. marked: the last length at which one was. awaits: while it
     waits, how much of its prompt another row is about to compute. outlook: the last that was read of its drafter's.
+    follower: where its text stands in the request's constraint, as far as the host has read it.
     """
 
     id: int
@@ -65,6 +66,7 @@ class Row:
     marked: int = 0
     awaits: int = 0
     outlook: int = USUAL
+    follower: Follower | None = None
     started_s: float = 0.0
     first_token_s: float = 0.0
 

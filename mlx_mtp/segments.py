@@ -130,6 +130,11 @@ class Segmenter:
         return self._stops.found
 
     @property
+    def thinking(self) -> bool:
+        """Whether a thought is open."""
+        return self._mode in (Mode.CHANNEL, Mode.REASONING)
+
+    @property
     def answering(self) -> bool:
         """Whether the text that comes next is answer, unless a marker comes before it."""
         return self._mode is Mode.ANSWER

@@ -21,12 +21,14 @@ from random_checkpoints import drafter_config, random_checkpoint, target_config
 from mlx_mtp.cache import Cache
 from mlx_mtp.depth import MAX_WIDTH, Constant, Depth
 from mlx_mtp.drafters import Drafter
+from mlx_mtp.drafters.dflash import DFlashDrafter
 from mlx_mtp.drafters.draft_model import DraftModel
 from mlx_mtp.drafters.lookup import LookupDrafter
 from mlx_mtp.drafters.mtp import Convention, MtpDrafter
 from mlx_mtp.drafters.plain import PlainDrafter
 from mlx_mtp.engine import Engine
 from mlx_mtp.load import LoadedTarget, load_drafter, load_target
+from mlx_mtp.models.dflash import DFlash, DFlashConfig, DFlashLayer
 from mlx_mtp.models.gemma4 import Gemma4
 from mlx_mtp.models.gemma4_assistant import Assistant
 from mlx_mtp.rows import (
@@ -164,15 +166,36 @@ def random_widths(seed: int = 0, most: int = 7) -> Listed:
     return Listed([rng.randint(0, most) for _ in range(997)])
 
 
-DRAFTERS = ("plain", "rand", "fit", "near", "self", "lookup", "fit+lookup", "near+lookup")
+DRAFTERS = ("plain", "rand", "fit", "dflash", "near", "self", "lookup", "fit+lookup", "near+lookup")
+
+
+@cache
+def random_dflash(models: Models) -> DFlash:
+    """A DFlash network of random weights for a target: one layer with a window of 7, one that looks ahead."""
+    c = models.target.config
+    layers, taps = (DFlashLayer(7, True), DFlashLayer(None, False)), (0, len(c.layers) // 2, len(c.layers) - 2)
+    sizes = (c.hidden_size, c.vocab_size, 48, 4, 2, 8, c.eps, 1e4)
+    network = DFlash(DFlashConfig(*sizes, layers, taps, len(c.layers), 6, 4, c.softcap))
+    keys = iter(mx.random.split(mx.random.key(3), 256))
+
+    def fill(w: mx.array) -> mx.array:
+        noise = mx.random.normal(w.shape, key=next(keys))
+        return 1.0 + 0.2 * noise if w.ndim == 1 else noise * w.shape[-1] ** -0.5
+
+    network.update(tree_map(fill, network.parameters()))
+    mx.eval(network.parameters())
+    return network
 
 
 def drafter_of(models: Models, kind: str, rows: Cache, convention: Convention | None = None) -> Drafter:
-    """A drafter by name: one of DRAFTERS; "rand" and "fit" are MTP drafters, "near" and "self" whole models."""
+    """A drafter by name: one of DRAFTERS; "rand" and "fit" are MTP drafters, "near" and "self" whole models, and
+    "dflash" has random weights."""
     if kind.endswith("lookup"):
         return LookupDrafter(drafter_of(models, kind.rpartition("+")[0] or "plain", rows, convention), rows)
     if kind == "plain":
         return PlainDrafter()
+    if kind == "dflash":
+        return DFlashDrafter(models.target, random_dflash(models), rows)
     if kind in ("near", "self"):
         return DraftModel(models.near if kind == "near" else models.target, rows)
     return MtpDrafter(models.target, models.assistants[kind], rows, convention)

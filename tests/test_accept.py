@@ -103,6 +103,14 @@ def clustered(z: mx.array, step: int) -> tuple[mx.array, mx.array]:
     return mx.take_along_axis(z, ids, axis=-1), ids
 
 
+def drawn_at_once(sampler: Sampler, count: int) -> Draft:
+    """Drafts of `count` rows whose positions know nothing of each other, as a block drafter gives them."""
+    block = mx.broadcast_to(mx.array(DRAFTER[VOCAB, VOCAB, :WIDTH]), (count, WIDTH, VOCAB))
+    tokens, kept = sampler.draw_all(block, mx.broadcast_to(11 + mx.arange(WIDTH), (count, WIDTH)))
+    assert kept is not None
+    return Draft(tokens, Candidates(kept, None))
+
+
 def drafted(sampler: Sampler, count: int, few: bool, certain: bool) -> Draft:
     """Drafts of `count` rows from DRAFTER. certain: the drafter's only choice, with no distribution to judge it by."""
     said, logits, ids = mx.zeros((count, 0), mx.int32), [], []
@@ -189,6 +197,19 @@ def test_rejection_sampling_has_the_targets_distribution_over_three_positions(ca
     for depth in (1, 2):  # and of the first one and two, where the test is sharper
         axes = tuple(range(depth, 3))
         assert fits(counts.reshape((VOCAB,) * 3).sum(axes).ravel(), p.sum(axes).ravel())
+
+
+def test_a_block_drawn_at_once_is_judged_as_exactly_by_what_each_position_was_drawn_from():
+    count = SAMPLES // 3
+    sampler = fresh(count, 8)
+    draft = drawn_at_once(sampler, count)
+    assert draft.source is not None
+    for position in range(WIDTH):
+        q = np.array(mx.softmax(draft.source.logits[0, position]), np.float64)
+        assert fits(np.bincount(np.array(draft.tokens[:, position]), minlength=VOCAB), q / q.sum())
+    result = judged(draft, sampler)
+    assert fits(counts_of(continued(result, sampler)), joint().ravel())
+    assert all((np.array(result.kept) == n).any() for n in range(1, WIDTH + 2)), "not every position was tested"
 
 
 def test_the_test_of_the_distribution_would_see_a_difference_of_two_hundredths():
@@ -368,7 +389,7 @@ def test_an_engine_says_the_first_three_tokens_as_often_as_the_target_would(kind
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["near", "rand", "lookup", "rand+lookup"])
+@pytest.mark.parametrize("kind", ["near", "rand", "dflash", "lookup", "rand+lookup"])
 @pytest.mark.parametrize("sampling", [THREE, replace(THREE, **PENALTIES)], ids=["as_it_is", "steered"])
 def test_an_engine_says_the_first_three_tokens_as_often_in_many_texts(kind, sampling):
     check_engine(kind, 6000, 0.08, sampling)

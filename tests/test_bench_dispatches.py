@@ -8,6 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
+from mlx_mtp.drafters.mtp import KIND
 from mlx_mtp.models.config import read_assistant, read_target
 from mlx_mtp.pairs import KNOWN, check_pair
 
@@ -38,7 +39,8 @@ def test_the_sizes_are_those_of_the_published_pairs(bench):
         target, drafter = bench.configs(bench.SIZES[pair.size])
         read = read_target(target, pair.target)
         assert read.hidden_size == pair.hidden_size
-        assert check_pair(read, read_assistant(drafter, pair.drafter), (pair.target, pair.drafter)) == []
+        found = read_assistant(drafter, pair.drafter)
+        assert check_pair(KIND.network, read, found, (pair.target, pair.drafter)) == []
 
 
 def test_a_step_of_kernels_is_what_the_code_launches(bench):

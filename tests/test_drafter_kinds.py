@@ -28,7 +28,7 @@ def test_a_kind_is_known_by_its_config(folder, kind):
 
 
 def test_a_config_of_no_kind_is_refused_with_those_there_are():
-    with pytest.raises(CheckpointError, match=r"there: model_type is 'llama', no drafter .* one of: mtp, draft_model"):
+    with pytest.raises(CheckpointError, match=r"there: .* 'llama', no drafter .* one of: mtp, dflash, draft_model"):
         kind_of({"model_type": "llama"}, "there")
 
 
@@ -68,22 +68,21 @@ class Clocked(Auto):
         super().record(width, kept, self.cost(rows, width), outlook)
 
 
-def slowdown(kind: str, cost: str, sampling: Sampling) -> float:
-    """Time with a drafter over time without, of six texts two at a time."""
+def slowdown(kind: str, cost: str, sampling: Sampling, texts: int) -> float:
+    """Time with a drafter over time without, of texts of 250 tokens, two at a time; what is learnt first is in it."""
     models, depth = smallest(), Clocked(COSTS[cost])
-    wanted = [request(p, 250, sampling) for p in prompts(models, (9, 4, 20, 3, 12, 6))]
+    wanted = [request(p, 250, sampling) for p in prompts(models, (9, 4, 20, 3, 12, 6) * 2)[:texts]]
     run(engine_of(models, kind, depth, Limits(max_rows=2)), wanted)
     assert depth.plain_seconds > 0
     return depth.seconds_taken / depth.plain_seconds
 
 
 def test_a_random_drafter_costs_at_most_three_percent_whether_or_not_copies_help_it():
-    assert slowdown("rand+lookup", "dense, M5", GREEDY) < 1.03
+    assert slowdown("rand+lookup", "dense, M5", GREEDY, texts=6) < 1.03
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cost", ["old chip", "experts, M5", "memory-bound"])
-@pytest.mark.parametrize("sampling", [GREEDY, Sampling(seed=3), Sampling()], ids=["greedy", "seeded", "unseeded"])
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling()], ids=["greedy", "unseeded"])
 @pytest.mark.parametrize("kind", ["rand", "lookup", "rand+lookup", "near+lookup"])
-def test_no_kind_costs_more_than_three_percent_on_any_machine(kind, cost, sampling):
-    assert slowdown(kind, cost, sampling) < 1.03
+def test_no_kind_costs_more_than_three_percent_where_columns_cost_most(kind, sampling):
+    assert slowdown(kind, "old chip", sampling, texts=12) < 1.03

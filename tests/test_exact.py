@@ -64,6 +64,7 @@ def test_four_rows_have_the_texts_of_plain_decoding_at_every_width(shape, width)
         *product(("edge", "moe"), ("plain", "rand", "fit", "near")),
         ("dense", "near"),
         ("unified", "rand"),
+        ("moe", "dflash+lookup"),
         ("edge", "lookup"),
         ("edge", "fit+lookup"),
         ("moe", "near+lookup"),
@@ -104,7 +105,7 @@ def test_more_rows_than_fit_wait_and_have_the_same_texts(shape):
     assert texts(run(engine, wanted)) == [solo(models, r) for r in wanted]
 
 
-@pytest.mark.parametrize("kind", ["fit", "near"])
+@pytest.mark.parametrize("kind", ["fit", "dflash", "near"])
 def test_a_long_prompt_stands_still_while_rows_behind_it_decode(kind):
     models = fixture("edge")
     wanted = [request(p, 10) for p in prompts(models, (60, 4, 7))]
@@ -112,7 +113,7 @@ def test_a_long_prompt_stands_still_while_rows_behind_it_decode(kind):
     assert texts(run(engine_of(models, kind, 3, limits), wanted)) == [solo(models, r) for r in wanted]
 
 
-REPEATING = ("rand", "near", "lookup", "rand+lookup", "near+lookup")
+REPEATING = ("rand", "dflash", "near", "lookup", "rand+lookup", "near+lookup")
 
 
 @pytest.mark.parametrize("kind", REPEATING)
@@ -230,7 +231,9 @@ schedules = st.fixed_dictionaries(
     {
         "rows": st.lists(requests_, min_size=1, max_size=8),
         "widths": st.lists(st.integers(0, 7), min_size=1, max_size=8),
-        "drafter": st.sampled_from(["plain", "rand", "near", "self", "lookup", "rand+lookup"]),
+        "drafter": st.sampled_from(
+            ["plain", "rand", "dflash", "near", "self", "lookup", "rand+lookup", "dflash+lookup"]
+        ),
         "max_rows": st.integers(1, 8),
         "chunk": st.integers(1, 30),
         "first_chunk": st.integers(1, 12),

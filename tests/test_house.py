@@ -14,24 +14,12 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Top to bottom. A module may import from its own layer and from those below it.
 LAYERS = (
     ("cli", "server", "__main__"),
-    ("pair",),
-    (
-        "engine",
-        "load",
-        "text",
-        "segments",
-        "arguments",
-        "messages",
-        "hub",
-        "pairs",
-        "doctor",
-        "few_rows",
-        "quantized",
-        "tensors",
-        "weights",
-        "clusters",
-    ),
-    ("scheduler", "prefixes", "depth", "drafters", "accept", "sampling", "processors", "logprobs"),
+    ("compare", "bench", "plan"),
+    ("pair", "roofline"),
+    ("chips", "shapes", "provenance"),
+    ("segments", "arguments", "messages", "grammar", "call_grammar", "loops"),
+    ("engine", "load", "text", "hub", "pairs", "doctor", "few_rows", "quantized", "tensors", "weights", "clusters"),
+    ("scheduler", "prefixes", "depth", "drafters", "accept", "sampling", "processors", "logprobs", "guide"),
     ("models",),
     ("cache", "kernels"),
     ("rows",),
@@ -45,6 +33,9 @@ ONLY = {
     "messages": {"rows"},
     "segments": {"text", "arguments"},
     "arguments": set(),
+    "grammar": {"call_grammar", "rows", "text"},
+    "call_grammar": {"rows"},
+    "loops": {"rows"},
 }
 
 MAX_FUNCTION_LINES = 80
@@ -53,7 +44,7 @@ MAX_PARAMETERS = 8
 MAX_README_LINES = 200
 
 READS_ENVIRONMENT = {"cli"}
-READS_DEVICE = {"engine", "load", "weights", "pair"}
+READS_DEVICE = {"engine", "load", "weights", "pair", "bench", "compare"}
 CHECKS_DEVICE = PACKAGE / "kernels" / "trials.py"  # its answer decides what runs; asked while loading
 
 TEXT_SUFFIXES = {".py", ".md", ".toml", ".json", ".jinja", ".sh", ".txt", ".yml", ".yaml", ".cfg", ""}

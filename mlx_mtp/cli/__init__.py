@@ -3,7 +3,10 @@
 Everything heavy is imported inside the command that needs it, so that `--help` answers at once.
 """
 
+from mlx_mtp.cli import bench as bench
+from mlx_mtp.cli import compare as compare
 from mlx_mtp.cli import generate as generate
+from mlx_mtp.cli import plan as plan
 from mlx_mtp.cli import reports as reports
 from mlx_mtp.cli import serve as serve
 from mlx_mtp.cli.app import app, main

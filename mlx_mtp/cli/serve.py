@@ -53,6 +53,9 @@ class Serve(Choice):
     max_body_mb: Annotated[
         int, typer.Option(rich_help_panel=LIMIT, min=1, max=1024, help="Longest request body; beyond it 413.")
     ] = 32
+    loop_guard: Annotated[
+        bool, typer.Option(rich_help_panel=LIMIT, help="End a chat's text that repeats itself without end.")
+    ] = True
     keepalive_s: Annotated[
         float, typer.Option(rich_help_panel=LIMIT, min=0.1, help="A silent stream sends a comment this often.")
     ] = 5.0
@@ -79,12 +82,15 @@ class Serve(Choice):
 
 @command
 def serve(options: Serve) -> None:
-    """Serve editors and agents over HTTP in OpenAI's dialect.
+    """Serve editors and agents over HTTP in OpenAI's, Anthropic's and Ollama's dialects.
 
     Several requests run at once, drafting is on for all of them, and each has
     its own sampling; a request's text is the same alone and beside others.
 
-    POST /v1/chat/completions, /v1/completions: whole or streamed.
+    POST /v1/chat/completions, /v1/completions, /v1/responses: OpenAI's, whole or streamed.
+    POST /v1/messages, /v1/messages/count_tokens: Anthropic's.
+    POST /api/chat, /api/generate, /api/show, GET /api/tags, /api/version: Ollama's.
+    POST /infill: llama.cpp's, for completion in the middle of a text.
     GET /v1/models, /v1/models/ID: the one model served.
     GET /health: 200 when requests are taken, 503 with the reason when not.
     GET /health/live: 503 only when the engine has failed for good.
@@ -108,6 +114,7 @@ def serve(options: Serve) -> None:
     2 for a mistake in options or checkpoint.
     """
     sampling, width = sampling_changes(options), parse_width(options.width)
+    from mlx_mtp.loops import LoopLimits
     from mlx_mtp.server.nouns import Settings
     from mlx_mtp.server.run import EngineFailed, listen
     from mlx_mtp.server.run import serve as run
@@ -124,6 +131,7 @@ def serve(options: Serve) -> None:
         origins=tuple(options.cors_origin or ()),
         hosts=(*(options.allow_host or ()), options.host),
         body_bytes=options.max_body_mb * 2**20,
+        loop_guard=LoopLimits() if options.loop_guard else None,
         keepalive_s=options.keepalive_s,
         grace_s=options.grace_s,
     )

@@ -22,7 +22,8 @@ class Drafter(Protocol):
     def propose(self, rows: slice, bonus: mx.array, sampler: Sampler, width: int) -> Draft:
         """Draft `width` >= 1 tokens to follow bonus [B] int32 (emitted, not yet in the cache), drawn by `sampler`.
 
-        A drafter that draws one after the other tells `sampler.draw` what it has drafted before."""
+        A drafter that draws one after the other tells `sampler.draw` what it has drafted before, and asks
+        `sampler.offer` first, lest it draft what a constraint forbids."""
         ...
 
     def observe(self, fwd: Forward, kept: mx.array) -> mx.array | None:

@@ -20,6 +20,7 @@ from mlx_mtp.rows import CheckpointError
 
 KINDS = (
     "mtp",
+    "dflash",
     "draft_model",
     "lookup",
 )

@@ -74,7 +74,7 @@ class LookupDrafter:
         self._texts.leave(row, last)
         found = mx.array(self._found)
         found[row] = found[last]
-        self._found = found[:last]
+        self._found = found[:last] if last else mx.zeros((0, 2), mx.int32)
 
     def state(self) -> Any:
         return self._under.state(), self._texts.tokens, self._found

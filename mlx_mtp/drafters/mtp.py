@@ -55,7 +55,7 @@ class MtpDrafter:
                 token = head(y, self._clusters, sampler.drafting(length + 1 + i))
                 tokens.append(token)
                 continue
-            scores, which = self._assistant.logits(y)
+            scores, which = sampler.offer(*self._assistant.logits(y), tokens)
             token, kept = sampler.draw(scores, which, length + 1 + i, tokens)
             tokens.append(token)
             logits.append(kept)

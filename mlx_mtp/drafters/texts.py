@@ -55,7 +55,8 @@ class Texts:
             tokens = mx.array(self.tokens)
             tokens[row] = tokens[last]
             self.tokens = tokens
-        self.tokens = self.tokens[:last]
+        # A cut of an array holds the whole of it.
+        self.tokens = self.tokens[:last] if last else mx.zeros((0, STEP_TOK), mx.int32)
 
     def _fit(self, positions: int) -> None:
         have = self.tokens.shape[1]

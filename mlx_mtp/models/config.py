@@ -93,7 +93,7 @@ def read_target(config: dict, where: str) -> TextConfig:
     if not isinstance(text, dict):
         raise CheckpointError(f"{where}: text_config is {type(text).__name__}; expected an object")
     eos = config.get("eos_token_id", text.get("eos_token_id"))
-    return _text(_Reader(text, where), eos, unified="unified" in kind)
+    return _text(Reader(text, where), eos, unified="unified" in kind)
 
 
 def read_assistant(config: dict, where: str) -> AssistantConfig:
@@ -105,8 +105,8 @@ def read_assistant(config: dict, where: str) -> AssistantConfig:
         raise CheckpointError(f"{where}: model_type is {kind!r}; supported drafters: {', '.join(DRAFTER_TYPES)}")
     if not isinstance(config.get("text_config"), dict):
         raise CheckpointError(f"{where}: no text_config; a {kind} config nests its layers there")
-    top = _Reader(config, where)
-    text = _text(_Reader(config["text_config"], where), None, unified="unified" in kind, drafter=True)
+    top = Reader(config, where)
+    text = _text(Reader(config["text_config"], where), None, unified="unified" in kind, drafter=True)
     clusters = None
     if config.get("use_ordered_embeddings", False):
         clusters = (top.integer("num_centroids", 2048), top.integer("centroid_intermediate_top_k", 32))
@@ -117,7 +117,7 @@ def read_assistant(config: dict, where: str) -> AssistantConfig:
     return AssistantConfig(text, top.integer("backbone_hidden_size"), clusters)
 
 
-class _Reader:
+class Reader:
     """Typed access to a JSON object; every complaint names the file, the key, and what was found."""
 
     def __init__(self, values: dict, where: str) -> None:
@@ -129,6 +129,12 @@ class _Reader:
     def get(self, key: str, default: Any = None) -> Any:
         value = self.values.get(key)
         return default if value is None else value
+
+    def table(self, key: str, default: dict | None = None) -> dict:
+        value = self.get(key, default)
+        if not isinstance(value, dict):
+            raise self.fail(key, "an object")
+        return value
 
     def integer(self, key: str, default: int | None = None, least: int = 1) -> int:
         value = self.get(key, default)
@@ -143,7 +149,7 @@ class _Reader:
         return float(value)
 
 
-def _text(r: _Reader, eos: Any, unified: bool, drafter: bool = False) -> TextConfig:
+def _text(r: Reader, eos: Any, unified: bool, drafter: bool = False) -> TextConfig:
     if r.get("hidden_activation", "gelu_pytorch_tanh") != "gelu_pytorch_tanh":
         raise r.fail("hidden_activation", "'gelu_pytorch_tanh'")
     if r.get("use_bidirectional_attention") not in (None, False, "vision"):
@@ -173,14 +179,14 @@ def _text(r: _Reader, eos: Any, unified: bool, drafter: bool = False) -> TextCon
     )
 
 
-def _token_ids(r: _Reader, value: Any) -> tuple[int, ...]:
+def _token_ids(r: Reader, value: Any) -> tuple[int, ...]:
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
         raise CheckpointError(f"{r.where}: eos_token_id is {value!r}; expected token ids")
     return tuple(ids)
 
 
-def _layers(r: _Reader, unified: bool, drafter: bool) -> tuple[LayerConfig, ...]:
+def _layers(r: Reader, unified: bool, drafter: bool) -> tuple[LayerConfig, ...]:
     count = r.integer("num_hidden_layers")
     if count > 1000:
         raise r.fail("num_hidden_layers", "at most 1000")
@@ -198,7 +204,7 @@ def _layers(r: _Reader, unified: bool, drafter: bool) -> tuple[LayerConfig, ...]
     return tuple(_layer(r, i, kinds[i], owners[i], rope[kinds[i]], unified) for i in range(count))
 
 
-def _layer_types(r: _Reader, count: int) -> list[str]:
+def _layer_types(r: Reader, count: int) -> list[str]:
     kinds = r.get("layer_types")
     if kinds is None:
         kinds = [FULL if i % 6 == 5 else SLIDING for i in range(count)]
@@ -207,14 +213,14 @@ def _layer_types(r: _Reader, count: int) -> list[str]:
     return [*kinds[:-1], FULL]  # transformers forces the last layer to full attention
 
 
-def _rope(r: _Reader, kind: str) -> tuple[float, float, float]:
+def _rope(r: Reader, kind: str) -> tuple[float, float, float]:
     """(theta, share of the frequencies that turn, factor) of one kind of layer."""
     table = r.get("rope_parameters", {})
     given = table.get(kind) if isinstance(table, dict) else None
     default = {"rope_type": "default", "rope_theta": 1e4}
     if kind == FULL:
         default = {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6}
-    p = _Reader(given if isinstance(given, dict) else default, f"{r.where}: rope_parameters.{kind}")
+    p = Reader(given if isinstance(given, dict) else default, f"{r.where}: rope_parameters.{kind}")
     rope_type = p.get("rope_type", "default")
     if rope_type not in ("default", "proportional"):
         raise p.fail("rope_type", "'default' or 'proportional'")
@@ -224,7 +230,7 @@ def _rope(r: _Reader, kind: str) -> tuple[float, float, float]:
     return p.number("rope_theta", default["rope_theta"]), share, p.number("factor", 1.0)
 
 
-def _layer(r: _Reader, i: int, kind: str, owner: int, rope: tuple, unified: bool) -> LayerConfig:
+def _layer(r: Reader, i: int, kind: str, owner: int, rope: tuple, unified: bool) -> LayerConfig:
     # The unified text config has no such switch in transformers, where global heads then always count.
     k_eq_v = bool(r.get("attention_k_eq_v", unified))
     overrides = _overrides(r, i, kind, k_eq_v)
@@ -251,7 +257,7 @@ def _layer(r: _Reader, i: int, kind: str, owner: int, rope: tuple, unified: bool
     )
 
 
-def _overrides(r: _Reader, i: int, kind: str, k_eq_v: bool) -> _Reader:
+def _overrides(r: Reader, i: int, kind: str, k_eq_v: bool) -> Reader:
     """The layer's own values: `per_layer_config` where the file has one, the flat global keys otherwise."""
     table = r.get("per_layer_config")
     if table is not None:
@@ -269,7 +275,7 @@ def _overrides(r: _Reader, i: int, kind: str, k_eq_v: bool) -> _Reader:
     base = {"head_dim": r.integer("head_dim", 256), "num_attention_heads": r.integer("num_attention_heads")}
     base["num_key_value_heads"] = r.integer("num_key_value_heads", base["num_attention_heads"])
     base["intermediate_size"] = r.integer("intermediate_size")
-    return _Reader(base | own, f"{r.where}: layer {i}")
+    return Reader(base | own, f"{r.where}: layer {i}")
 
 
 def _table_row(table: Any, i: int) -> Any:

@@ -13,14 +13,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from mlx_mtp.server import openai
+from mlx_mtp.server import anthropic, infill, ollama, openai, responses
 from mlx_mtp.server.gate import Gate, error_response
 from mlx_mtp.server.nouns import ServerError
 from mlx_mtp.server.openai_form import error_body
 from mlx_mtp.server.respond import Json
 from mlx_mtp.server.service import Service
 
-DIALECTS = (openai.router,)
+DIALECTS = (openai.router, responses.router, anthropic.router, ollama.router, infill.router)
 
 
 def make_app(service: Service) -> ASGIApp:
@@ -60,6 +60,10 @@ def make_app(service: Service) -> ASGIApp:
 
 def render_error(path: str, error: ServerError) -> dict[str, Any]:
     """An error's body in the dialect that a path belongs to."""
+    if path.startswith("/v1/messages"):
+        return anthropic.error_body(error)
+    if path.startswith("/api/"):
+        return {"error": error.message}
     return error_body(error)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mlx_mtp.loops import LoopGuard
 from mlx_mtp.rows import TokenLogprob
 from mlx_mtp.segments import Segment, Segmenter
 from mlx_mtp.server.nouns import Job
@@ -43,6 +44,7 @@ class Decoder:
         self._parser: Plain | Segmenter = Plain(text, job.stop)
         if job.splits:
             self._parser = Segmenter(text, job.prompt, job.stop, job.tools)
+        self._guard = LoopGuard(job.loops) if job.loops is not None else None
         self._called = False
         self.tokens = 0
 
@@ -55,6 +57,11 @@ class Decoder:
     def stop(self) -> str | None:
         """The stop string that ended the text."""
         return self._parser.stop
+
+    @property
+    def loop_tok(self) -> int | None:
+        """The length of the piece that the text repeats without end; None where it does not."""
+        return self._guard.period_tok if self._guard is not None else None
 
     @property
     def calls(self) -> int:
@@ -72,6 +79,8 @@ class Decoder:
         shown: list[TokenLogprob] = []
         for i, token in enumerate(tokens):
             self.tokens += 1
+            if self._guard is not None:
+                self._guard.push([token])
             if logprobs and self._parser.answering and self._text.shows(token):
                 shown.append(logprobs[i])
             new = self._parser.push([token])

@@ -79,7 +79,9 @@ def facts(generation: Generation) -> dict[str, Any]:
     for finish in ended:
         total.add(finish.stats)
     usage, first = generation.usage, generation.first_token_s
+    loops = [finish.loop_tok for finish in ended if finish.loop_tok is not None]
     return {
+        **({"loop_tok": loops} if loops else {}),
         "texts": len(generation.jobs),
         "finish": ",".join(f.reason if f else "error" for f in generation.finishes),
         "prompt_tok": usage.prompt_tok,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mlx_mtp.rows import Sampling, Stats, TokenLogprob
+from mlx_mtp.loops import LoopLimits
+from mlx_mtp.rows import Constraint, Sampling, Stats, TokenLogprob
 from mlx_mtp.segments import Segment
 
 State = Literal["loading", "ready", "restarting", "failed", "stopped"]
@@ -22,7 +23,8 @@ class Settings:
     api_key: None leaves the server open. origins: web origins that may call it, "*" is any. hosts: host names beside
     this machine's that it answers to, "*" is any.
     warm_up: (requests at once, prompt tokens of each), run one after another before the first request, so that no
-    client waits for kernels to be compiled.
+    client waits for kernels to be compiled. loop_guard: when a chat's text counts as a loop, and is ended; None lets it
+    go on to its limit.
     keepalive_s: a stream that has nothing to say for so long says that it lives. grace_s: how long running requests
     may go on after SIGTERM.
     """
@@ -38,6 +40,7 @@ class Settings:
     origins: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
     body_bytes: int = 32 * 2**20
+    loop_guard: LoopLimits | None = field(default_factory=LoopLimits)
     keepalive_s: float = 5.0
     warm_up: tuple[tuple[int, int], ...] = ((1, 8), (1, 600), (2, 24), (4, 24))
     grace_s: float = 30.0
@@ -50,7 +53,8 @@ class Job:
     splits: whether thoughts, answer and tool calls are told apart; if not, all text is answer. tools: the JSON schema
     of each tool's parameters by its name, to read calls with. one_call: end the text after its first tool call.
     stop: strings that end the answer. logprobs: how many alternatives a token, None for none at all.
-    ends: whether the checkpoint's end tokens end the text.
+    ends: whether the checkpoint's end tokens end the text. constraint: what the text must be.
+    loops: when it has run into a loop, and is ended.
     """
 
     prompt: tuple[int, ...]
@@ -62,13 +66,16 @@ class Job:
     tools: dict[str, dict[str, Any]] | None = None
     one_call: bool = False
     ends: bool = True
+    constraint: Constraint | None = None
+    loops: LoopLimits | None = None
 
 
 @dataclass(frozen=True)
 class Finish:
     """How a job ended. stop: the stop string that ended it. calls: tool calls in it.
 
-    reasoning_tok: tokens of thoughts, their markers included.
+    reasoning_tok: tokens of thoughts, their markers included. loop_tok: the text was ended as if at its limit, because
+    it repeated these many tokens without end.
     """
 
     reason: Literal["stop", "length", "cancelled"]
@@ -76,6 +83,7 @@ class Finish:
     calls: int
     reasoning_tok: int
     stats: Stats
+    loop_tok: int | None = None
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,9 @@ from starlette.responses import Response
 
 from mlx_mtp.rows import TokenLogprob
 from mlx_mtp.segments import Segment
-from mlx_mtp.server.nouns import Delta, Finish, Job, ServerError, Usage
+from mlx_mtp.server import infill
+from mlx_mtp.server.asking import constraint_of
+from mlx_mtp.server.nouns import Delta, Finish, Job, ServerError, Usage, invalid
 from mlx_mtp.server.openai_form import ChatForm, Common, CompletionForm, error_body, plain_messages
 from mlx_mtp.server.respond import Body, Json, Text, dumps, read_body, respond
 from mlx_mtp.server.service import Prompt, Service
@@ -54,9 +56,13 @@ async def _chat(request: Request, service: Service, form: ChatForm) -> Response:
     options = form.options()
     prompt = await service.chat(plain_messages(form.messages), options)
     jobs = _jobs(service, form, [prompt], form.limit(), form.alternatives())
-    tools = {tool.function.name: tool.function.parameters or {} for tool in form.offered()}
-    one_call = form.parallel_tool_calls is False
-    jobs = [replace(job, splits=True, tools=tools, one_call=one_call) for job in jobs]
+    must = form.must()
+    constraint = await constraint_of(service, prompt, must, options["enable_thinking"])
+    tools = {tool.name: dict(tool.parameters) for tool in must.tools}
+    one_call = not must.several
+    loops = None if form.ignore_eos else service.settings.loop_guard
+    changes = {"splits": True, "tools": tools, "one_call": one_call, "constraint": constraint, "loops": loops}
+    jobs = [replace(job, **changes) for job in jobs]
     writer = ChatWriter(service, form)
     return await respond(request, service, jobs, writer, form.stream)
 
@@ -66,8 +72,15 @@ async def _complete(request: Request, service: Service, form: CompletionForm) ->
     service.check_name(form.model)
     prompts = []
     for prompt in form.prompts():
-        prompts.append(await service.text(prompt) if isinstance(prompt, str) else service.ids(prompt))
+        if form.suffix and isinstance(prompt, str):
+            prompts.append(await infill.prompt_of(service, infill.Hole(prompt, form.suffix)))
+        elif form.suffix:
+            raise invalid("suffix is given with a prompt of token ids; expected text", "suffix")
+        else:
+            prompts.append(await service.text(prompt) if isinstance(prompt, str) else service.ids(prompt))
     jobs = _jobs(service, form, prompts, form.max_tokens, form.logprobs)
+    if form.suffix:
+        jobs = [replace(job, stop=(*job.stop, *infill.stops_of(form.suffix))) for job in jobs]
     return await respond(request, service, jobs, CompletionWriter(service, form, len(jobs)), form.stream)
 
 

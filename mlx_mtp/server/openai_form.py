@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, Strict
 
 from mlx_mtp.rows import MAX_LOGPROBS
+from mlx_mtp.server import asking
+from mlx_mtp.server.asking import Must
 from mlx_mtp.server.nouns import ServerError, invalid
 
 # Bookkeeping, hints for caches that nothing need be told here, and limits on what this server never does.
@@ -35,11 +37,9 @@ NO_EFFECT = frozenset(
 ONLY_AT: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "best_of": (1,),
     "echo": (False,),
-    "suffix": ("",),
     "verbosity": ("medium",),
     "min_tokens": (0,),
     "length_penalty": (1, 1.0),
@@ -145,12 +145,12 @@ class Message(_Form):
 
 
 class Function(_Form):
-    """What a tool is called with. strict is not here: nothing yet holds the model to a schema."""
+    """What a tool is called with."""
 
     name: Annotated[Word, Field(min_length=1, max_length=256)]
     description: Word | None = None
     parameters: dict[str, Any] | None = None
-    strict: Literal[False] | None = None
+    strict: Flag | None = None
 
 
 class Tool(_Form):
@@ -160,12 +160,42 @@ class Tool(_Form):
     function: Function
 
 
+class NamedTool(_Form):
+    """The choice of one tool."""
+
+    class Named(_Form):
+        name: Word
+
+    type: Literal["function"] = "function"
+    function: Named
+
+
+class ResponseFormat(_Form):
+    """What an answer must be."""
+
+    class Schema(_Form):
+        model_config = ConfigDict(extra="allow", frozen=True, populate_by_name=True)
+        definition: dict[str, Any] | None = Field(None, alias="schema")
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: Schema | None = None
+
+    def required(self) -> Any:
+        """The answer's schema; True for any object, None for any text. Raises ServerError."""
+        if self.type != "json_schema":
+            return True if self.type == "json_object" else None
+        if self.json_schema is None or self.json_schema.definition is None:
+            raise invalid("response_format has no json_schema.schema", "response_format")
+        return self.json_schema.definition
+
+
 class ChatForm(Common):
     """The body of /v1/chat/completions."""
 
     messages: list[Message]
     tools: list[Tool] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    response_format: ResponseFormat | None = None
     parallel_tool_calls: Flag | None = None
     max_completion_tokens: Annotated[Integer, Field(ge=1)] | None = None
     logprobs: Flag = False
@@ -200,6 +230,19 @@ class ChatForm(Common):
             options["tools"] = [tool.model_dump(exclude_none=True) for tool in self.offered()]
         return {**options, "enable_thinking": bool(said and said[0])}
 
+    def must(self) -> Must:
+        """What the text has to be. Raises ServerError."""
+        named = isinstance(self.tool_choice, NamedTool)
+        choice = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else self.tool_choice
+        functions = [tool.function for tool in self.offered()]
+        return Must(
+            tools=tuple(asking.Tool(f.name, f.parameters or {}, bool(f.strict)) for f in functions),
+            choice="auto" if choice in (None, "none") else choice,
+            named=named,
+            several=self.parallel_tool_calls is not False,
+            schema=self.response_format.required() if self.response_format else None,
+        )
+
     def offered(self) -> list[Tool]:
         """The tools that the model may call."""
         return [] if self.tool_choice == "none" else list(self.tools or ())
@@ -209,6 +252,7 @@ class CompletionForm(Common):
     """The body of /v1/completions. prompt is checked by hand: pydantic would report every element of a long list."""
 
     prompt: Any
+    suffix: Word | None = None
     logprobs: Annotated[Integer, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     def prompts(self) -> list[str] | list[list[int]]:

@@ -108,6 +108,13 @@ class Call:
     name: str
     arguments: str = ""
 
+    def value(self) -> dict[str, Any]:
+        """The arguments as an object; empty where a limit has cut them short."""
+        try:
+            return json.loads(self.arguments or "{}")
+        except ValueError:
+            return {}
+
 
 @dataclass
 class Text:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mlx_mtp.rows import RequestError, Sampling
+from mlx_mtp.grammar import Grammars
+from mlx_mtp.rows import Constraint, RequestError, Sampling
 from mlx_mtp.server.metrics import Metrics
 from mlx_mtp.server.nouns import Job, ServerError, Settings, invalid
 from mlx_mtp.server.worker import Generation, Model, Worker
@@ -30,6 +32,8 @@ class Service:
         self.settings, self.worker, self.metrics = settings, worker, metrics
         self.created = int(time.time())
         self.draining = False
+        self._grammars: Grammars | None = None  # made when the first request needs it
+        self._compiling = threading.Lock()
 
     @property
     def model(self) -> Model:
@@ -54,8 +58,14 @@ class Service:
     # prompts ----------------------------------------------------------------------------------------------------
 
     async def chat(self, messages: list[dict], options: dict[str, Any]) -> Prompt:
-        """A conversation by the checkpoint's template; options are template variables. Raises ServerError."""
+        """A conversation by the checkpoint's template; options are template variables. Raises ServerError.
+
+        Tools come in the order of their names: clients list them in changing order, and each order would be a prompt
+        of its own, of which no cached part could be used.
+        """
         text = self.model.text
+        if "tools" in options:
+            options = {**options, "tools": sorted(options["tools"], key=lambda tool: tool["function"]["name"])}
         return await self._prepare(lambda: text.chat(messages, options=options), "messages")
 
     async def text(self, prompt: str) -> Prompt:
@@ -101,6 +111,23 @@ class Service:
             )
         return Prompt(tokens)
 
+    # constraints ------------------------------------------------------------------------------------------------
+
+    async def constraint(self, compile: Callable[[Grammars], Constraint]) -> Constraint:
+        """What a text must be, compiled beside the event loop. Raises ServerError where it cannot be honoured."""
+
+        def compiled() -> Constraint:
+            with self._compiling:
+                if self._grammars is None:
+                    model = self.model
+                    self._grammars = Grammars(model.text, model.vocab_size, model.eos)
+                return compile(self._grammars)
+
+        try:
+            return await asyncio.to_thread(compiled)
+        except RequestError as error:
+            raise invalid(str(error), "tools" if "tool" in str(error) else "response_format") from None
+
     # limits and sampling ----------------------------------------------------------------------------------------
 
     def limit(self, prompt: Prompt, asked: int | None) -> int:
@@ -121,7 +148,7 @@ class Service:
             if token >= size:
                 raise invalid(f"logit_bias names token {token}; the vocabulary has {size} tokens", "logit_bias")
         try:
-            return replace(self.model.sampling, **self.settings.sampling, **changes)
+            return replace(self.model.sampling, **{**self.settings.sampling, **changes})
         except RequestError as error:
             param = next((name for name in changes if name in str(error)), None)
             raise invalid(str(error), param) from None

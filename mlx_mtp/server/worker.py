@@ -267,7 +267,9 @@ class Worker:
             eos = pair.eos if job.ends else frozenset()
             try:
                 decoder = Decoder(pair.text, job)
-                request = Request(job.prompt, job.max_tokens, job.sampling, eos, logprobs=job.logprobs)
+                request = Request(
+                    job.prompt, job.max_tokens, job.sampling, eos, logprobs=job.logprobs, constraint=job.constraint
+                )
                 self._live[pair.submit(request, self._width)] = _Live(generation, index, decoder)
             except RequestError as error:
                 mine = [i for i, live in self._live.items() if live.generation is generation]
@@ -285,10 +287,13 @@ class Worker:
             self._post(gone)
 
     def _delta(self, pair: Pair, live: _Live, event: Event) -> tuple[_Live, Delta]:
-        """What an event says to its client; ends the job where a stop string is complete."""
+        """What an event says to its client; ends the job at a stop string, or where the text has run into a loop."""
         decoder, stats, reason = live.decoder, event.stats, event.finish_reason
         before = decoder.tokens
         parts, logprobs = decoder.push(event.tokens, event.logprobs)
+        looped = decoder.loop_tok is not None and not reason and not decoder.ended
+        if looped:
+            reason, stats = "length", pair.cancel(event.request)
         if reason and not decoder.ended:
             parts += decoder.finish(reason == "stop")
         if decoder.ended:
@@ -298,7 +303,8 @@ class Worker:
             del self._live[event.request]
             assert stats is not None
             stats.generated_tokens = decoder.tokens
-            finish = Finish(reason, decoder.stop, decoder.calls, decoder.reasoning_tok, stats)
+            looping = decoder.loop_tok if looped else None
+            finish = Finish(reason, decoder.stop, decoder.calls, decoder.reasoning_tok, stats, looping)
         return live, Delta(joined(parts), decoder.tokens - before, tuple(logprobs), finish)
 
     # faults and the end -----------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The whole recipe: corpus -> tokenizer -> targets -> drafters -> evaluation -> the folders that ship.
+"""The whole recipe: corpus -> tokenizer -> targets -> drafters -> evaluation -> the folders that ship; then DFlash.
 
     OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive python scripts/tiny_pair/build.py --work /tmp/tiny_pair
 
@@ -119,6 +119,8 @@ def main() -> None:
         step("train_drafter.py", kind, *work)
         step("evaluate.py", kind, *work)
         install(kind, args.work)
+    step("train_dflash.py", *work)
+    step("evaluate_dflash.py", *work, "--install")
 
 
 if __name__ == "__main__":

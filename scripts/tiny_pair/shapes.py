@@ -76,6 +76,34 @@ MOE = COMMON | {
     "moe_intermediate_size": 32,
 }
 TARGETS = {"edge": EDGE, "moe": MOE}
+# A DFlash drafter for the edge target, in the layout of z-lab's Gemma 4 drafters: hidden size, embedding and head are
+# the target's, features come from evenly spread layers, the last layer sees everything and the others a window.
+DFLASH = {
+    "architectures": ["DFlashDraftModel"],
+    "model_type": "qwen3",
+    "attention_bias": False,
+    "block_size": 8,
+    "dflash_config": {"mask_token_id": 4, "target_layer_ids": [1, 5, 9, 13, 17]},
+    "dtype": "bfloat16",
+    "final_logit_softcapping": 30.0,
+    "head_dim": 32,
+    "hidden_act": "silu",
+    "hidden_size": EDGE["hidden_size"],
+    "intermediate_size": 256,
+    "layer_types": [S, S, F],
+    "max_position_embeddings": 4096,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 2,
+    "num_target_layers": EDGE["num_hidden_layers"],
+    "rms_norm_eps": 1e-6,
+    "rope_scaling": None,
+    "rope_theta": 1000000.0,
+    "sliding_window": 64,
+    "tie_word_embeddings": True,
+    "use_sliding_window": True,
+    "vocab_size": EDGE["vocab_size"],
+}
 
 
 def drafter(kind: str) -> dict:
@@ -127,6 +155,11 @@ def write_drafter_config(kind: str, folder: Path) -> None:
     generation = {"bos_token_id": 2, "eos_token_id": EOS, "pad_token_id": 0}
     generation |= {"num_assistant_tokens": 4, "num_assistant_tokens_schedule": "constant"}
     write_json(folder / "generation_config.json", generation)
+
+
+def write_dflash_config(folder: Path) -> None:
+    """config.json of the DFlash drafter."""
+    write_json(folder / "config.json", DFLASH)
 
 
 def write_json(path: Path, value: object) -> None:

@@ -1,0 +1,193 @@
+"""`plan`: what to expect of the published pairs on a Mac, before anything is downloaded."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mlx_mtp.cli.app import Debug, command
+from mlx_mtp.cli.output import print_json, print_table, say
+from mlx_mtp.rows import RequestError
+
+if TYPE_CHECKING:
+    from mlx_mtp.plan import Machine, Published, Wish
+    from mlx_mtp.shapes import Shape
+
+CAVEAT = (
+    "predictions of a roofline model with MLX's own kernels; nothing was measured on a Mac. ceiling: what bandwidth "
+    "and arithmetic allow at any width"
+)
+
+
+@dataclass(frozen=True)
+class Plan(Debug):
+    """The options of `plan`."""
+
+    chip: Annotated[str | None, typer.Option(help='Such as "M4 Pro"; unset = this Mac.')] = None
+    memory: Annotated[float | None, typer.Option(metavar="GB", help="Of the machine; goes with --chip.")] = None
+    size: Annotated[str | None, typer.Option(help="One size, such as 31B, with every width. Unset: all sizes.")] = None
+    bits: Annotated[int | None, typer.Option(metavar="4|8|16", help="Bits a weight; unset = all that fit.")] = None
+    drafter_bits: Annotated[int, typer.Option(metavar="4|8|16", help="Bits a weight of the drafter.")] = 16
+    batch: Annotated[list[int] | None, typer.Option(help="Sequences at once; may be repeated. Unset: 1, 4, 8.")] = None
+    context: Annotated[int, typer.Option(help="Tokens in the cache of every sequence.")] = 2048
+    published: Annotated[bool, typer.Option("--published", help="Show predictions beside published figures.")] = False
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False
+
+
+@command
+def plan(options: Plan) -> None:
+    """Say which pairs fit into a Mac, what takes the memory, and how fast they should be, plain and speculative."""
+    if options.published:
+        _show_published(options.as_json)
+        return
+    from mlx_mtp.plan import BITS, Wish, check_wish
+    from mlx_mtp.shapes import SIZES, shape
+
+    machine = _machine(options)
+    shapes = [shape(size) for size in ([options.size] if options.size else SIZES)]
+    batches = options.batch or [1, 4, 8]
+    wishes = [
+        (Wish(found.size, bits, options.drafter_bits, batch, options.context), found)
+        for found in shapes
+        for bits in ([options.bits] if options.bits is not None else BITS)
+        for batch in batches
+    ]
+    for wish, found in wishes:
+        check_wish(wish, found)
+    if options.as_json:
+        print_json({"machine": _machine_json(machine), "pairs": [_entry(machine, *wish) for wish in wishes]})
+        return
+    usable = machine.usable_bytes / 1e9
+    say(f"{machine.chip.name}, {machine.memory_gb:g} GB, of which the GPU may hold {usable:.1f} GB; {CAVEAT}")
+    _show_memory(machine, [wish for wish in wishes if wish[0].batch == batches[0]])
+    print()
+    running = [wish for wish in wishes if _fits(machine, *wish)]
+    if not running:
+        say("nothing of this fits")
+    elif options.size:
+        _show_widths(machine, running)
+    else:
+        _show_speed(machine, running)
+
+
+def _machine(options: Plan) -> Machine:
+    from mlx_mtp.chips import check_memory, find_chip, this_chip
+    from mlx_mtp.doctor import chip_brand, ram_bytes
+    from mlx_mtp.plan import Machine
+
+    if options.chip is None:
+        if options.memory is not None:
+            raise RequestError("--memory is given without --chip; name the chip too, or neither for this Mac")
+        return Machine(this_chip(chip_brand()), round(ram_bytes() / 2**30))
+    chip = find_chip(options.chip)
+    if options.memory is None:
+        raise RequestError(f"--chip {chip.name!r} is given without --memory; say how many GB it has")
+    check_memory(chip, options.memory)
+    return Machine(chip, options.memory)
+
+
+def _fits(machine: Machine, wish: Wish, found: Shape) -> bool:
+    from mlx_mtp.plan import fits
+
+    return fits(machine, wish, found)
+
+
+def _show_memory(machine: Machine, wishes: list[tuple[Wish, Shape]]) -> None:
+    from mlx_mtp.plan import memory_of
+
+    rows = []
+    for wish, found in wishes:
+        m = memory_of(wish, found)
+        parts = (m.weights, m.drafter, m.row * m.batch, m.per_1k_tokens, m.working, m.total)
+        fits = "yes" if _fits(machine, wish, found) else "no"
+        rows.append((found.size, f"{wish.bits}", *(f"{part / 1e9:.2f}" for part in parts), fits))
+    batch, context = wishes[0][0].batch, wishes[0][0].context
+    kept = f"cache, {batch} x {context}"
+    print_table(("size", "bits", "GB: weights", "drafter", kept, "per 1k tokens", "working", "total", "fits"), rows)
+
+
+def _show_speed(machine: Machine, wishes: list[tuple[Wish, Shape]]) -> None:
+    from mlx_mtp.plan import ACCEPTANCE, speed
+
+    rows = []
+    for wish, found in wishes:
+        prose, code = (speed(machine.chip, wish, found, ACCEPTANCE[kind]) for kind in ("prose", "code"))
+        row = [found.size, f"{wish.bits}", f"{wish.batch}", f"{prose.plain.tok_s:.0f}"]
+        for found_speed in (prose, code):
+            best = found_speed.best
+            row += [f"{best.width}", f"{best.tok_s:.0f} ({best.speedup:.2f}x)", f"{found_speed.ceiling.tok_s:.0f}"]
+        rows.append(tuple(row))
+    header = ("size", "bits", "batch", "plain tok/s", "prose: width", "tok/s", "ceiling")
+    print_table((*header, "code: width", "tok/s", "ceiling"), rows)
+
+
+def _show_widths(machine: Machine, wishes: list[tuple[Wish, Shape]]) -> None:
+    """Of one size: tok/s at every width."""
+    from mlx_mtp.plan import ACCEPTANCE, PLANNED_WIDTH, speed
+
+    rows = []
+    for wish, found in wishes:
+        for kind in ("prose", "code"):
+            s = speed(machine.chip, wish, found, ACCEPTANCE[kind])
+            at = (f"{p.tok_s:.0f}" for p in s.by_width)
+            best = f"{s.best.width} ({s.best.speedup:.2f}x)"
+            row = (f"{wish.bits}", f"{wish.batch}", kind, *at, best, f"{s.ceiling.tok_s:.0f} at {s.ceiling.width}")
+            rows.append(row)
+    widths = (f"width {k}" for k in range(PLANNED_WIDTH + 1))
+    print_table(("bits", "batch", "text", *widths, "best", "ceiling"), rows)
+
+
+def _machine_json(machine: Machine) -> dict[str, Any]:
+    return {"chip": machine.chip.name, "memory_gb": machine.memory_gb, "usable_bytes": machine.usable_bytes}
+
+
+def _entry(machine: Machine, wish: Wish, found: Shape) -> dict[str, Any]:
+    """One wish as JSON."""
+    from mlx_mtp.plan import ACCEPTANCE, memory_of, speed
+
+    memory = memory_of(wish, found)
+    entry = {**asdict(wish), "fits": _fits(machine, wish, found)}
+    entry["memory_bytes"] = {**asdict(memory), "total": memory.total}
+    entry["speed"] = {}
+    for kind in ("prose", "code"):
+        s = speed(machine.chip, wish, found, ACCEPTANCE[kind])
+        entry["speed"][kind] = {**asdict(s), "best_width": s.best.width}
+    return entry
+
+
+def _show_published(as_json: bool) -> None:
+    from mlx_mtp.plan import left_out, median_errors, published
+
+    rows, missing = published(), left_out()
+    errors = median_errors(rows)
+    if as_json:
+        found = {name: {"median_error": error, "figures": count} for name, (error, count) in errors.items()}
+        print_json({"rows": [asdict(row) for row in rows], "errors": found, "left_out": missing})
+        return
+    header = ("source", "chip", "size", "setting", "plain: published", "predicted", "drafted: published")
+    print_table((*header, "predicted", "speed-up: published", "predicted"), [_published_row(row) for row in rows])
+    print()
+    for name, (error, count) in errors.items():
+        print(f"median error, {name}: {error:.0%} of {count} figures")
+    for reason in missing:
+        print(f"left out: {reason}")
+
+
+def _published_row(row: Published) -> tuple[str, ...]:
+    def number(value: float | None, digits: int) -> str:
+        return "" if value is None else f"{value:.{digits}f}"
+
+    plain = number(row.plain_tok_s, 1), number(row.predicted_plain_tok_s, 1)
+    drafted = number(row.tok_s, 1), number(row.predicted_tok_s, 1)
+    return (
+        row.source,
+        row.chip,
+        row.size,
+        row.setting,
+        *plain,
+        *drafted,
+        f"{row.speedup:.2f}",
+        (f"{row.predicted_speedup:.2f}"),
+    )

@@ -1,0 +1,74 @@
+"""This package as one of the runtimes compared. What a width policy has learnt stays, as it does in a Pair."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import cast
+
+import mlx.core as mx
+
+from mlx_mtp.cache import Cache
+from mlx_mtp.compare.cases import Prompt
+from mlx_mtp.compare.runs import Drafts
+from mlx_mtp.depth import MAX_WIDTH, Depth, depth_of
+from mlx_mtp.engine import Engine
+from mlx_mtp.load import LoadedPair
+from mlx_mtp.rows import GREEDY, Request
+from mlx_mtp.scheduler import Limits
+
+
+class Ours:
+    """One width of a loaded pair."""
+
+    batches = True
+
+    def __init__(self, loaded: LoadedPair, width: int | str) -> None:
+        self._loaded, self._depth, self._drafts = loaded, depth_of(width), Drafts()
+
+    def open(self) -> OurSession:
+        return OurSession(self._loaded, self._depth, self._drafts)
+
+    def solo(self, prompt: Prompt, tokens: int) -> Iterator[list[int]]:
+        session = self.open()
+        session.submit(prompt, tokens)
+        while not session.engine.idle:
+            yield from (new for _, new in session.step())
+
+    def drafts(self) -> Drafts:
+        taken, self._drafts = self._drafts, Drafts()
+        return taken
+
+
+class OurSession:
+    """An engine without end tokens."""
+
+    def __init__(self, loaded: LoadedPair, depth: Depth, drafts: Drafts) -> None:
+        target = loaded.target
+        cache = Cache(target.model.specs, MAX_WIDTH, target.dtype)
+        self.engine = Engine(target.model, cache, loaded.new_drafter(cache), depth, Limits())
+        self._drafts = drafts
+
+    def submit(self, prompt: Prompt, tokens: int) -> int:
+        return self.engine.submit(Request(prompt, tokens, GREEDY, frozenset()))
+
+    def step(self) -> list[tuple[int, list[int]]]:
+        out = []
+        for event in self.engine.step():
+            out.append((event.request, list(event.tokens)))
+            if event.stats:
+                self._drafts.add(event.stats.rounds, event.stats.drafted_at, event.stats.kept_at)
+        return out
+
+    def close(self) -> None:
+        pass
+
+
+def margin(loaded: LoadedPair, tokens: list[int]) -> float:
+    """By how much the target prefers its best next token to the second, in logits."""
+    target = loaded.target
+    cache = Cache(target.model.specs, MAX_WIDTH, target.dtype)
+    cache.join(len(tokens))
+    pass_ = cache.open(slice(0, 1), len(tokens))
+    hidden, _ = target.model.forward(mx.array([tokens], mx.int32), pass_)
+    best = mx.sort(target.model.logits(hidden[:, -1])[0])[-2:]
+    return cast(float, (best[1] - best[0]).item())
