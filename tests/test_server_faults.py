@@ -185,21 +185,24 @@ def test_after_sigterm_running_requests_finish_and_the_exit_code_is_0():
     assert server.ended() == 0
 
 
-def test_after_the_grace_running_requests_get_an_error_and_a_second_interrupt_ends_at_once():
-    for signals, options in (([signal.SIGTERM], ["--grace-s", "0.2"]), ([signal.SIGINT] * 2, ["--grace-s", "600"])):
-        server = Process(*options)
-        url, answers = server.ready(), []
-        body = {"prompt": "hello", "max_tokens": 4000, "ignore_eos": True, "stream": True}
-        thread = threading.Thread(target=lambda url=url, body=body, out=answers: out.append(post_anyhow(url, **body)))
-        thread.start()
-        until(lambda server=server, url=url: running_of(url) == 1)
-        for number in signals:
-            server.process.send_signal(number)
-            time.sleep(0.3)
-        assert server.ended() == 0
-        thread.join(LATE_S)
-        if len(signals) == 1:
-            assert b"shutting down" in answers[0]
+@pytest.mark.parametrize(
+    ("signals", "grace_s"),
+    [([signal.SIGTERM], "0.2"), pytest.param([signal.SIGINT] * 2, "600", marks=pytest.mark.slow)],
+    ids=["after the grace", "at the second interrupt"],
+)
+def test_running_requests_are_ended(signals, grace_s):
+    server = Process("--grace-s", grace_s)
+    url, answers = server.ready(), []
+    body = {"prompt": "hello", "max_tokens": 4000, "ignore_eos": True, "stream": True}
+    thread = threading.Thread(target=lambda: answers.append(post_anyhow(url, **body)))
+    thread.start()
+    until(lambda: running_of(url) == 1)
+    for number in signals:
+        server.process.send_signal(number)
+        time.sleep(0.3)
+    assert server.ended() == 0
+    thread.join(LATE_S)
+    assert len(signals) > 1 or b"shutting down" in answers[0]
 
 
 def running_of(url: str) -> float:

@@ -210,7 +210,7 @@ def bombard(live: Live, count: int, seed: int, threads: int) -> None:
 
 def test_no_request_breaks_the_server_or_another_requests_text():
     with running(EDGE, rows=4, queue=16, max_tokens=4) as live:
-        bombard(live, 240, seed=1, threads=4)
+        bombard(live, 120, seed=1, threads=4)
 
 
 @pytest.mark.slow
@@ -284,4 +284,4 @@ def test_memory_stays_flat_while_eight_clients_come_and_go_for_ten_minutes():
 
 def test_clients_that_come_and_go_leave_no_row_behind():
     with running(EDGE, rows=4, queue=8) as live:
-        soak(live, 1.5)
+        soak(live, 0.8)

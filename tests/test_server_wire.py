@@ -215,9 +215,9 @@ TAKEN = {
 
 def test_what_cannot_be_honoured_is_refused_with_a_reason_and_harms_nobody(live):
     """While a text is being generated, which none of it may change."""
-    want, got = live.text("hello", **{**ENDLESS, "max_tokens": 150}), []
+    want, got = live.text("hello", **{**ENDLESS, "max_tokens": 60}), []
     beside = threading.Thread(
-        target=lambda: got.append(live.text("hello", **{**ENDLESS, "max_tokens": 150})),
+        target=lambda: got.append(live.text("hello", **{**ENDLESS, "max_tokens": 60})),
     )
     beside.start()
     for name, (path, body) in REFUSED.items():
