@@ -56,6 +56,12 @@ def test_generate_streams_the_text_to_stdout_and_one_line_of_statistics_to_stder
         assert part in done.err
 
 
+def test_profile_says_how_much_of_the_time_drafting_took(run):
+    assert "drafting" not in run("generate", CODE, *SHORT).err
+    done = run("generate", CODE, *SHORT, "--width", "3", "--profile")
+    assert " drafting" in done.err and done.out == run("generate", CODE, *SHORT).out
+
+
 def test_json_is_one_object_with_the_same_text(run):
     plain = run("generate", CODE, *SHORT)
     done = run("generate", CODE, *SHORT, "--json")

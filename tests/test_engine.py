@@ -3,6 +3,7 @@
 import gc
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 
 import mlx.core as mx
@@ -279,7 +280,7 @@ class Noting(Listed):
         super().__init__(widths)
         self.told: list[tuple[int, list[int], float | None]] = []
 
-    def record(self, width: int, kept: list[int], seconds: float | None) -> None:
+    def record(self, width: int, kept: list[int], seconds: float | None, outlook: Sequence[int]) -> None:
         self.told.append((width, kept, seconds))
 
 
