@@ -87,7 +87,8 @@ def begun(count: int, sampling: Sampling) -> Processors | None:
     one = history.processors(slice(0, 1))
     if one is None:
         return None
-    return Processors(**{k: mx.broadcast_to(v, (count, *v.shape[1:])) for k, v in vars(one).items()})
+    given = {k: v for k, v in vars(one).items() if v is not None}
+    return Processors(**{k: mx.broadcast_to(v, (count, *v.shape[1:])) for k, v in given.items()})
 
 
 def columns(sampler: Sampler, logits: mx.array, said: mx.array) -> mx.array:
