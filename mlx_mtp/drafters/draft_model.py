@@ -54,7 +54,8 @@ class DraftModel:
         for i in range(width):
             if i:
                 hidden = self._run(rows, drafted[-1][:, None], end + i)
-            token, kept = sampler.draw(self._model.logits(hidden[:, 0]), None, end + 1 + i, drafted)
+            scores, _ = sampler.offer(self._model.logits(hidden[:, 0]), None, drafted)
+            token, kept = sampler.draw(scores, None, end + 1 + i, drafted)
             drafted.append(token)
             logits.append(kept)
         source = Candidates(mx.stack(logits, axis=1), None) if sampler.keep_logits else None
