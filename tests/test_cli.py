@@ -47,6 +47,14 @@ def run(capsys, monkeypatch):
     return call
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """Ctrl-C as in a terminal: a shell that starts the tests in the background has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def test_generate_streams_the_text_to_stdout_and_one_line_of_statistics_to_stderr(run):
     done = run("generate", CODE, *SHORT)
     assert done.code == 0

@@ -284,7 +284,7 @@ def test_a_drafter_that_is_steered_as_the_target_is_has_more_drafts_kept():
     said, kept = [], []
     for kind in (MtpDrafter, Blind):
         cache = Cache(pair._model.specs, MAX_WIDTH, mx.float32)
-        engine = Engine(pair._model, cache, kind(pair._model, pair._assistant, cache), Constant(4), Limits())
+        engine = Engine(pair._model, cache, kind(pair._model, pair._loaded.drafter.model, cache), Constant(4), Limits())
         outcomes = run(engine, wanted)
         said.append(texts(outcomes))
         kept.append(sum(o.stats.kept for o in outcomes) / sum(o.stats.drafted for o in outcomes))
