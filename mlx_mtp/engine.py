@@ -106,7 +106,7 @@ class Engine:
         self.host_reads = 0
         self.total = Stats()  # of all requests that have ended
         self.first_drafts = self.first_kept = 0  # of the first JUDGED rounds: drafts that were its drafter's own guess
-        self._profile, self._sent_s, self._left_s = profile, 0.0, 0.0
+        self.profile, self._sent_s, self._left_s = profile, 0.0, 0.0
         self._begun_s: float | None = None  # when the first part of the pass being built was dispatched, if it was
         self._ids = itertools.count()
         self._bonus = mx.zeros((0,), mx.int32)  # [R] newest token of every row
@@ -339,7 +339,7 @@ class Engine:
         self._sent_s, self._begun_s = self._begun_s or time.perf_counter(), None
         if built.draft is not None:
             mx.async_eval(built.draft)
-        if self._profile and built.draft is not None:  # a second wait, only to tell drafting from verifying
+        if self.profile and built.draft is not None:  # a second wait, only to tell drafting from verifying
             mx.eval(built.draft)
             drafted_s = time.perf_counter() - self._sent_s
         kept = [a for prefix in built.prefixes for a in prefix.arrays]  # first: done with before the next pass writes

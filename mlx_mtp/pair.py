@@ -59,7 +59,6 @@ def load(
     dtype: str | None = None,
     limits: Limits | None = None,
     prefix_bytes: int | None = None,
-    profile: bool = False,
     report: Callable[[str, int, int], None] | None = None,
 ) -> Pair:
     """Load a target and its drafter.
@@ -73,8 +72,7 @@ def load(
     limits: on rows and memory; without kv_bytes they take what the weights leave.
     prefix_bytes: memory for what has been computed of earlier prompts and replies, so that a later prompt that begins
     the same costs only the rest; None is half of that for all keys and values, which running requests take back as they
-    need it; 0 keeps nothing. profile: `Stats.draft_s` tells drafting from verifying, at the cost of a wait a round.
-    report: called with (stage, done bytes, total bytes) while weights are read.
+    need it; 0 keeps nothing. report: called with (stage, done bytes, total bytes) while weights are read.
     Raises CheckpointError, DownloadError, PairingError or RequestError, before weights are read where possible.
     """
     if dtype is not None and dtype not in DTYPES:
@@ -92,20 +90,20 @@ def load(
         report=report,
     )
     limits = _limits(loaded, limits or Limits(), prefix_bytes)
-    return Pair(loaded, Text.from_dir(loaded.target.path), limits, profile)
+    return Pair(loaded, Text.from_dir(loaded.target.path), limits)
 
 
 class Pair:
     """A loaded target with its drafter (or none), its tokenizer, and one engine for all requests."""
 
-    def __init__(self, loaded: LoadedPair, text: Text, limits: Limits | None = None, profile: bool = False) -> None:
+    def __init__(self, loaded: LoadedPair, text: Text, limits: Limits | None = None) -> None:
         target = loaded.target
         self.text, self.warnings, self.default_sampling = text, loaded.notes, target.sampling
         self.target_name, self.drafter_name = target.name, loaded.drafter_name
         self.context_tok = target.model.config.max_positions
         self._model, self._dtype, self._eos = target.model, target.dtype, target.eos
         self._loaded = loaded
-        self._limits, self._profile = limits or _limits(loaded, Limits(), None), profile
+        self._limits, self._profile = limits or _limits(loaded, Limits(), None), False
         self.restart()
 
     def restart(self) -> None:
@@ -119,6 +117,10 @@ class Pair:
         drafter = self._loaded.new_drafter(cache)
         self._engine = Engine(self._model, cache, drafter, depth_of(0), self._limits, self._profile)
         self._inbox: dict[int, deque[Event]] = {}
+
+    def profile(self) -> None:
+        """From now on `Stats.draft_s` tells drafting from verifying, at the cost of a wait a round."""
+        self._profile = self._engine.profile = True
 
     @property
     def doubt(self) -> str | None:
@@ -144,8 +146,7 @@ class Pair:
 
         sampling: None takes the checkpoint's own defaults (`default_sampling`).
         width: tokens drafted per round, 0 (plain decoding) to 15, "heuristic", or "auto": what pays. All requests
-        that run at the same time share one width. max_tokens: None takes what the context and the
-        memory leave.
+        that run at the same time share one width. max_tokens: None takes what the context and the memory leave.
         stop: strings that end the text (they are not part of it). logprobs: 0 to 20, every token's log-probability
         with those of so many best ones. Raises RequestError before anything runs.
         """

@@ -107,9 +107,10 @@ def load_pair(options: Choice, limits: Limits | None = None, prefix_bytes: int |
             dtype=options.dtype,
             limits=limits,
             prefix_bytes=prefix_bytes,
-            profile=options.profile,
             report=report,
         )
+    if options.profile:
+        pair.profile()
     for warning in pair.warnings:
         say(f"warning: {warning}")
     return pair
