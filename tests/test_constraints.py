@@ -58,8 +58,10 @@ def answers(pair: Pair, grammars: Grammars, sampling: Sampling, names: list[str]
     return out
 
 
-def check(pair: Pair, names: list[str], texts: list[list[int]]) -> None:
+def check(pair: Pair, names: list[str], texts: list[list[int]] | list[list[int] | None]) -> None:
     for i, (name, tokens) in enumerate(zip(names, texts, strict=True)):
+        if tokens is None:
+            continue
         segmenter = Segmenter(pair.text)
         segments = segmenter.push(tokens) + segmenter.finish()
         kind = "arguments" if i % 2 else "answer"
@@ -93,7 +95,9 @@ def test_schemas_are_kept_and_the_texts_are_those_without_drafting(pair, grammar
 @pytest.mark.parametrize("width", [0, 4, "auto"])
 def test_forty_schemas_are_kept_where_nothing_is_seeded(pair, grammars, width):
     outcomes = run(pair, answers(pair, grammars, FREE, [*TOOLS]), width)
-    check(pair, [*TOOLS], [tokens for tokens, _, _ in outcomes])
+    ended = [tokens if reason == "stop" else None for tokens, reason, _ in outcomes]
+    check(pair, [*TOOLS], ended)  # a text cut by its limit need not be whole
+    assert ended.count(None) < 0.2 * len(TOOLS)
 
 
 @pytest.mark.slow
