@@ -15,6 +15,7 @@ constraint says on the host what may stand where while the target's pass runs, a
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -38,6 +39,10 @@ from mlx_mtp.sampling import RowSampler, Sampler
 from mlx_mtp.scheduler import Chunk, Limits, Row, Scheduler
 
 JUDGED = 200  # drafts by which a drafter is judged to fit its target or not
+
+# Building ahead hides a few milliseconds, and makes a request that comes meanwhile wait for a pass more. A pass over
+# prompts alone that takes longer than this is not built ahead.
+AHEAD_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,7 @@ class Engine:
         self.total = Stats()  # of all requests that have ended
         self.first_drafts = self.first_kept = 0  # of the first JUDGED rounds: drafts that were its drafter's own guess
         self.profile, self._sent_s, self._left_s = profile, 0.0, 0.0
+        self._chunk_s = math.inf  # what a full pass over prompts alone takes
         self._begun_s: float | None = None  # when the first part of the pass being built was dispatched, if it was
         self._ids = itertools.count()
         self._bonus = mx.zeros((0,), mx.int32)  # [R] newest token of every row
@@ -158,7 +164,8 @@ class Engine:
         running, undo = self._running, self._state()
         assert running is not None
         # What a constrained row may say next depends on what the pass under way has said.
-        ahead = None if self._constrained() else self._build()
+        late = self._constrained() or not (running.decoded or self._chunk_s < AHEAD_S)
+        ahead = None if late else self._build()
         events = self._read(running, away_s)
         if ahead is not None and any(not r.done for r in ahead.rows):
             del undo  # MLX copies a buffer that is still referred to instead of writing into it
@@ -433,6 +440,9 @@ class Engine:
         """Tell the depth policy and the scheduler what a pass kept, and what it took if its time is its own."""
         seconds = None if self._last is None or away_s > 0.2 * (now - self._last) else now - self._last
         self._last = now
+        if not done.decoded:
+            tok = sum(c.count for c in done.chunks)
+            self._chunk_s = (now - self._sent_s) / tok * self.scheduler.limits.alone_tok
         if seconds is not None:
             self.scheduler.timed(seconds, sum(c.count for c in done.chunks), len(done.decoded))
         if done.decoded:

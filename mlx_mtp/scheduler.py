@@ -17,6 +17,7 @@ from mlx_mtp.rows import USUAL, Follower, Request, RequestError, Stats
 from mlx_mtp.sampling import RowSampler
 
 CHUNK_STEP = 16  # prompt chunks beside running rows are multiples of this
+STALL_SHARE = 0.75  # of `stall_s`, for a chunk is sized by those before it, which saw a shorter context
 
 
 @dataclass(frozen=True)
@@ -230,14 +231,16 @@ class Scheduler:
         if not feeding:
             return []
         budget, first = self._budget(), feeding[0]
-        spare = budget - min(first.reach, -(-budget // 2))
+        half = -(-budget // 2)
+        spare = budget - min(first.reach, half)
         out = []
         for row in sorted(feeding[1:], key=lambda r: (-r.request.priority, r.left, r.id)):
             count = min(row.reach, spare)
             if count:
                 out.append(Chunk(row, count, count == row.left))
                 spare, budget = spare - count, budget - count
-        count = min(first.reach, budget)
+        most = half if any(c.last for c in out) else budget  # who gets its first token in this pass should not wait
+        count = min(first.reach, most)
         return [Chunk(first, count, count == first.left), *out]
 
     def timed(self, seconds: float, chunk_tok: int, rows: int) -> None:
@@ -254,7 +257,7 @@ class Scheduler:
             return self.limits.alone_tok
         if self._seconds_per_token is None:
             return min(self.limits.first_chunk_tok, self.limits.chunk_tok)
-        fits = int(self.limits.stall_s / self._seconds_per_token)
+        fits = int(STALL_SHARE * self.limits.stall_s / self._seconds_per_token)
         return min(self.limits.chunk_tok, max(CHUNK_STEP, fits // CHUNK_STEP * CHUNK_STEP))
 
     def _bytes(self, row: Row) -> int:
