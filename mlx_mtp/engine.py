@@ -40,10 +40,6 @@ from mlx_mtp.scheduler import Chunk, Limits, Row, Scheduler
 
 JUDGED = 200  # drafts by which a drafter is judged to fit its target or not
 
-# Building ahead hides a few milliseconds, and makes a request that comes meanwhile wait for a pass more. A pass over
-# prompts alone that takes longer than this is not built ahead.
-AHEAD_S = 0.05
-
 
 @dataclass(frozen=True)
 class Pass:
@@ -164,7 +160,7 @@ class Engine:
         running, undo = self._running, self._state()
         assert running is not None
         # What a constrained row may say next depends on what the pass under way has said.
-        late = self._constrained() or not (running.decoded or self._chunk_s < AHEAD_S)
+        late = self._constrained() or not (running.decoded or self._chunk_s <= self.scheduler.limits.ahead_s)
         ahead = None if late else self._build()
         events = self._read(running, away_s)
         if ahead is not None and any(not r.done for r in ahead.rows):

@@ -26,6 +26,8 @@ class Limits:
     stall_s: how much longer than a round alone a round may take because a prompt chunk runs beside it.
     alone_tok: the prompt chunk while no row decodes; a request that comes then waits for two of them at most. Fixed, so
     that a prompt alone is always computed in the same pieces; 128 tokens took no longer a token than 512.
+    ahead_s: a pass over prompts alone is built while the one before it runs, unless it takes longer than this: building
+    ahead hides a few milliseconds, and makes a request that comes meanwhile wait for a pass more.
     chunk_tok: the widest prompt chunk beside running rows. first_chunk_tok: there, until the machine's speed is known.
     kv_bytes: what all keys and values may take, the rows' and those of kept prefixes; None is no limit. prefix_bytes:
     of these, what prefixes may take while no row needs them. Less than a row's windows take keeps nothing.
@@ -34,6 +36,7 @@ class Limits:
     max_rows: int = 8
     stall_s: float = 0.25
     alone_tok: int = 128
+    ahead_s: float = 0.05
     chunk_tok: int = 512
     first_chunk_tok: int = 64
     kv_bytes: int | None = None

@@ -106,7 +106,7 @@ def losses(rows: int, tokens: int) -> dict[tuple[str, str], tuple[float, float]]
     return out
 
 
-@pytest.mark.parametrize("rows", [1, 4, 8])
+@pytest.mark.parametrize("rows", [1, pytest.param(4, marks=pytest.mark.slow), 8])
 def test_auto_loses_little_against_the_best_fixed_width_and_nothing_against_none(rows):
     found = losses(rows, tokens=1500)
     print({k: v for k, v in found.items() if v[0] > 0.08 or v[1] > 0.02})
@@ -132,7 +132,7 @@ def simulate_outlook(depth: Depth, places: list[list[int]], cost: Cost, rows: in
     return seconds
 
 
-@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("rows", [1, pytest.param(8, marks=pytest.mark.slow)])
 def test_lookup_gains_where_texts_repeat_and_costs_nothing_where_they_do_not(rows):
     """On recorded texts: what prompt lookup would have drafted at every place, and whether it knew that it could."""
     gains = {}

@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
@@ -161,7 +162,8 @@ def test_prefixes_of_a_prompt_are_kept_at_its_end_near_it_and_in_between(begin, 
 
 def engine(models: Models, kind: str = "rand", width: int = 3, **limits) -> Engine:
     """An engine that keeps all that it may."""
-    limits = {"prefix_bytes": PLENTY, "alone_tok": 16, "chunk_tok": 16, "first_chunk_tok": 8, "spacing": CLOSE} | limits
+    chunks = {"alone_tok": 16, "chunk_tok": 16, "first_chunk_tok": 8, "ahead_s": math.inf}
+    limits = {"prefix_bytes": PLENTY, "spacing": CLOSE} | chunks | limits
     return engine_of(models, kind, width, Limits(**limits))
 
 

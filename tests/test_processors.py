@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 from dataclasses import replace
 
 import mlx.core as mx
@@ -307,7 +308,7 @@ def test_an_assistant_is_steered_by_what_it_has_drafted_itself():
     models = fixture("dense")
     others = tuple((token, -100.0) for token in range(models.vocab) if token not in (40, 41))
     alternates = Sampling(0.0, presence_penalty=2.0, frequency_penalty=2.0, logit_bias=others)
-    engine = engine_of(models, "fit", 6)
+    engine = engine_of(models, "fit", 6, Limits(ahead_s=math.inf))
     engine.submit(request((5, 6, 7), 20, alternates))
     engine.step()
     assert engine._running is not None and engine._running.draft is not None
