@@ -384,7 +384,7 @@ def check_engine(kind: str, texts: int, seen: float, sampling: Sampling = THREE)
     assert fits(counts, p)
 
 
-@pytest.mark.parametrize("kind", ["near", "near+lookup"])
+@pytest.mark.parametrize("kind", ["near", pytest.param("near+lookup", marks=pytest.mark.slow)])
 def test_an_engine_says_the_first_three_tokens_as_often_as_the_target_would(kind):
     check_engine(kind, 240, 0.35)
 

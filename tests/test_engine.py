@@ -357,7 +357,7 @@ def check_leaks(kind: str, count: int) -> None:
     assert engine.cache.lengths.shape[0] == 0
 
 
-@pytest.mark.parametrize("kind", ["rand", "near"])
+@pytest.mark.parametrize("kind", ["near", pytest.param("rand", marks=pytest.mark.slow)])
 def test_hundreds_of_short_requests_leave_nothing_behind(kind):
     check_leaks(kind, 150)
 

@@ -241,7 +241,9 @@ def test_plain_decoding_says_what_a_plain_loop_says_and_every_setting_changes_th
         assert text != solo(models, replace(wanted, sampling=bare))
 
 
-@pytest.mark.parametrize("width", [*range(8), "heuristic"])
+@pytest.mark.parametrize(
+    "width", [0, 3, 7, "heuristic", *(pytest.param(w, marks=pytest.mark.slow) for w in (1, 2, 4, 5, 6))]
+)
 def test_seven_rows_with_settings_of_their_own_have_their_solo_texts_at_every_width(width):
     models = smallest()
     wanted = seven(models, 10)
