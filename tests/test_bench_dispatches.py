@@ -8,9 +8,11 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
+from mlx_mtp.bench.graph import FUSED
 from mlx_mtp.drafters.mtp import KIND
 from mlx_mtp.models.config import read_assistant, read_target
 from mlx_mtp.pairs import KNOWN, check_pair
+from mlx_mtp.shapes import read_configs
 
 pytestmark = pytest.mark.kernels
 
@@ -34,29 +36,29 @@ def test_what_only_looks_at_memory_is_no_dispatch(bench):
     assert bench.primitives(y, mx.abs(y)) == Counter(Exp=1, Abs=1), "what two results share is counted once"
 
 
-def test_the_sizes_are_those_of_the_published_pairs(bench):
+def test_the_sizes_are_those_of_the_published_pairs():
     for pair in KNOWN:
-        target, drafter = bench.configs(bench.SIZES[pair.size])
-        read = read_target(target, pair.target)
+        configs = read_configs(pair.size)
+        read = read_target(configs["target"], pair.target)
         assert read.hidden_size == pair.hidden_size
-        found = read_assistant(drafter, pair.drafter)
+        found = read_assistant(configs["drafter"], pair.drafter)
         assert check_pair(KIND.network, read, found, (pair.target, pair.drafter)) == []
 
 
 def test_a_step_of_kernels_is_what_the_code_launches(bench):
     with bench.as_on_metal(kernels=True):
-        made = bench.networks(bench.SIZES["26B-A4B"], 4)
-        step, draft = bench.round_of(made, 0), bench.counts(bench.SIZES["26B-A4B"], 4, True, 1).draft
+        made = bench.networks("26B-A4B", 4)
+        step, draft = bench.round_of(made, 0), bench.counts("26B-A4B", 4, True, 1).draft
     # a layer: 7 products (6 in full layers, whose values are their keys), 4 launches of experts, 2 of attention, 13
     # norms and rotations; then the last norm and the output head, the verdict's two, the embedding's dequantising
     layers, full = 30, 5
-    assert step["Depends"] == (7 + 4 + 2 + 13) * layers - full + 1 + 1 + 2 + 1
-    assert draft["Depends"] == (4 + 2 + 6) * 4 + 3 + 1 + 1
+    assert step[FUSED] == (7 + 4 + 2 + 13) * layers - full + 1 + 1 + 2 + 1
+    assert draft[FUSED] == (4 + 2 + 6) * 4 + 3 + 1 + 1
 
 
 def test_attention_over_heads_of_512_is_several_operations_without_the_kernel(bench):
     with bench.as_on_metal(kernels=False):
-        made = bench.networks(bench.SIZES["E4B"], 4)
+        made = bench.networks("E4B", 4)
         step = bench.round_of(made, 0)
     assert step["Softmax"] == 7 and step["Matmul"] == 2 * 7
     assert step["QuantizedMatmul"] == 24 * 2 + 42 * (2 + 3 + 2) + 2  # keys and values; every layer; two outside
