@@ -12,35 +12,27 @@ from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
-from pydantic import BaseModel, ConfigDict, Field, Strict
+from pydantic import ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
 from mlx_mtp.grammar import Tool
 from mlx_mtp.segments import Segment
 from mlx_mtp.server.asking import Ask, Must, function_tool, job_of, prompt_of, stable
+from mlx_mtp.server.forms import Flag, Integer, Lenient, Number, Word
 from mlx_mtp.server.nouns import Delta, Finish, ServerError, Usage, invalid
 from mlx_mtp.server.respond import Json, Text, dumps, read_body, respond
 from mlx_mtp.server.service import Service
 
 SIGNATURE = "bWx4LW10cA=="  # clients send a thought back with it; nothing is signed here, and nothing is checked
 
-Number = Annotated[float, Strict()]
-Integer = Annotated[int, Strict()]
-Flag = Annotated[bool, Strict()]
-Word = Annotated[str, Strict()]
 
-
-class _Form(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-
-class Message(_Form):
+class Message(Lenient):
     role: Literal["user", "assistant", "system"]
     content: Word | list[dict[str, Any]]
 
 
-class ToolForm(_Form):
+class ToolForm(Lenient):
     name: Word
     type: Word | None = None
     description: Word | None = None
@@ -48,27 +40,27 @@ class ToolForm(_Form):
     strict: Flag | None = None
 
 
-class Choice(_Form):
+class Choice(Lenient):
     type: Literal["auto", "any", "tool", "none"]
     name: Word | None = None
     disable_parallel_tool_use: Flag | None = None
 
 
-class Thinking(_Form):
+class Thinking(Lenient):
     type: Literal["enabled", "disabled", "adaptive"]
 
 
-class Format(_Form):
+class Format(Lenient):
     model_config = ConfigDict(extra="ignore", frozen=True, populate_by_name=True)
     type: Literal["json_schema"]
     definition: dict[str, Any] = Field(alias="schema")
 
 
-class OutputConfig(_Form):
+class OutputConfig(Lenient):
     format: Format | None = None
 
 
-class CountForm(_Form):
+class CountForm(Lenient):
     """The body of /v1/messages/count_tokens."""
 
     model: Word | None = None

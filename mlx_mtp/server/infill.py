@@ -11,14 +11,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 from fastapi import APIRouter
-from pydantic import BaseModel, ConfigDict, Strict
 from starlette.requests import Request
 from starlette.responses import Response
 
 from mlx_mtp.server.asking import Ask
+from mlx_mtp.server.forms import Flag, Integer, Lenient, Number, Word
 from mlx_mtp.server.nouns import Delta, Finish, Job, ServerError, Usage, invalid
 from mlx_mtp.server.openai_form import error_body
 from mlx_mtp.server.respond import Json, Text, dumps, read_body, respond
@@ -30,11 +30,6 @@ LEAD_LINES = 2  # whole lines before the hole that the reply is begun with
 MOST_CHARS = 12_000  # of the text on each side that the model is shown
 STOP_CHARS = 6  # a first line after the hole that is shorter says too little to stop at
 DEFAULT_TOK = 128
-
-Integer = Annotated[int, Strict()]
-Number = Annotated[float, Strict()]
-Flag = Annotated[bool, Strict()]
-Word = Annotated[str, Strict()]
 
 
 @dataclass(frozen=True)
@@ -61,16 +56,13 @@ class Hole:
         )
 
 
-class Extra(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True)
+class Extra(Lenient):
     filename: Word | None = None
     text: Word
 
 
-class InfillForm(BaseModel):
+class InfillForm(Lenient):
     """The body of /infill. prompt: what stands between input_prefix and the hole."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
 
     input_prefix: Word = ""
     input_suffix: Word = ""

@@ -5,10 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from fastapi import APIRouter
-from pydantic import BaseModel, ConfigDict, Strict
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -16,6 +15,7 @@ from mlx_mtp.grammar import Tool
 from mlx_mtp.segments import Segment
 from mlx_mtp.server import infill
 from mlx_mtp.server.asking import Ask, Must, function_tool, job_of
+from mlx_mtp.server.forms import Flag, Lenient, Word
 from mlx_mtp.server.nouns import Delta, Finish, Job, ServerError, Usage, invalid
 from mlx_mtp.server.respond import Call, Json, Text, dumps, read_body, respond
 from mlx_mtp.server.service import Service
@@ -26,15 +26,8 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed", "presence_penalty"
 # Of memory, threads and the context, which are this server's own affair.
 NO_EFFECT = frozenset("num_ctx num_batch num_gpu main_gpu num_thread num_keep use_mmap use_mlock numa low_vram".split())
 
-Flag = Annotated[bool, Strict()]
-Word = Annotated[str, Strict()]
 
-
-class _Form(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-
-class Common(_Form):
+class Common(Lenient):
     """What chat and generate take."""
 
     model: Word
@@ -76,7 +69,7 @@ class Common(_Form):
         return self.format
 
 
-class Message(_Form):
+class Message(Lenient):
     role: Literal["system", "user", "assistant", "tool"]
     content: Word | None = None
     thinking: Word | None = None
@@ -125,7 +118,7 @@ class GenerateForm(Common):
     context: list[int] | None = None
 
 
-class ShowForm(_Form):
+class ShowForm(Lenient):
     model: Word | None = None
     name: Word | None = None
 

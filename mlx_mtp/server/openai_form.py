@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, Strict
+from pydantic import BaseModel, ConfigDict, Field
 
 from mlx_mtp.rows import MAX_LOGPROBS
 from mlx_mtp.server import asking
 from mlx_mtp.server.asking import Must
+from mlx_mtp.server.forms import Flag, Integer, Number, Word
 from mlx_mtp.server.nouns import ServerError, invalid
 
 # Bookkeeping, hints for caches that nothing need be told here, and limits on what this server never does.
@@ -52,11 +53,6 @@ ONLY_AT: dict[str, tuple[Any, ...]] = {
     "return_token_ids": (False,),
     "logit_bias": ({}, []),
 }
-
-Number = Annotated[float, Strict()]
-Integer = Annotated[int, Strict()]
-Flag = Annotated[bool, Strict()]
-Word = Annotated[str, Strict()]
 
 
 class _Form(BaseModel):

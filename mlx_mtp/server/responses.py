@@ -8,13 +8,14 @@ from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
-from pydantic import BaseModel, ConfigDict, Field, Strict
+from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
 
 from mlx_mtp.grammar import Tool
 from mlx_mtp.segments import Segment
 from mlx_mtp.server.asking import Ask, Must, function_tool, job_of
+from mlx_mtp.server.forms import Flag, Integer, Lenient, Number, Word
 from mlx_mtp.server.nouns import Delta, Finish, ServerError, Usage, invalid
 from mlx_mtp.server.respond import Text, dumps, read_body, respond
 from mlx_mtp.server.service import Service
@@ -22,16 +23,9 @@ from mlx_mtp.server.service import Service
 ELSEWHERE = frozenset({"web_search", "web_search_preview", "file_search", "code_interpreter", "image_generation"})
 """Tools that OpenAI would run. Codex always offers some; the model is not told of them."""
 
-Number = Annotated[float, Strict()]
-Integer = Annotated[int, Strict()]
-Flag = Annotated[bool, Strict()]
-Word = Annotated[str, Strict()]
 
-
-class ResponsesForm(BaseModel):
+class ResponsesForm(Lenient):
     """The body of /v1/responses. Fields that are not here have no effect: hints for caches, and bookkeeping."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
 
     model: Word | None = None
     input: Word | list[dict[str, Any]]
