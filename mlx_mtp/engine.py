@@ -224,7 +224,8 @@ class Engine:
 
     def _round(self, decoded: list[Row], active: list[Row], width: int, most: int) -> Round:
         """Draft, verify, commit. most: log-probabilities of so many tokens go with each where they are asked for."""
-        rows, asking = slice(0, len(decoded)), [i for i, r in enumerate(decoded) if r in _asking(active)]
+        rows, wanted = slice(0, len(decoded)), _asking(active)
+        asking = [i for i, r in enumerate(decoded) if r in wanted]
         sampler = self._sampler(decoded, rows)
         guide = self._guide(decoded, active, width)
         bonus = self._bonus[rows]

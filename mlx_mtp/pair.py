@@ -39,7 +39,7 @@ from mlx_mtp.rows import (
 )
 from mlx_mtp.sampling import RowSampler, Sampler
 from mlx_mtp.scheduler import Limits
-from mlx_mtp.text import Detokenizer, StopStrings, Text
+from mlx_mtp.text import StoppedText, Text
 
 Prompt = str | Sequence[int] | Sequence[dict]
 """Text to continue, token ids, or a conversation as [{"role": ..., "content": ...}, ...]."""
@@ -363,7 +363,7 @@ class _Run:
         self.stats: Stats | None = None
         self._pair, self._width, self._id = pair, width, -1
         pair._depths.setdefault(width, depth_of(width))  # made anew to check it: True and 1.0 are keys equal to 1
-        self._decoder, self._stops = Detokenizer(pair.text), StopStrings(tuple(stop))
+        self._shown = StoppedText(pair.text, tuple(stop))
 
     def submit(self) -> None:
         pair = self._pair
@@ -383,18 +383,16 @@ class _Run:
         shown, taken, reason, stats = [], [], event.finish_reason, event.stats
         for token in event.tokens:
             taken.append(token)
-            text, stopped = self._stops.push(self._decoder.push([token]))
-            shown.append(text)
-            if stopped:
+            shown.append(self._shown.push([token]))
+            if self._shown.stop:
                 inbox = self._pair._inbox[self._id]  # holds the end already if others read before this one
                 stats = self._pair._engine.cancel(self._id) or stats or inbox[-1].stats
                 reason = "stop"
                 break
         else:
             if reason:
-                text, stopped = self._stops.push(self._decoder.finish())
-                shown += [text] if stopped else [text, self._stops.finish()]
-                reason = "stop" if stopped else reason
+                shown.append(self._shown.finish())
+                reason = "stop" if self._shown.stop else reason
         logprobs = event.logprobs[: len(taken)]
         self.tokens += taken
         self.logprobs += logprobs

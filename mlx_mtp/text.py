@@ -208,6 +208,27 @@ class StopStrings:
         return held
 
 
+class StoppedText:
+    """One request's tokens to text, up to a stop string."""
+
+    def __init__(self, text: Text, stops: tuple[str, ...]) -> None:
+        self._decoder, self._stops = Detokenizer(text), StopStrings(stops)
+
+    @property
+    def stop(self) -> str | None:
+        """The stop string that ended the text."""
+        return self._stops.found
+
+    def push(self, tokens: Sequence[int]) -> str:
+        """Add tokens; return the text that has become certain."""
+        return self._stops.push(self._decoder.push(tokens))[0]
+
+    def finish(self) -> str:
+        """Return the text that had been held back; it may turn out to end at a stop string."""
+        shown, stopped = self._stops.push(self._decoder.finish())
+        return shown if stopped else shown + self._stops.finish()
+
+
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that is a true beginning of `stop`."""
     for size in range(min(len(stop) - 1, len(text)), 0, -1):

@@ -12,7 +12,7 @@ from mlx_mtp.loops import LoopGuard
 from mlx_mtp.rows import TokenLogprob
 from mlx_mtp.segments import Segment, Segmenter
 from mlx_mtp.server.nouns import Job
-from mlx_mtp.text import Detokenizer, StopStrings, Text
+from mlx_mtp.text import StoppedText, Text
 
 
 class Plain:
@@ -22,18 +22,17 @@ class Plain:
     answering = True
 
     def __init__(self, text: Text, stops: tuple[str, ...]) -> None:
-        self._decoder, self._stops = Detokenizer(text), StopStrings(stops)
+        self._shown = StoppedText(text, stops)
 
     @property
     def stop(self) -> str | None:
-        return self._stops.found
+        return self._shown.stop
 
     def push(self, tokens: Sequence[int]) -> list[Segment]:
-        return _answer(self._stops.push(self._decoder.push(tokens))[0])
+        return _answer(self._shown.push(tokens))
 
     def finish(self, complete: bool = True) -> list[Segment]:
-        text, stopped = self._stops.push(self._decoder.finish())
-        return _answer(text if stopped else text + self._stops.finish())
+        return _answer(self._shown.finish())
 
 
 class Decoder:
