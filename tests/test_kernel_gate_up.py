@@ -3,6 +3,7 @@
 import metal_emu as emu
 import mlx.core as mx
 import pytest
+from layouts import LAYOUTS, make
 from metal_emu import checks, cuda, lint
 
 from mlx_mtp.few_rows import FewRowsMlp, use_kernels
@@ -12,21 +13,8 @@ from mlx_mtp.models.gemma4 import Mlp
 
 emulated = pytest.mark.skipif(emu.unavailable() is not None, reason=str(emu.unavailable()))
 
-LAYOUTS = {  # name -> group size, bits, mode
-    "affine4": (64, 4, "affine"),
-    "affine8": (32, 8, "affine"),
-    "mxfp4": (32, 4, "mxfp4"),
-    "mxfp8": (32, 8, "mxfp8"),
-    "nvfp4": (16, 4, "nvfp4"),
-    "plain": None,
-}
 TOLERANCE = {mx.float32: 2e-5, mx.float16: 1e-3, mx.bfloat16: 8e-3}
 WEIGHTS = [f"{name}{part}" for name in ("gate", "up") for part in ("", "_scales", "_biases")]
-
-
-def make(layout: str, n: int, k: int, dtype: mx.Dtype = mx.bfloat16, seed: int = 0) -> Matrix:
-    dense = mx.random.normal((n, k), key=mx.random.key(n + k + seed)).astype(dtype)
-    return Matrix(dense) if LAYOUTS[layout] is None else Matrix.quantized(dense, *LAYOUTS[layout])
 
 
 def pair(layout: str, n: int, k: int, dtype: mx.Dtype = mx.bfloat16) -> tuple[Matrix, Matrix]:

@@ -5,6 +5,7 @@ from dataclasses import replace
 import metal_emu as emu
 import mlx.core as mx
 import pytest
+from layouts import LAYOUTS, make
 from metal_emu import checks, cuda, lint
 
 from mlx_mtp.kernels import rows_qmv
@@ -12,21 +13,7 @@ from mlx_mtp.kernels.matrix import Matrix
 
 emulated = pytest.mark.skipif(emu.unavailable() is not None, reason=str(emu.unavailable()))
 
-LAYOUTS = {  # name -> group size, bits, mode
-    "affine4": (64, 4, "affine"),
-    "affine8": (32, 8, "affine"),
-    "affine4-wide-groups": (128, 4, "affine"),
-    "mxfp4": (32, 4, "mxfp4"),
-    "mxfp8": (32, 8, "mxfp8"),
-    "nvfp4": (16, 4, "nvfp4"),
-    "plain": None,
-}
 TOLERANCE = {mx.float32: 2e-6, mx.float16: 1e-3, mx.bfloat16: 8e-3}
-
-
-def make(layout: str, n: int, k: int, dtype: mx.Dtype = mx.bfloat16) -> Matrix:
-    dense = mx.random.normal((n, k), key=mx.random.key(n + k)).astype(dtype)
-    return Matrix(dense) if LAYOUTS[layout] is None else Matrix.quantized(dense, *LAYOUTS[layout])
 
 
 def rows(m: int, k: int, dtype: mx.Dtype = mx.bfloat16, seed: int = 0) -> mx.array:
