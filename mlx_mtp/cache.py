@@ -16,13 +16,11 @@ lengths stay on the device until the engine has read a verdict.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
 from mlx_mtp import kernels
 from mlx_mtp.kernels import attend
@@ -64,16 +62,16 @@ class Part:
     mask: mx.array
     whole: Whole | None = None
 
-    def attend(self, queries: mx.array) -> mx.array:
-        """queries [B', heads, L, D], the last L of those that the mask is for -> the same shape."""
-        columns, known = queries.shape[2], self.mask.shape[2]
+    def attend(self, queries: mx.array, column: mx.array | None) -> mx.array:
+        """queries [B', heads, L, D] -> the same shape. column [B']: which of the mask's L it is, if it is one."""
         if self.whole is not None:
             w = self.whole
-            start = w.start if known == columns else w.start + (known - columns)
-            given = Attention(queries, w.keys, w.values, start, w.window)
+            given = Attention(queries, w.keys, w.values, w.start if column is None else w.start + column, w.window)
             if not attend.why_not(given):
                 return attend.attend(given)
-        mask = self.mask if known == columns else self.mask[:, :, -columns:]
+        mask = self.mask
+        if column is not None:
+            mask = mx.take_along_axis(mask, column[:, None, None, None], axis=2)
         return mx.fast.scaled_dot_product_attention(queries, self.keys, self.values, scale=1.0, mask=mask)
 
 
@@ -121,34 +119,24 @@ class Snapshot:
         trunk.snapshots.add(self)
 
 
-def arrays_of(state: Any) -> Iterator[mx.array]:
-    """All arrays in a tree of arrays and snapshots, trunks left out."""
-    for _, leaf in tree_flatten(state):
-        if isinstance(leaf, Snapshot):
-            yield from (a for pair in leaf.ring.values() for a in pair)
-        elif isinstance(leaf, mx.array):
-            yield leaf
-
-
-def snapshots_of(state: Any) -> Iterator[Snapshot]:
-    """All snapshots in a tree."""
-    return (leaf for _, leaf in tree_flatten(state) if isinstance(leaf, Snapshot))
-
-
 @dataclass(frozen=True)
 class View:
     """What the queries of a pass may see in one layer: one part for all rows, or one part a row."""
 
     parts: tuple[Part, ...]
 
-    def attend(self, queries: mx.array) -> mx.array:
-        """Attention with scale 1 (Gemma 4 scales inside q_norm): [B, heads, L, D] -> [B * L, heads * D]."""
+    def attend(self, queries: mx.array, last: mx.array | None = None) -> mx.array:
+        """Attention with scale 1 (Gemma 4 scales inside q_norm): [B, heads, L, D] -> [B * L, heads * D].
+
+        last [B]: the queries' columns in the pass, where there is one a row.
+        """
         b, heads, columns, dim = queries.shape
         outs, row = [], 0
+        last = last if columns == 1 else None
         for part in self.parts:
-            q = queries if len(self.parts) == 1 else queries[row : row + part.keys.shape[0]]
-            outs.append(part.attend(q))
-            row += part.keys.shape[0]
+            here = slice(row, row + part.keys.shape[0])
+            outs.append(part.attend(queries[here], None if last is None else last[here]))
+            row = here.stop
         out = outs[0] if len(outs) == 1 else mx.concatenate(outs)
         return out.transpose(0, 2, 1, 3).reshape(b * columns, heads * dim)
 
@@ -296,6 +284,12 @@ class Cache:
         self.lengths = _put(self.lengths, rows, self.lengths[rows] + kept)
         for row in range(rows.start, rows.stop):
             self.bounds[row] += columns
+
+    def spare(self, row: int, columns: int) -> bool:
+        """Whether a row may be given so many columns and keep any number of them: none would overwrite what it has,
+        and its buffers would grow to no more than `row_bytes` says."""
+        slots = (self.ring_size(s.window) for s in self.specs if s.window)
+        return self.bounds[row] + columns <= min((self._most[row], *slots))
 
     def settle(self, row: int, rejected: int) -> None:
         """The host has read a verdict: `rejected` columns of that pass did not count."""

@@ -15,9 +15,8 @@ constraint says on the host what may stand where while the target's pass runs, a
 from __future__ import annotations
 
 import itertools
-import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, cast
 
@@ -31,12 +30,12 @@ from mlx_mtp.depth import MAX_WIDTH, Depth
 from mlx_mtp.drafters import Drafter
 from mlx_mtp.guide import Guide, allowing
 from mlx_mtp.models.experts import distinct_experts
-from mlx_mtp.models.gemma4 import ALL, LAST, Gemma4
+from mlx_mtp.models.gemma4 import Gemma4
 from mlx_mtp.prefixes import Prefix
 from mlx_mtp.processors import History, check_ids
 from mlx_mtp.rows import USUAL, Draft, Event, Forward, Request, Stats, TokenLogprob
 from mlx_mtp.sampling import RowSampler, Sampler
-from mlx_mtp.scheduler import Chunk, Limits, Row, Scheduler
+from mlx_mtp.scheduler import Chunk, Limits, Row, Scheduler, feed, neighbours
 
 JUDGED = 200  # drafts by which a drafter is judged to fit its target or not
 
@@ -108,7 +107,6 @@ class Engine:
         self.total = Stats()  # of all requests that have ended
         self.first_drafts = self.first_kept = 0  # of the first JUDGED rounds: drafts that were its drafter's own guess
         self.profile, self._sent_s, self._left_s = profile, 0.0, 0.0
-        self._chunk_s = math.inf  # what a full pass over prompts alone takes
         self._begun_s: float | None = None  # when the first part of the pass being built was dispatched, if it was
         self._ids = itertools.count()
         self._bonus = mx.zeros((0,), mx.int32)  # [R] newest token of every row
@@ -160,7 +158,7 @@ class Engine:
         running, undo = self._running, self._state()
         assert running is not None
         # What a constrained row may say next depends on what the pass under way has said.
-        late = self._constrained() or not (running.decoded or self._chunk_s <= self.scheduler.limits.ahead_s)
+        late = self._constrained() or not (running.decoded or self.scheduler.quick)
         ahead = None if late else self._build()
         events = self._read(running, away_s)
         if ahead is not None and any(not r.done for r in ahead.rows):
@@ -181,10 +179,11 @@ class Engine:
         decoded = self.scheduler.decoding()
         if not any(r.room > 0 for r in decoded if r.decoding):
             decoded = []  # what is under way brings every row to its limit
-        chunks = self.scheduler.chunks()
-        if not decoded and not chunks:
+        groups = neighbours(self.scheduler.chunks(), self.cache.spare)
+        if not decoded and not groups:
             return None
         active = [r for r in decoded if r.decoding and not r.done]
+        chunks = [chunk for group in groups for chunk in group]
         begun = _asking([c.row for c in chunks if c.last])
         most = max((r.request.logprobs or 0 for r in (*active, *begun)), default=0)
         most = min(most, self.target.config.vocab_size)
@@ -195,8 +194,8 @@ class Engine:
             outs += [round_.judged.tokens.reshape(-1), round_.judged.kept, *round_.outlook]
             foreseen = bool(round_.outlook)
             scores += round_.scores
-        for chunk in chunks:
-            first, score = self._chunk(chunk, most)
+        for group in groups:
+            first, score = self._chunks(group, most)
             outs.append(first)
             scores += score
         prefixes = [self._marked(c.row) for c in chunks if c.row.stops and c.row.stops[0] == c.row.prefilled]
@@ -252,7 +251,7 @@ class Engine:
         for row in active:
             row.pending += 1
         experts = [distinct_experts(pass_.routed)[None]] if pass_.routed else []
-        scores = _scores(logits, judged.tokens, asking, most)
+        scores = logprobs.packed_rows(logits, judged.tokens, asking, most)
         foreseen = [] if outlook is None else [outlook]
         return Round(draft.tokens if width else None, Verdict(judged.tokens, kept), foreseen, experts, scores)
 
@@ -283,36 +282,51 @@ class Engine:
             row.stats.host_reads += 1
         return drafts
 
-    def _chunk(self, chunk: Chunk, most: int) -> tuple[mx.array, list[mx.array]]:
-        """A prompt chunk; returns the token after it, [1] int32, which counts only at the prompt's end, and scores as
-        in `Round`."""
-        row, count = chunk.row, chunk.count
-        rows = slice(row.index, row.index + 1)
-        tokens = mx.array([row.request.prompt[row.prefilled : row.prefilled + count]], mx.int32)
-        pass_ = self.cache.open(rows, count)
-        keep = ALL if self.drafter.taps else LAST
-        hidden, taps = self.target.forward(tokens, pass_, self.drafter.taps, keep)
-        kept = mx.array([count], mx.int32)
-        self.cache.commit(rows, kept, count)
-        fwd = Forward(rows, tokens, hidden, taps, 0)
-        row.prefilled += count
-        if not chunk.last:
-            self.drafter.observe(replace(fwd, newest=mx.array([row.request.prompt[row.prefilled]], mx.int32)), kept)
-            return self.cache.lengths[rows], []  # something to wait for
-        row.pending += 1
-        sampler, asking = self._sampler([row], rows), [0] if _asking([row]) else []
-        if row.follower is not None:
-            sampler = allowing(sampler, [row.follower], [[]], self.target.config.vocab_size)
-        nothing = Draft(mx.zeros((1, 0), mx.int32))
-        logits = self.target.logits(hidden[:, LAST], capped=bool(asking) or not sampler.order_decides)
-        judged = verdict(nothing, logits, pass_.start + (count - 1), sampler, hidden[:, LAST])
-        self._history.add(rows, judged.tokens, judged.kept)
-        first = judged.tokens[:, 0]
-        self.drafter.observe(replace(fwd, newest=first), kept)
+    def _chunks(self, chunks: list[Chunk], most: int) -> tuple[mx.array, list[mx.array]]:
+        """One pass over the prompt chunks of neighbouring rows, B of them; returns the token after each, [B] int32,
+        which counts only at its prompt's end, and scores as in `Round`."""
+        members, counts = [c.row for c in chunks], [c.count for c in chunks]
+        rows, columns = slice(members[0].index, members[-1].index + 1), max(counts)
+        tokens, newest, kept = *map(mx.array, feed(chunks)), mx.array(counts, mx.int32)
+        pass_, taps = self.cache.open(rows, columns), self.drafter.taps
+        hidden, tapped = self.target.forward(tokens, pass_, taps, None if taps else kept - 1)
+        self.cache.commit(rows, kept, columns)
+        for row, count in zip(members, counts, strict=True):
+            self.cache.settle(row.index, columns - count)
+        scores = []
+        if any(c.last for c in chunks):
+            ends = hidden if hidden.shape[1] == 1 else mx.take_along_axis(hidden, (kept - 1)[:, None, None], axis=1)
+            newest, scores = self._firsts(chunks, ends, pass_.start + (kept - 1), newest, most)
+        for b, (row, count) in enumerate(zip(members, counts, strict=True)):  # to a drafter every prompt is its own
+            own, upto = slice(b, b + 1), slice(0, count)
+            seen = {i: tap[own, upto] for i, tap in tapped.items()}
+            where = slice(row.index, row.index + 1)
+            fwd = Forward(where, tokens[own, upto], hidden[own, upto], seen, 0, newest=newest[own])
+            self.drafter.observe(fwd, kept[own])
+        return newest, scores
+
+    def _firsts(
+        self, chunks: list[Chunk], hidden: mx.array, start: mx.array, newest: mx.array, most: int
+    ) -> tuple[mx.array, list[mx.array]]:
+        """The tokens after the prompts that end with their chunk, among the others' `newest` [B], from the hidden
+        states [B, 1, H] of the chunks' last columns at positions start [B]; and their scores."""
+        members = [c.row for c in chunks]
+        rows, asking = slice(members[0].index, members[-1].index + 1), _asking([c.row for c in chunks if c.last])
+        sampler = self._sampler(members, rows)
+        followers = [c.row.follower if c.last else None for c in chunks]
+        if any(followers):
+            sampler = allowing(sampler, followers, [[]] * len(chunks), self.target.config.vocab_size)
+        nothing = Draft(mx.zeros((len(chunks), 0), mx.int32))
+        logits = self.target.logits(hidden, capped=bool(asking) or not sampler.order_decides)
+        judged = verdict(nothing, logits, start, sampler, hidden)
+        last = mx.array([c.last for c in chunks])
+        self._history.add(rows, judged.tokens, judged.kept * last)
+        newest = mx.where(last, judged.tokens[:, 0], newest)
         bonus = mx.array(self._bonus)
-        bonus[row.index] = first[0]
+        bonus[rows] = mx.where(last, newest, bonus[rows])
         self._bonus = bonus
-        return first, _scores(logits, judged.tokens, asking, most)
+        where = [b for b, row in enumerate(members) if row in asking]
+        return newest, logprobs.packed_rows(logits, judged.tokens, where, most)
 
     def _marked(self, row: Row) -> Prefix:
         """What a row has computed of its prompt, after all passes that are built: nothing else writes to it then."""
@@ -438,8 +452,7 @@ class Engine:
         seconds = None if self._last is None or away_s > 0.2 * (now - self._last) else now - self._last
         self._last = now
         if not done.decoded:
-            tok = sum(c.count for c in done.chunks)
-            self._chunk_s = (now - self._sent_s) / tok * self.scheduler.limits.alone_tok
+            self.scheduler.timed_alone(now - self._sent_s, sum(c.count for c in done.chunks))
         if seconds is not None:
             self.scheduler.timed(seconds, sum(c.count for c in done.chunks), len(done.decoded))
         if done.decoded:
@@ -478,16 +491,6 @@ class Engine:
 def _asking(rows: list[Row]) -> list[Row]:
     """Those of the rows whose tokens' log-probabilities are asked for."""
     return [r for r in rows if r.request.logprobs is not None]
-
-
-def _scores(logits: mx.array, tokens: mx.array, asking: list[int], most: int) -> list[mx.array]:
-    """`Round.scores` of tokens [B, L] by logits [B, L, V], for some of the rows."""
-    if not asking:
-        return []
-    if len(asking) < logits.shape[0]:
-        some = mx.array(asking, mx.int32)
-        logits, tokens = logits[some], tokens[some]
-    return [logprobs.pack(logits, tokens, most).reshape(-1)]
 
 
 def _told(row: Row, scores: dict[int, list[int]], tokens: list[int], most: int) -> tuple[TokenLogprob, ...]:

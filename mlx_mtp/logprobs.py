@@ -31,6 +31,16 @@ def pack(logits: mx.array, tokens: mx.array, most: int) -> mx.array:
     return mx.concatenate([values.view(mx.int32), ids], axis=-1)
 
 
+def packed_rows(logits: mx.array, tokens: mx.array, rows: list[int], most: int) -> list[mx.array]:
+    """`pack` of some of the rows, flat, in a list; an empty one for no rows."""
+    if not rows:
+        return []
+    if len(rows) < logits.shape[0]:
+        some = mx.array(rows, mx.int32)
+        logits, tokens = logits[some], tokens[some]
+    return [pack(logits, tokens, most).reshape(-1)]
+
+
 def unpack(values: list[int], tokens: list[int], most: int, wanted: int) -> tuple[TokenLogprob, ...]:
     """What `pack` gave for the columns of one row, flat, as far as there are tokens; the best `wanted` of the `most`.
 

@@ -7,12 +7,15 @@ windows; the full layers of all lengths of one row are one buffer.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 
-from mlx_mtp.cache import Snapshot, arrays_of, snapshots_of
+from mlx_mtp.cache import Snapshot
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,20 @@ class Prefixes:
         del prefix  # the trunks ask who still refers to them
         for trunk in trunks:
             trunk.trim()
+
+
+def arrays_of(state: Any) -> Iterator[mx.array]:
+    """All arrays in a tree of arrays and snapshots, trunks left out."""
+    for _, leaf in tree_flatten(state):
+        if isinstance(leaf, Snapshot):
+            yield from (a for pair in leaf.ring.values() for a in pair)
+        elif isinstance(leaf, mx.array):
+            yield leaf
+
+
+def snapshots_of(state: Any) -> Iterator[Snapshot]:
+    """All snapshots in a tree."""
+    return (leaf for _, leaf in tree_flatten(state) if isinstance(leaf, Snapshot))
 
 
 def shared(a: np.ndarray, b: np.ndarray) -> int:

@@ -6,6 +6,7 @@ Plain Python over live requests; nothing of the device.
 from __future__ import annotations
 
 import bisect
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from mlx_mtp.rows import USUAL, Follower, Request, RequestError, Stats
 from mlx_mtp.sampling import RowSampler
 
 CHUNK_STEP = 16  # prompt chunks beside running rows are multiples of this
+VAIN = 0.2  # of a pass over the prompts of several rows, for the lengths they do not share
 STALL_SHARE = 0.75  # of `stall_s`, for a chunk is sized by those before it, which saw a shorter context
 
 
@@ -25,7 +27,8 @@ class Limits:
     """max_rows: requests that run at once.
     stall_s: how much longer than a round alone a round may take because a prompt chunk runs beside it.
     alone_tok: the prompt chunk while no row decodes; a request that comes then waits for two of them at most. Fixed, so
-    that a prompt alone is always computed in the same pieces; 128 tokens took no longer a token than 512.
+    that a prompt alone is always computed in the same pieces; 128 tokens took no longer a token than 512. Prompts with
+    no more than that left go together, as many as the machine computes in `stall_s`.
     ahead_s: a pass over prompts alone is built while the one before it runs, unless it takes longer than this: building
     ahead hides a few milliseconds, and makes a request that comes meanwhile wait for a pass more.
     chunk_tok: the widest prompt chunk beside running rows. first_chunk_tok: there, until the machine's speed is known.
@@ -124,6 +127,7 @@ class Scheduler:
         self.rows: list[Row] = []
         self._row_bytes = row_bytes
         self._seconds_per_token: float | None = None  # of prompt, beside running rows
+        self._alone_s = math.inf  # the same while no row decodes
         self._round_s: float | None = None  # of a round without a prompt chunk
 
     def submit(self, row: Row) -> None:
@@ -233,18 +237,18 @@ class Scheduler:
         feeding = sorted((r for r in self.rows if r.left and not r.done), key=_order)
         if not feeding:
             return []
-        budget, first = self._budget(), feeding[0]
-        half = -(-budget // 2)
-        spare = budget - min(first.reach, half)
-        out = []
+        budget, first, out = self._budget(), feeding[0], []
+        short, together = self._short(budget)
+        share = first.reach if first.left <= short else min(first.reach, -(-budget // 2))
+        used = share
         for row in sorted(feeding[1:], key=lambda r: (-r.request.priority, r.left, r.id)):
-            count = min(row.reach, spare)
-            if count:
+            count = min(row.reach, (together if row.left <= short else budget) - used)
+            if count > 0:
                 out.append(Chunk(row, count, count == row.left))
-                spare, budget = spare - count, budget - count
-        most = half if any(c.last for c in out) else budget  # who gets its first token in this pass should not wait
-        count = min(first.reach, most)
-        return [Chunk(first, count, count == first.left), *out]
+                used += count
+        if not any(c.last for c in out):  # nobody's first token waits for this pass
+            share = max(share, min(first.reach, budget - used + share))
+        return [Chunk(first, share, share == first.left), *out]
 
     def timed(self, seconds: float, chunk_tok: int, rows: int) -> None:
         """A pass over `rows` decoding rows and so many prompt tokens took so long."""
@@ -254,9 +258,31 @@ class Scheduler:
             extra = max(seconds - self._round_s, 0.05 * seconds)
             self._seconds_per_token = _blend(self._seconds_per_token, extra / chunk_tok)
 
+    def timed_alone(self, seconds: float, chunk_tok: int) -> None:
+        """A pass over so many prompt tokens, and nothing else, took so long."""
+        known = self._alone_s if self._alone_s < math.inf else None
+        self._alone_s = _blend(known, seconds / chunk_tok)
+
+    @property
+    def quick(self) -> bool:
+        """Whether a pass over prompts alone takes so little that it may be built ahead."""
+        return self._alone_s * self.limits.alone_tok <= self.limits.ahead_s
+
+    @property
+    def _alone(self) -> bool:
+        """Whether no row decodes."""
+        return not any(r.decoding and not r.done for r in self.rows)
+
+    def _short(self, budget: int) -> tuple[int, int]:
+        """What a prompt may have left to go together with others as short, and how many tokens that may be in all."""
+        if not self._alone:
+            return 0, budget
+        fits = self.limits.stall_s / self._alone_s if self._alone_s else math.inf
+        return self.limits.alone_tok, max(budget, int(min(fits, self.limits.max_rows * self.limits.alone_tok)))
+
     def _budget(self) -> int:
         """Prompt tokens in the coming pass."""
-        if not any(r.decoding and not r.done for r in self.rows):
+        if self._alone:
             return self.limits.alone_tok
         if self._seconds_per_token is None:
             return min(self.limits.first_chunk_tok, self.limits.chunk_tok)
@@ -265,6 +291,37 @@ class Scheduler:
 
     def _bytes(self, row: Row) -> int:
         return self._row_bytes(len(row.request.prompt) + row.request.max_tokens)
+
+
+def neighbours(chunks: list[Chunk], spare: Callable[[int, int], bool]) -> list[list[Chunk]]:
+    """Chunks that go into one pass, which then reads the weights once for all: those of rows that lie side by side, as
+    wide as the widest of them. So much of it as the others are shorter is computed in vain, a fifth at most.
+
+    spare: whether a row can be given more columns than are its own.
+    """
+    groups: list[list[Chunk]] = []
+    for chunk in sorted(chunks, key=lambda c: c.row.index):
+        joined = [*groups[-1], chunk] if groups else [chunk]
+        width = max(c.count for c in joined)
+        useful = sum(c.count for c in joined) >= (1 - VAIN) * width * len(joined)
+        beside = len(joined) > 1 and chunk.row.index == joined[-2].row.index + 1
+        if beside and useful and all(c.count == width or spare(c.row.index, width) for c in joined):
+            groups[-1] = joined
+        else:
+            groups.append([chunk])
+    return groups
+
+
+def feed(chunks: list[Chunk]) -> tuple[np.ndarray, np.ndarray]:
+    """Count chunks as sent: their tokens [B, L] int32, and the prompts' next ones [B], where they have any."""
+    tokens = np.zeros((len(chunks), max(c.count for c in chunks)), np.int32)
+    newest = np.zeros(len(chunks), np.int32)
+    for b, chunk in enumerate(chunks):
+        row, end = chunk.row, chunk.row.prefilled + chunk.count
+        tokens[b, : chunk.count] = row.prompt[row.prefilled : end]
+        newest[b] = 0 if chunk.last else row.prompt[end]
+        row.prefilled, row.pending = end, row.pending + chunk.last
+    return tokens, newest
 
 
 def _order(row: Row) -> tuple[int, int]:

@@ -79,8 +79,9 @@ class Rows:
         trunk = self.kept.pop(which % len(self.kept))[0].trunk
         trunk.trim()
 
-    def write(self, first: int, kept: list[int], columns: int) -> None:
-        """A pass over rows from `first` on, and its commit; checks what every query of it sees."""
+    def write(self, first: int, kept: list[int], columns: int, known: bool = False) -> None:
+        """A pass over rows from `first` on, and its commit; checks what every query of it sees. known: the host has
+        decided what is kept, as of prompts."""
         rows = slice(first, first + len(kept))
         ids = np.arange(self._next, self._next + len(kept) * columns).reshape(len(kept), columns)
         self._next += ids.size
@@ -96,7 +97,9 @@ class Rows:
         for b, count in enumerate(kept):
             told = self.rows[first + b]
             self.cache.settle(first + b, told.rejected)  # the verdict before is read while this pass runs
-            told.rejected = columns - count
+            told.rejected = 0 if known else columns - count
+            if known:
+                self.cache.settle(first + b, columns - count)
             told.ids += ids[b, :count].tolist()
 
     def leave(self, row: int) -> None:
@@ -120,7 +123,7 @@ class Rows:
 deeds = st.lists(
     st.tuples(
         st.sampled_from(
-            ["join", "round", "round", "round", "chunk", "leave", "keep", "keep", "again", "again", "forget"]
+            ["join", "round", "round", "round", "chunk", "chunks", "leave", "keep", "keep", "again", "again", "forget"]
         ),
         st.integers(0, 7),
         st.integers(1, 30),
@@ -143,6 +146,10 @@ def follow(plan: list) -> None:
             rows.write(0, [min(k, columns) for k in kept[: row + 1]], columns)
         elif deed == "chunk" and live:
             rows.write(row, [count], count)
+        elif deed == "chunks" and live:  # some shorter than others, where that does no harm
+            spare = [rows.cache.spare(b, count) for b in range(row + 1)]
+            shorter = zip(spare, kept, strict=False)
+            rows.write(0, [max(1, count - 3 * k) if can else count for can, k in shorter], count, known=True)
         elif deed == "leave" and live:
             rows.leave(row)
         elif deed == "keep" and live and rows.rows[row].ids:

@@ -98,7 +98,9 @@ def test_the_last_column_alone_is_the_same_as_the_last_of_all(shape):
     ids = g["long/ids"]
     rows = Cache(models.target.specs, MAX_WIDTH, mx.float32)
     rows.join(len(ids))
-    hidden, _ = models.target.forward(mx.array(ids[None]), rows.open(ONE, len(ids)), keep=gemma4.LAST)
+    hidden, _ = models.target.forward(
+        mx.array(ids[None]), rows.open(ONE, len(ids)), last=mx.array([len(ids) - 1], mx.int32)
+    )
     assert hidden.shape == (1, 1, models.target.config.hidden_size)
     close(hidden[0, 0], g["long/hidden"][-1])
 

@@ -12,10 +12,10 @@ from engines import Job, Models, engine_of, prompts, random_widths, request, rou
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_mtp.cache import GROW_TOK, Snapshot, Trunk, arrays_of
+from mlx_mtp.cache import GROW_TOK, Snapshot, Trunk
 from mlx_mtp.depth import depth_of
 from mlx_mtp.engine import Engine
-from mlx_mtp.prefixes import Prefix, Prefixes, Spacing, shared
+from mlx_mtp.prefixes import Prefix, Prefixes, Spacing, arrays_of, shared
 from mlx_mtp.rows import GREEDY, Request, Sampling
 from mlx_mtp.scheduler import Limits
 

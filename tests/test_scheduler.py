@@ -1,15 +1,28 @@
 """Who joins, in what order, and how prompts enter beside rows that decode: decisions, and the engine under them."""
 
 import itertools
+from dataclasses import replace
 
 import mlx.core as mx
 import pytest
-from engines import Job, engine_of, fixture, prompts, random_widths, request, run, smallest, solo, texts
+from engines import (
+    Job,
+    assert_true_logprobs,
+    engine_of,
+    fixture,
+    prompts,
+    random_widths,
+    request,
+    run,
+    smallest,
+    solo,
+    texts,
+)
 
 from mlx_mtp.engine import Engine
-from mlx_mtp.rows import GREEDY, Request, RequestError
+from mlx_mtp.rows import GREEDY, Request, RequestError, Sampling
 from mlx_mtp.sampling import RowSampler
-from mlx_mtp.scheduler import CHUNK_STEP, Limits, Row, Scheduler
+from mlx_mtp.scheduler import CHUNK_STEP, Chunk, Limits, Row, Scheduler, neighbours
 
 
 def row(number: int, prompt: int, max_tokens: int = 8, priority: int = 0) -> Row:
@@ -173,6 +186,52 @@ def test_a_prompt_of_higher_priority_is_fed_first():
     assert list(sent)[0] == 1
 
 
+def test_short_prompts_enter_together_as_many_as_the_bound_allows():
+    made = scheduler(*(row(i, 30) for i in range(4)), row(4, 500), row(5, 20), alone_tok=64, stall_s=0.1)
+    made.admit()
+
+    def fed() -> dict[int, int]:
+        sent = feed(made)
+        for one in made.rows:
+            one.done = not one.left  # nobody is to decode
+        return sent
+
+    assert fed() == {0: 30, 5: 20, 1: 14}  # as long as the speed is unknown
+    made.timed_alone(0.064, 64)
+    assert not made.quick
+    assert fed() == {1: 16, 2: 30, 3: 30}  # of 100 tokens; the long one waits
+    assert fed() == {4: 64} and fed() == {4: 64}
+    made.timed_alone(0.0, 64)
+    made.timed_alone(0.0, 64)
+    assert made.quick
+    made.submit(row(6, 64))
+    made.submit(row(7, 64))
+    made.admit()
+    assert fed() == {4: 32, 6: 64, 7: 64}  # the first in line is long: its half, and the short ones
+
+
+def side_by_side(*counts: int) -> list[Chunk]:
+    rows = [row(i, 100) for i in range(len(counts))]
+    for i, one in enumerate(rows):
+        one.index = i
+    return [Chunk(one, count, False) for one, count in zip(rows, counts, strict=True) if count]
+
+
+def grouped(chunks: list[Chunk], *full: int) -> list[list[int]]:
+    """full: rows that cannot be given more than is their own."""
+    return [[c.row.id for c in group] for group in neighbours(chunks, lambda row, _: row not in full)]
+
+
+def test_chunks_of_neighbours_make_one_pass_if_little_of_it_is_in_vain():
+    assert grouped([]) == []
+    assert grouped(side_by_side(10, 9, 10)) == [[0, 1, 2]]
+    assert grouped(side_by_side(10, 9, 10)[::-1]) == [[0, 1, 2]]
+    assert grouped(side_by_side(10, 0, 10)) == [[0], [2]]  # the row between has nothing to feed
+    assert grouped(side_by_side(10, 2, 2, 50)) == [[0], [1, 2], [3]]
+    assert grouped(side_by_side(10, 9, 10), 1) == [[0], [1], [2]]
+    assert grouped(side_by_side(10, 9, 10), 0, 2) == [[0, 1, 2]]
+
+
 def test_a_round_runs_over_the_rows_up_to_the_last_that_decodes():
     made = scheduler(*(row(i, 4) for i in range(4)))
     made.admit()
@@ -204,6 +263,40 @@ def test_a_short_request_behind_a_long_prompt_waits_for_a_pass_and_not_for_the_p
     for _ in range(3):
         engine.step()
     assert first_token_step(engine, engine.submit(request(short, 4))) <= 3
+
+
+@pytest.mark.parametrize("kind", ["plain", "fit", "dflash", "near", "fit+lookup"])
+def test_prompts_that_enter_together_take_one_pass_and_their_texts_are_those_of_each_alone(kind, monkeypatch):
+    models = fixture("edge")
+    hot = (GREEDY, Sampling(seed=3), GREEDY, Sampling(seed=5, temperature=0.7, frequency_penalty=1.0))
+    wanted = [
+        replace(request(p, 6, sampling), logprobs=2 if i == 2 else None)
+        for i, (p, sampling) in enumerate(zip(prompts(models, (20, 17, 18, 20)), hot, strict=True))
+    ]
+    alone = [solo(models, one) for one in wanted]
+    engine = engine_of(models, kind, 2, Limits(alone_tok=32))
+    engine.scheduler.timed_alone(0.001, 1)
+    passes, opened = [], engine.cache.open
+
+    def noted(rows: slice, columns: int):
+        passes.append((rows, columns))
+        return opened(rows, columns)
+
+    monkeypatch.setattr(engine.cache, "open", noted)
+    outcomes = run(engine, wanted)
+    assert passes[0] == (slice(0, 4), 20) and all(columns <= 3 for _, columns in passes[1:])
+    assert texts(outcomes) == alone
+    assert_true_logprobs(models, wanted[2], outcomes[2])
+
+
+def test_long_prompts_that_enter_together_are_cut_where_they_are_cut_alone_and_begin_in_any_step():
+    models = fixture("edge")
+    wanted = [request(p, 5) for p in prompts(models, (70, 66, 90, 70, 31, 32))]
+    jobs = [Job(one, at) for one, at in zip(wanted, (0, 0, 0, 1, 2, 2), strict=True)]
+    for limits in (Limits(alone_tok=33), Limits(alone_tok=100), Limits(alone_tok=16, chunk_tok=64)):
+        engine = engine_of(models, "fit", random_widths(4), limits)
+        engine.scheduler.timed_alone(1e-5, 1)
+        assert texts(run(engine, jobs)) == [solo(models, one) for one in wanted]
 
 
 def test_running_rows_get_tokens_in_every_step_while_a_long_prompt_enters():

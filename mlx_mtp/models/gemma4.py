@@ -17,8 +17,6 @@ from mlx_mtp.kernels.gate_up import geglu
 from mlx_mtp.models.config import LayerConfig, MoeConfig, TextConfig
 from mlx_mtp.models.experts import Experts
 
-ALL, LAST = slice(None), slice(-1, None)
-
 # Passes of up to this many columns run the halves of a layer compiled: half the operations to build and, on a CPU,
 # 0.55 of the time. Wider ones are prompt chunks, of which every length would be traced anew.
 FUSED_COLUMNS = 16
@@ -224,12 +222,12 @@ class Gemma4(nn.Module):
         return h * mx.array(math.sqrt(self.config.hidden_size), h.dtype)
 
     def forward(
-        self, tokens: mx.array, pass_: Pass, taps: tuple[int, ...] = (), keep: slice = ALL
+        self, tokens: mx.array, pass_: Pass, taps: tuple[int, ...] = (), last: mx.array | None = None
     ) -> tuple[mx.array, dict[int, mx.array]]:
         """tokens [B, L] -> (hidden [B, C, H] after the final norm, outputs [B, L, H] of the layers in `taps`).
 
-        keep=LAST asks for the last column alone: layers behind the last one that owns keys and values then run
-        over that column only, and C is 1. With taps every layer runs over every column.
+        last [B] int32: the only column of each row that is asked for. Layers behind the last one that owns keys and
+        values then run over that column only, and C is 1. With taps every layer runs over every column.
         """
         rows, columns = tokens.shape
         h, start = self.embed(tokens.flatten()), pass_.start
@@ -237,20 +235,22 @@ class Gemma4(nn.Module):
         first_consumer = self.config.owners[-1] + 1
         views, tapped = {}, {}
         for i, (block, layer) in enumerate(zip(self.layers, self.config.layers, strict=True)):
-            if i == first_consumer and not taps and keep == LAST and columns > 1:
-                start = start + (columns - 1)
-                h, ple = h[columns - 1 :: columns], None if ple is None else ple[columns - 1 :: columns]
-                columns = 1
+            if i == first_consumer and not taps and last is not None and columns > 1:
+                start, at = start + last, mx.arange(rows) * columns + last
+                h, ple, columns = h[at], None if ple is None else ple[at], 1
             queries, *owned = block.project(h, start)
             if owned:
                 views[i] = pass_.store(self._slot[i], *owned)
-            attended = views[layer.owner].attend(queries)
+            attended = views[layer.owner].attend(queries, last)
             h, chosen = block.finish(h, attended, None if ple is None else ple[:, i], columns)
             if chosen is not None:
                 pass_.routed.append(chosen)
             if i in taps:
                 tapped[i] = h.reshape(rows, columns, -1)
-        return self.norm(h.reshape(rows, columns, -1)[:, keep]), tapped
+        h = h.reshape(rows, columns, -1)
+        if last is not None and columns > 1:
+            h = mx.take_along_axis(h, last[:, None, None], axis=1)
+        return self.norm(h), tapped
 
     def _per_layer_inputs(self, tokens: mx.array, h: mx.array) -> mx.array:
         """Token table and a projection of the scaled embedding, mixed: tokens [N], h [N, H] -> [N, layers, d]."""
