@@ -8,15 +8,16 @@ for a read and a dispatch but never for Python to build or emit anything.
 The price: a row's end is seen one pass late, and its last pass is wasted, unless no row is left that needs the pass;
 then the pass is undone before it was ever dispatched.
 
-While a constrained row decodes nothing is built ahead, and a round that drafts is read twice: its draft, for which the
-constraint says on the host what may stand where while the target's pass runs, and then its verdict.
+Nothing is built ahead of the end of a pass with prompt chunks: it takes long beside what that would hide, and a request
+that comes meanwhile is in the very next pass. Nor while a constrained row decodes; a round of it that drafts is read
+twice: its draft, for which the constraint says on the host what may stand where while the target's pass runs, and then
+its verdict.
 """
 
 from __future__ import annotations
 
 import itertools
 import time
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any, cast
 
@@ -31,6 +32,7 @@ from mlx_mtp.drafters import Drafter
 from mlx_mtp.guide import Guide, allowing
 from mlx_mtp.models.experts import distinct_experts
 from mlx_mtp.models.gemma4 import Gemma4
+from mlx_mtp.passes import Pass, Round
 from mlx_mtp.prefixes import Prefix
 from mlx_mtp.processors import History, check_ids
 from mlx_mtp.rows import USUAL, Draft, Event, Forward, Request, Stats, TokenLogprob
@@ -38,53 +40,6 @@ from mlx_mtp.sampling import RowSampler, Sampler
 from mlx_mtp.scheduler import Chunk, Limits, Row, Scheduler, feed, neighbours
 
 JUDGED = 200  # drafts by which a drafter is judged to fit its target or not
-
-
-@dataclass(frozen=True)
-class Pass:
-    """What one dispatch computes, and for whom.
-
-    decoded: the rows of the round, in cache order; `active` are those of them whose verdict counts.
-    chunks: prompt chunks beside it. draft: evaluated first, so that the device starts on it while the rest is
-    still being dispatched. prefixes: to be kept when this has been dispatched. out: int32, everything the host will
-    read: per decoded row its width + 1 tokens, then every decoded row's kept count and, if `foreseen`, its outlook,
-    then one number per chunk (the first token, where the prompt ends here), then the round's distinct experts summed
-    over layers, where there are any (`counted`), then per row of `scored` as many tokens' log-probabilities as it has
-    columns, with the `most` best. outlook: of the active rows, what was known when the width was chosen.
-    """
-
-    decoded: list[Row]
-    active: list[Row]
-    width: int
-    chunks: list[Chunk]
-    prefixes: list[Prefix]
-    draft: mx.array | None
-    out: mx.array
-    outlook: tuple[int, ...]
-    foreseen: bool
-    counted: bool
-    scored: list[tuple[Row, int]]
-    most: int
-
-    @property
-    def rows(self) -> list[Row]:
-        return [*self.active, *(c.row for c in self.chunks)]
-
-
-@dataclass(frozen=True)
-class Round:
-    """What a round brings. draft: tokens [B, K] (K may be less than was asked for), None where nothing was drafted.
-
-    outlook: one array [B], the drafter's for the rounds to come; none where all rows are as usual.
-    experts: one array [1], how many distinct ones; none where there are no experts. scores: one array with the packed
-    log-probabilities of the rows that ask for them, in order, flat; none where no row asks.
-    """
-
-    draft: mx.array | None
-    judged: Verdict
-    outlook: list[mx.array]
-    experts: list[mx.array]
-    scores: list[mx.array]
 
 
 class Engine:
@@ -107,6 +62,9 @@ class Engine:
         self.total = Stats()  # of all requests that have ended
         self.first_drafts = self.first_kept = 0  # of the first JUDGED rounds: drafts that were its drafter's own guess
         self.profile, self._sent_s, self._left_s = profile, 0.0, 0.0
+        self.hands_over_first = mx.default_device().type == mx.cpu  # there a dispatch takes as long as its pass
+        self._held: Pass | None = None  # built ahead, to be dispatched when the caller has the events before it
+        self._work = (0, 0)  # passes read, and the columns in them
         self._begun_s: float | None = None  # when the first part of the pass being built was dispatched, if it was
         self._ids = itertools.count()
         self._bonus = mx.zeros((0,), mx.int32)  # [R] newest token of every row
@@ -125,7 +83,7 @@ class Engine:
         check_ids(request.sampling, self.target.config.vocab_size)
         follower = request.constraint.begin() if request.constraint is not None else None
         row = Row(next(self._ids), request, RowSampler.of(request.sampling), follower=follower)
-        row.stats.prompt_tokens = len(request.prompt)
+        row.stats.prompt_tokens, row.arrived = len(request.prompt), self._work
         self.scheduler.submit(row)
         return row.id
 
@@ -134,6 +92,8 @@ class Engine:
         row = self.scheduler.find(request)
         if row is None:
             return None
+        if self._held is not None:
+            self._dispatch(self._held)
         if row.index < 0:
             self.scheduler.waiting.remove(row)
         else:
@@ -151,19 +111,21 @@ class Engine:
         """Finish the pass under way, start the next, and return what the finished one brought."""
         away_s = time.perf_counter() - self._left_s
         if self._running is None:
-            built = self._build()
+            built = self._held or self._build()
             if built is None:
                 return []
             self._dispatch(built)
         running, undo = self._running, self._state()
         assert running is not None
         # What a constrained row may say next depends on what the pass under way has said.
-        late = self._constrained() or not (running.decoded or self.scheduler.quick)
-        ahead = None if late else self._build()
+        ahead = None if running.chunks or self._constrained() else self._build()
         events = self._read(running, away_s)
         if ahead is not None and any(not r.done for r in ahead.rows):
             del undo  # MLX copies a buffer that is still referred to instead of writing into it
-            self._dispatch(ahead)
+            if self.hands_over_first:
+                self._running, self._held = None, ahead
+            else:
+                self._dispatch(ahead)
         else:
             self._undo(ahead, undo)
         self._drop_done()
@@ -353,7 +315,7 @@ class Engine:
         return self.cache.state(), self.drafter.state(), self._bonus, self._history.state()
 
     def _dispatch(self, built: Pass) -> None:
-        self._running, drafted_s = built, 0.0
+        self._running, self._held, drafted_s = built, None, 0.0
         self._sent_s, self._begun_s = self._begun_s or time.perf_counter(), None
         if built.draft is not None:
             mx.async_eval(built.draft)
@@ -389,6 +351,7 @@ class Engine:
         values = iter(cast(list[int], done.out.tolist()))
         self.host_reads += 1
         now, columns = time.perf_counter(), done.width + 1
+        self._work = self._work[0] + 1, self._work[1] + done.columns
         tokens = [list(islice(values, columns)) for _ in done.decoded]
         kept = list(islice(values, len(done.decoded)))
         outlook = list(islice(values, len(done.decoded) if done.foreseen else 0))
@@ -412,8 +375,9 @@ class Engine:
             row = chunk.row
             row.stats.host_reads += 1
             if chunk.last and not row.done:
-                row.first_token_s = now
-                row.stats.prefill_s = now - row.started_s
+                row.first_token_s, row.stats.prefill_s = now, now - row.started_s
+                row.stats.first_passes = self._work[0] - row.arrived[0]
+                row.stats.first_columns = self._work[1] - row.arrived[1]
                 events.append(self._emit(row, [first], None, now, _told(row, scores, [first], done.most)))
         self._report(done, kept, now, away_s)
         return events
@@ -451,10 +415,10 @@ class Engine:
         """Tell the depth policy and the scheduler what a pass kept, and what it took if its time is its own."""
         seconds = None if self._last is None or away_s > 0.2 * (now - self._last) else now - self._last
         self._last = now
-        if not done.decoded:
-            self.scheduler.timed_alone(now - self._sent_s, sum(c.count for c in done.chunks))
-        if seconds is not None:
-            self.scheduler.timed(seconds, sum(c.count for c in done.chunks), len(done.decoded))
+        if done.chunks:
+            self.scheduler.timed_chunks(now - self._sent_s, done.chunks, bool(done.decoded))
+        elif seconds is not None:
+            self.scheduler.timed_round(seconds)
         if done.decoded:
             counts = [k for k, row in zip(kept, done.decoded, strict=True) if row in done.active]
             if any(row.follower is not None for row in done.active):

@@ -206,6 +206,8 @@ class Stats:
     drafted_at[i], kept_at[i]: how often position i was drafted, and how often the draft there was kept.
         Drafts behind the end of the text (end token, max_tokens) are not counted.
     widths: width -> rounds of that width.
+    first_passes, first_columns: passes that ended from the request's coming to its first token, and all columns in
+        them.
     prefill_s: from joining to the first token. decode_s: from the first token to the last.
     device_s, host_s: of decode_s, from the dispatch of a pass to its end, and from there to the next dispatch, when
         the device has nothing to do. draft_s: of device_s, in drafting; 0 unless profiled.
@@ -220,6 +222,8 @@ class Stats:
     kept_at: list[int] = field(default_factory=list)
     widths: dict[int, int] = field(default_factory=dict)
     host_reads: int = 0
+    first_passes: int = 0
+    first_columns: int = 0
     prefill_s: float = 0.0
     decode_s: float = 0.0
     device_s: float = 0.0
@@ -305,6 +309,8 @@ class Stats:
             "draft_s": self.draft_s,
             "experts_per_pass": self.experts_per_pass,
             "host_reads": self.host_reads,
+            "first_passes": self.first_passes,
+            "first_columns": self.first_columns,
             "peak_memory_bytes": self.peak_memory_bytes,
         }
 

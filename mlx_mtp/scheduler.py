@@ -6,31 +6,29 @@ Plain Python over live requests; nothing of the device.
 from __future__ import annotations
 
 import bisect
-import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from mlx_mtp.pace import Pace
 from mlx_mtp.prefixes import Prefix, Prefixes, Spacing, shared
 from mlx_mtp.rows import USUAL, Follower, Request, RequestError, Stats
 from mlx_mtp.sampling import RowSampler
 
 CHUNK_STEP = 16  # prompt chunks beside running rows are multiples of this
 VAIN = 0.2  # of a pass over the prompts of several rows, for the lengths they do not share
-STALL_SHARE = 0.75  # of `stall_s`, for a chunk is sized by those before it, which saw a shorter context
+STALL_SHARE = 0.75  # of `stall_s`: what a chunk is sized to take, for its time is a forecast
 
 
 @dataclass(frozen=True)
 class Limits:
     """max_rows: requests that run at once.
     stall_s: how much longer than a round alone a round may take because a prompt chunk runs beside it.
-    alone_tok: the prompt chunk while no row decodes; a request that comes then waits for two of them at most. Fixed, so
+    alone_tok: the prompt chunk while no row decodes; a request that comes then waits for the end of one. Fixed, so
     that a prompt alone is always computed in the same pieces; 128 tokens took no longer a token than 512. Prompts with
     no more than that left go together, as many as the machine computes in `stall_s`.
-    ahead_s: a pass over prompts alone is built while the one before it runs, unless it takes longer than this: building
-    ahead hides a few milliseconds, and makes a request that comes meanwhile wait for a pass more.
     chunk_tok: the widest prompt chunk beside running rows. first_chunk_tok: there, until the machine's speed is known.
     kv_bytes: what all keys and values may take, the rows' and those of kept prefixes; None is no limit. prefix_bytes:
     of these, what prefixes may take while no row needs them. Less than a row's windows take keeps nothing.
@@ -39,7 +37,6 @@ class Limits:
     max_rows: int = 8
     stall_s: float = 0.25
     alone_tok: int = 128
-    ahead_s: float = 0.05
     chunk_tok: int = 512
     first_chunk_tok: int = 64
     kv_bytes: int | None = None
@@ -56,7 +53,8 @@ class Row:
     begin: the kept beginning of its prompt, if any, until it joins. stops: lengths of the prompt at which a prefix
     will be kept, ascending; no chunk runs past the next. marked: the last length at which one was. awaits: while it
     waits, how much of its prompt another row is about to compute. outlook: the last that was read of its drafter's.
-    follower: where its text stands in the request's constraint, as far as the host has read it.
+    follower: where its text stands in the request's constraint, as far as the host has read it. arrived: passes that
+    the engine had read when the request came, and the columns in them.
     """
 
     id: int
@@ -74,6 +72,7 @@ class Row:
     awaits: int = 0
     outlook: int = USUAL
     follower: Follower | None = None
+    arrived: tuple[int, int] = (0, 0)
     started_s: float = 0.0
     first_token_s: float = 0.0
 
@@ -108,11 +107,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Chunk:
-    """The next `count` prompt tokens of a row; `last` if they end the prompt."""
+    """The next `count` prompt tokens of a row, from position `start` on; `last` if they end the prompt."""
 
     row: Row
     count: int
     last: bool
+    start: int = 0
+
+    @staticmethod
+    def of(row: Row, count: int) -> Chunk:
+        return Chunk(row, count, count == row.left, row.prefilled)
 
 
 class Scheduler:
@@ -126,8 +130,7 @@ class Scheduler:
         self.waiting: list[Row] = []
         self.rows: list[Row] = []
         self._row_bytes = row_bytes
-        self._seconds_per_token: float | None = None  # of prompt, beside running rows
-        self._alone_s = math.inf  # the same while no row decodes
+        self._pace = Pace()
         self._round_s: float | None = None  # of a round without a prompt chunk
 
     def submit(self, row: Row) -> None:
@@ -231,42 +234,39 @@ class Scheduler:
     def chunks(self) -> list[Chunk]:
         """Prompt tokens for the coming pass.
 
-        The first in line gets half of them at least, so that every prompt ends; the rest goes to the shortest, so
-        that a short request behind a long one waits for a pass and not for the whole prompt.
+        The first in line gets half of them, so that every prompt ends; the rest goes to the shortest, so that a short
+        request behind a long one waits for a pass and not for the whole prompt. Beside the end of another prompt the
+        first in line gets no more than the others: their first token waits for twice their own columns at most.
         """
         feeding = sorted((r for r in self.rows if r.left and not r.done), key=_order)
         if not feeding:
             return []
-        budget, first, out = self._budget(), feeding[0], []
+        first, out = feeding[0], []
+        budget = self._budget(first.prefilled)
         short, together = self._short(budget)
         share = first.reach if first.left <= short else min(first.reach, -(-budget // 2))
         used = share
         for row in sorted(feeding[1:], key=lambda r: (-r.request.priority, r.left, r.id)):
             count = min(row.reach, (together if row.left <= short else budget) - used)
             if count > 0:
-                out.append(Chunk(row, count, count == row.left))
+                out.append(Chunk.of(row, count))
                 used += count
         if not any(c.last for c in out):  # nobody's first token waits for this pass
             share = max(share, min(first.reach, budget - used + share))
-        return [Chunk(first, share, share == first.left), *out]
+        elif share < first.left:
+            share = min(share, max(CHUNK_STEP, used - share))
+        return [Chunk.of(first, share), *out]
 
-    def timed(self, seconds: float, chunk_tok: int, rows: int) -> None:
-        """A pass over `rows` decoding rows and so many prompt tokens took so long."""
-        if rows and not chunk_tok:
-            self._round_s = _blend(self._round_s, seconds)
-        elif rows and chunk_tok and self._round_s is not None:
-            extra = max(seconds - self._round_s, 0.05 * seconds)
-            self._seconds_per_token = _blend(self._seconds_per_token, extra / chunk_tok)
+    def timed_round(self, seconds: float) -> None:
+        """A round without prompt tokens took so long."""
+        self._round_s = seconds if self._round_s is None else self._round_s + 0.3 * (seconds - self._round_s)
 
-    def timed_alone(self, seconds: float, chunk_tok: int) -> None:
-        """A pass over so many prompt tokens, and nothing else, took so long."""
-        known = self._alone_s if self._alone_s < math.inf else None
-        self._alone_s = _blend(known, seconds / chunk_tok)
-
-    @property
-    def quick(self) -> bool:
-        """Whether a pass over prompts alone takes so little that it may be built ahead."""
-        return self._alone_s * self.limits.alone_tok <= self.limits.ahead_s
+    def timed_chunks(self, seconds: float, chunks: Sequence[Chunk], beside: bool) -> None:
+        """A pass with prompt chunks took so long; beside: a round was part of it."""
+        if beside and self._round_s is None:
+            return
+        extra = seconds - self._round_s if beside and self._round_s else seconds
+        self._pace.learn(max(extra, 0.05 * seconds), [(c.start, c.count) for c in chunks])
 
     @property
     def _alone(self) -> bool:
@@ -277,16 +277,16 @@ class Scheduler:
         """What a prompt may have left to go together with others as short, and how many tokens that may be in all."""
         if not self._alone:
             return 0, budget
-        fits = self.limits.stall_s / self._alone_s if self._alone_s else math.inf
-        return self.limits.alone_tok, max(budget, int(min(fits, self.limits.max_rows * self.limits.alone_tok)))
+        fits = self._pace.fits(self.limits.stall_s, 0) if self._pace.known else 0
+        return self.limits.alone_tok, max(budget, min(fits, self.limits.max_rows * self.limits.alone_tok))
 
-    def _budget(self) -> int:
-        """Prompt tokens in the coming pass."""
+    def _budget(self, start: int) -> int:
+        """Prompt tokens in the coming pass, if most of them come behind `start` others."""
         if self._alone:
             return self.limits.alone_tok
-        if self._seconds_per_token is None:
+        if not self._pace.known:
             return min(self.limits.first_chunk_tok, self.limits.chunk_tok)
-        fits = int(STALL_SHARE * self.limits.stall_s / self._seconds_per_token)
+        fits = self._pace.fits(STALL_SHARE * self.limits.stall_s, start)
         return min(self.limits.chunk_tok, max(CHUNK_STEP, fits // CHUNK_STEP * CHUNK_STEP))
 
     def _bytes(self, row: Row) -> int:
@@ -326,7 +326,3 @@ def feed(chunks: list[Chunk]) -> tuple[np.ndarray, np.ndarray]:
 
 def _order(row: Row) -> tuple[int, int]:
     return -row.request.priority, row.id
-
-
-def _blend(mean: float | None, new: float) -> float:
-    return new if mean is None else mean + 0.3 * (new - mean)

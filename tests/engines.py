@@ -205,7 +205,9 @@ def engine_of(models: Models, kind: str, depth: int | Depth, limits: Limits | No
     """An engine with nothing in it. depth: an integer is a constant width."""
     rows = Cache(models.target.specs, MAX_WIDTH, mx.float32)
     depth = Constant(depth) if isinstance(depth, int) else depth
-    return Engine(models.target, rows, drafter_of(models, kind, rows), depth, limits or Limits())
+    engine = Engine(models.target, rows, drafter_of(models, kind, rows), depth, limits or Limits())
+    engine.hands_over_first = False  # as on a GPU
+    return engine
 
 
 # running ----------------------------------------------------------------------------------------------------

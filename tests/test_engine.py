@@ -201,15 +201,41 @@ def test_a_row_alone_wastes_no_pass_and_a_row_among_others_at_most_one(width, pa
     assert len(passes) == 1 + max(o.stats.rounds for o in outcomes)
 
 
+def test_a_first_token_is_handed_over_before_the_next_pass_is_dispatched(passes):
+    """And on a CPU, where a dispatch takes as long as its pass, every token is; what is built is the same."""
+    models = fixture("edge")
+    wanted = [request(goldens("edge")[f"{name}/ids"], 12) for name in ("short", "long", "w")]
+    expected, ahead = [solo(models, one) for one in wanted], {}
+    for first in (False, True):
+        passes.clear()
+        engine = engine_of(models, "fit", 2)
+        engine.hands_over_first = first
+        numbers = [engine.submit(one) for one in wanted]
+        seen, said = [], {number: [] for number in numbers}
+        while not engine.idle:
+            for event in engine.step():
+                begins = not said[event.request]
+                said[event.request] += event.tokens
+                seen.append((begins, len(passes) - engine.host_reads))
+        ahead[first] = seen
+        assert [said[n] for n in numbers] == expected and len(passes) == engine.host_reads
+    assert {passes_ahead for begins, passes_ahead in ahead[False] if begins} == {0}
+    assert {passes_ahead for begins, passes_ahead in ahead[False] if not begins} == {0, 1}
+    assert {passes_ahead for _, passes_ahead in ahead[True]} == {0}
+
+
+@pytest.mark.parametrize("hands_over_first", [False, True])
 @pytest.mark.parametrize("kind", ["fit", "self"])
-def test_a_request_may_be_cancelled_before_any_step(kind):
+def test_a_request_may_be_cancelled_before_any_step(kind, hands_over_first):
     models = fixture("edge")
     g = goldens("edge")
     first, second, third = (request(g[f"{p}/ids"], 12) for p in ("long", "short", "w"))
     limits = Limits(max_rows=2, alone_tok=17, chunk_tok=17, first_chunk_tok=6)
     for cut in range(0, 9, 2 if kind == "fit" else 3):
         jobs = [Job(first, 0, cut), second, third]
-        outcomes = run(engine_of(models, kind, 2, limits), jobs)
+        engine = engine_of(models, kind, 2, limits)
+        engine.hands_over_first = hands_over_first
+        outcomes = run(engine, jobs)
         assert texts(outcomes)[1:] == [solo(models, second), solo(models, third)]
         if outcomes[0].reason is None:
             assert outcomes[0].tokens == solo(models, first)[: len(outcomes[0].tokens)]

@@ -237,6 +237,7 @@ schedules = st.fixed_dictionaries(
         "max_rows": st.integers(1, 8),
         "chunk": st.integers(1, 30),
         "first_chunk": st.integers(1, 12),
+        "hands_over_first": st.booleans(),
     }
 )
 
@@ -260,6 +261,7 @@ def check_schedule(plan: dict) -> None:
         plan["max_rows"], alone_tok=plan["chunk"], chunk_tok=plan["chunk"], first_chunk_tok=plan["first_chunk"]
     )
     engine = engine_of(models, plan["drafter"], Listed(plan["widths"]), limits)
+    engine.hands_over_first = plan["hands_over_first"]
     for job, outcome, want in zip(jobs, run(engine, jobs), expected, strict=True):
         if outcome.reason is None:
             assert job.cancel is not None

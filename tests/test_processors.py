@@ -2,7 +2,6 @@
 
 import copy
 import io
-import math
 from dataclasses import replace
 
 import mlx.core as mx
@@ -310,8 +309,9 @@ def test_an_assistant_is_steered_by_what_it_has_drafted_itself():
     models = fixture("dense")
     others = tuple((token, -100.0) for token in range(models.vocab) if token not in (40, 41))
     alternates = Sampling(0.0, presence_penalty=2.0, frequency_penalty=2.0, logit_bias=others)
-    engine = engine_of(models, "fit", 6, Limits(ahead_s=math.inf))
+    engine = engine_of(models, "fit", 6, Limits())
     engine.submit(request((5, 6, 7), 20, alternates))
+    engine.step()
     engine.step()
     assert engine._running is not None and engine._running.draft is not None
     (draft,) = engine._running.draft.tolist()

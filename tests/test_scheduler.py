@@ -42,6 +42,11 @@ def ids(rows: list[Row]) -> list[int]:
     return [one.id for one in rows]
 
 
+def learn(made: Scheduler, seconds: float, tokens: int) -> None:
+    """A pass over so many tokens of a prompt alone took so long."""
+    made.timed_chunks(seconds, [Chunk(row(99, tokens), tokens, False)], False)
+
+
 def feed(made: Scheduler) -> dict[int, int]:
     """Take the coming pass's chunks as sent; request -> tokens."""
     sent = {}
@@ -148,12 +153,31 @@ def test_a_chunk_beside_running_rows_takes_no_longer_than_the_bound():
     made.admit()
     made.rows[0].prefilled = 3
     for _ in range(40):  # a round takes 20 ms, a prompt token half a millisecond
-        made.timed(0.020, 0, 1)
-        chunk = sum(feed(made).values())
-        made.timed(0.020 + 0.0005 * chunk, chunk, 1)
+        made.timed_round(0.020)
+        chunks, chunk = made.chunks(), sum(feed(made).values())
+        made.timed_chunks(0.020 + 0.0005 * chunk, chunks, True)
     assert 0.7 * 0.1 < 0.0005 * chunk <= 0.1
-    made.timed(10.0, chunk, 1)  # one bad moment narrows it, and never to nothing
+    made.timed_chunks(10.0, made.chunks(), True)  # one bad moment narrows it, and never to nothing
     assert CHUNK_STEP <= sum(feed(made).values()) < chunk
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_nor_does_it_where_tokens_behind_a_long_context_take_longer(alone):
+    """Whatever the passes before it were: beside a round, or over this prompt alone."""
+    made = scheduler(row(0, 3), row(1, 60_000), alone_tok=128, chunk_tok=2048, stall_s=0.1)
+    made.admit()
+    seconds = []
+    for step in range(200):
+        made.rows[0].prefilled = 0 if alone and step < 20 else 3
+        made.rows[0].done = alone and step < 20
+        made.timed_round(0.020)
+        chunks = made.chunks()
+        feed(made)
+        extra = sum(c.count * (0.0002 + 1e-7 * (c.start + c.count)) for c in chunks)
+        if not made.rows[0].done:
+            seconds.append(extra)
+        made.timed_chunks(0.020 * (not made.rows[0].done) + extra, chunks, not made.rows[0].done)
+    assert made.rows[1].prefilled > 10_000 and max(seconds) <= 0.1 and min(seconds[5:]) > 0.05
 
 
 def test_a_short_prompt_behind_a_long_one_enters_at_once_and_the_long_one_goes_on():
@@ -161,7 +185,7 @@ def test_a_short_prompt_behind_a_long_one_enters_at_once_and_the_long_one_goes_o
     made.admit()
     assert feed(made) == {0: 32, 1: 10, 2: 22}
     made.rows[1].done = True  # it decodes and ends; the others go on
-    assert feed(made) == {0: 32, 2: 8}  # no more than its half while another gets its first token
+    assert feed(made) == {0: CHUNK_STEP, 2: 8}  # about as much as the other, which gets its first token
 
 
 def test_every_prompt_ends_however_many_short_ones_come():
@@ -197,13 +221,11 @@ def test_short_prompts_enter_together_as_many_as_the_bound_allows():
         return sent
 
     assert fed() == {0: 30, 5: 20, 1: 14}  # as long as the speed is unknown
-    made.timed_alone(0.064, 64)
-    assert not made.quick
+    learn(made, 0.064, 64)
     assert fed() == {1: 16, 2: 30, 3: 30}  # of 100 tokens; the long one waits
     assert fed() == {4: 64} and fed() == {4: 64}
-    made.timed_alone(0.0, 64)
-    made.timed_alone(0.0, 64)
-    assert made.quick
+    learn(made, 1e-6, 64)
+    learn(made, 1e-6, 64)
     made.submit(row(6, 64))
     made.submit(row(7, 64))
     made.admit()
@@ -246,23 +268,45 @@ def test_a_round_runs_over_the_rows_up_to_the_last_that_decodes():
 # in an engine -------------------------------------------------------------------------------------------------
 
 
-def first_token_step(engine: Engine, wanted: int) -> int:
-    """How many steps until a request's first token."""
+def waited(engine: Engine, wanted: Request) -> tuple[int, int, int]:
+    """Steps until a request of one token has it; and by its statistics, passes and columns until then."""
+    number = engine.submit(wanted)
     for step in itertools.count(1):
-        if any(event.request == wanted for event in engine.step()):
-            return step
+        for event in engine.step():
+            if event.request == number:
+                assert event.stats is not None
+                return step, event.stats.first_passes, event.stats.first_columns
     raise AssertionError
 
 
-@pytest.mark.parametrize("chunk", [8, 24])
-def test_a_short_request_behind_a_long_prompt_waits_for_a_pass_and_not_for_the_prompt(chunk):
+@pytest.mark.parametrize(("chunk", "columns"), [(8, 4 + 4), (24, 4 + 12), (128, 4 + CHUNK_STEP)])
+def test_a_short_request_behind_a_long_prompt_waits_for_a_pass_and_not_for_the_prompt(chunk, columns):
     models = smallest()
     long, short = prompts(models, (300, 4))
     engine = engine_of(models, "rand", 3, Limits(alone_tok=chunk, chunk_tok=chunk, first_chunk_tok=chunk))
     engine.submit(request(long, 4))
-    for _ in range(3):
+    engine.step()
+    assert waited(engine, request(short, 1)) == (1, 1, columns)
+
+
+@pytest.mark.parametrize("short", [20, 50])
+def test_it_waits_for_no_more_than_twice_its_own_columns(short):
+    models = smallest()
+    engine = engine_of(models, "rand", 3)
+    engine.submit(request(prompts(models, (600,))[0], 4))
+    for _ in range(2):
         engine.step()
-    assert first_token_step(engine, engine.submit(request(short, 4))) <= 3
+    assert waited(engine, request(prompts(models, (short,))[0], 1)) == (1, 1, 2 * short)
+
+
+def test_a_request_beside_one_that_decodes_waits_for_a_round_and_its_own_pass():
+    models = smallest()
+    running, short = prompts(models, (4, 9))
+    engine = engine_of(models, "plain", 0)
+    engine.submit(request(running, 60))
+    for _ in range(4):
+        engine.step()
+    assert waited(engine, request(short, 1)) == (2, 2, 1 + 1 + 9)
 
 
 @pytest.mark.parametrize("kind", ["plain", "fit", "dflash", "near", "fit+lookup"])
@@ -275,7 +319,7 @@ def test_prompts_that_enter_together_take_one_pass_and_their_texts_are_those_of_
     ]
     alone = [solo(models, one) for one in wanted]
     engine = engine_of(models, kind, 2, Limits(alone_tok=32))
-    engine.scheduler.timed_alone(0.001, 1)
+    learn(engine.scheduler, 0.001, 1)
     passes, opened = [], engine.cache.open
 
     def noted(rows: slice, columns: int):
@@ -295,7 +339,7 @@ def test_long_prompts_that_enter_together_are_cut_where_they_are_cut_alone_and_b
     jobs = [Job(one, at) for one, at in zip(wanted, (0, 0, 0, 1, 2, 2), strict=True)]
     for limits in (Limits(alone_tok=33), Limits(alone_tok=100), Limits(alone_tok=16, chunk_tok=64)):
         engine = engine_of(models, "fit", random_widths(4), limits)
-        engine.scheduler.timed_alone(1e-5, 1)
+        learn(engine.scheduler, 1e-5, 1)
         assert texts(run(engine, jobs)) == [solo(models, one) for one in wanted]
 
 

@@ -89,6 +89,8 @@ def facts(generation: Generation) -> dict[str, Any]:
         "generated_tok": usage.completion_tok,
         "rounds": total.rounds,
         "kept_per_round": round(total.kept / total.rounds, 2) if total.rounds else 0.0,
+        "first_passes": max((finish.stats.first_passes for finish in ended), default=0),
+        "first_columns": max((finish.stats.first_columns for finish in ended), default=0),
         "first_token_s": None if first is None else round(first - generation.begun_s, 4),
         "decode_tok_s": round(total.decode_tok_s, 1),
     }
