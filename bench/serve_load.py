@@ -3,6 +3,7 @@
     python bench/serve_load.py                                        # the embedded pair
     python bench/serve_load.py --target DIR --drafter DIR --vlm-python PATH --repeats 5 --json out.json
     python bench/serve_load.py --quick                                # a minute: does it run at all
+    python bench/serve_load.py --only behind                          # short behind long alone
 
 Every server gets the same float32 checkpoint, runs as a process of its own with the same BLAS, and idles while
 another is measured. A measurement is so many clients that stream chats one after another; every client has its own
@@ -11,8 +12,10 @@ reversed in every other repeat. Figures are of the client's side:
 
 - tok/s: all completion tokens (as each server's usage has them) over the time from the first request to the last end.
 - first token: from sending a request to the first chunk with text, median over requests.
-- short behind long: the first token of a short request sent 50 ms after one with a long prompt, over the same
-  request's on the idle server.
+- short behind long: the first token of a short request sent 50 to 130 ms after one with a long prompt, over that of
+  one as long on the idle server, in pairs of which every prompt is new to the server; median of `--pairs` a repeat. Of
+  this package's servers also what their log counts: passes from the engine's taking a request up to its first token,
+  and columns in them. The pass that runs when the request comes is one more at most.
 - greedy beside hot: how often a greedy text stays what it is alone while a request at temperature 1.5 runs.
 
 mlx-vlm drafts only for its multimodal class, so the text checkpoint is written once more with an unused vision tower.
@@ -41,6 +44,8 @@ import httpx
 
 START_S, REQUEST_S = 300.0, 600.0
 TINY = Path(__file__).resolve().parent.parent / "mlx_mtp" / "data" / "tiny"
+SHORT_TOK = 100  # a prompt of 16 words has fewer
+COUNTS = ("idle_passes", "idle_columns", "behind_passes", "behind_columns")
 WORDS = "def class return import for if while with try self value name path file read write list dict open key".split()
 
 # servers ------------------------------------------------------------------------------------------------------
@@ -54,6 +59,7 @@ class Server:
     command: list[str]
     port: int
     model: str
+    log: Path
     health: str = "/health"
 
     @property
@@ -69,16 +75,17 @@ def servers(args: argparse.Namespace, folder: Path) -> list[Server]:
         port = free_port()
         command = [sys.executable, "-m", "mlx_mtp", "serve", "-m", target, "--drafter", drafter, "--width", width]
         command += ["--dtype", "float32", "--port", str(port), "--name", "served", "--queue", "1000"]
-        out.append(Server(f"mlx-mtp width {width}", command, port, "served"))
+        out.append(Server(f"mlx-mtp width {width}", command, port, "served", folder / f"{port}.log"))
     if "mlx-lm" in args.servers:
         port = free_port()
         command = [args.lm_python, "-m", "mlx_lm", "server", "--model", target, "--port", str(port)]
-        out.append(Server("mlx-lm", command, port, "default_model"))
+        out.append(Server("mlx-lm", command, port, "default_model", folder / f"{port}.log"))
     if "mlx-vlm" in args.servers and args.vlm_python:
         port, vlm = free_port(), write_multimodal(Path(target), folder / "vlm")
         command = [args.vlm_python, "-m", "mlx_vlm.server", "--model", str(vlm), "--host", "127.0.0.1"]
         command += ["--port", str(port), "--draft-model", drafter, "--draft-kind", "mtp"]
-        out.append(Server("mlx-vlm", [*command, "--draft-block-size", str(args.block)], port, str(vlm)))
+        command += ["--draft-block-size", str(args.block)]
+        out.append(Server("mlx-vlm", command, port, str(vlm), folder / f"{port}.log"))
     elif "mlx-vlm" in args.servers:
         note("mlx-vlm is left out; name a Python that has it with --vlm-python")
     return out
@@ -91,19 +98,19 @@ def free_port() -> int:
 
 
 @contextmanager
-def started(server: Server, log: Path) -> Iterator[None]:
+def started(server: Server) -> Iterator[None]:
     """A server as a process, from its first healthy answer to its end."""
     environment = dict(os.environ, HF_HUB_OFFLINE="1", OPENBLAS_NUM_THREADS="1")
     blas = ctypes.util.find_library("openblas")
     if sys.platform == "linux" and blas:
         environment["LD_PRELOAD"] = blas
-    with log.open("w") as out:
+    with server.log.open("w") as out:
         process = subprocess.Popen(server.command, stdout=out, stderr=out, env=environment)
         try:
             end = time.monotonic() + START_S
             while not healthy(server):
                 if process.poll() is not None or time.monotonic() > end:
-                    raise SystemExit(f"{server.name} did not start: {log.read_text()[-2000:]}")
+                    raise SystemExit(f"{server.name} did not start: {server.log.read_text()[-2000:]}")
                 time.sleep(0.2)
             yield
         finally:
@@ -242,20 +249,35 @@ def measure(server: Server, clients: int, args: argparse.Namespace, seed: int) -
     return load
 
 
-def short_behind_long(server: Server, args: argparse.Namespace, seed: int) -> tuple[float, float]:
-    """Seconds to a short request's first token: on the idle server, and 50 ms behind a long prompt."""
-    with httpx.Client(timeout=REQUEST_S) as client:
-        alone, behind, long = Load(), Load(), Load()
-        ask(client, server, text(seed, 16), 4, alone)
-        with httpx.Client(timeout=REQUEST_S) as other:
-            thread = threading.Thread(target=ask, args=(other, server, text(seed + 1, args.long), 4, long))
+def short_behind_long(server: Server, args: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """Medians over some pairs: seconds to a short request's first token, idle and behind a long prompt."""
+    alone, behind, long = Load(), Load(), Load()
+    with httpx.Client(timeout=REQUEST_S) as client, httpx.Client(timeout=REQUEST_S) as other:
+        ask(other, server, text(seed, 16), 4, Load())  # opens its connection
+        for i in range(args.pairs):
+            first = seed + 1 + 3 * i
+            ask(client, server, text(first, 16), 4, alone)
+            thread = threading.Thread(target=ask, args=(other, server, text(first + 1, args.long), 4, long))
             thread.start()
-            time.sleep(0.05)
-            ask(client, server, text(seed + 2, 16), 4, behind)
+            time.sleep(0.05 + 0.08 * i / args.pairs)  # at another place in a pass every time
+            ask(client, server, text(first + 2, 16), 4, behind)
             thread.join()
     if alone.failures + behind.failures + long.failures:
         raise SystemExit(f"{server.name}: {(alone.failures + behind.failures + long.failures)[0]}")
-    return alone.first_s[0], behind.first_s[0]
+    ratios = [b / a for a, b in zip(alone.first_s, behind.first_s, strict=True)]
+    counted = {f"{name}_{key}": count for name, key, count in counts(server.log, args.pairs)}
+    seconds = {"idle_s": statistics.median(alone.first_s), "behind_s": statistics.median(behind.first_s)}
+    return {**seconds, "long_s": statistics.median(long.first_s), "times_idle": statistics.median(ratios), **counted}
+
+
+def counts(log: Path, pairs: int) -> Iterator[tuple[str, str, float]]:
+    """(idle or behind, passes or columns, median) of the last pairs of requests; none where the log has no counts."""
+    lines = [json.loads(line) for line in log.read_text().splitlines() if '"first_columns": ' in line]
+    short = [line for line in lines if line["prompt_tok"] < SHORT_TOK][-2 * pairs :]  # in turn
+    for name, some in (("idle", short[::2]), ("behind", short[1::2])):
+        for key in ("passes", "columns"):
+            if some:
+                yield name, key, statistics.median(line[f"first_{key}"] for line in some)
 
 
 def kept_beside_a_hot_request(server: Server, tries: int = 4) -> float:
@@ -297,18 +319,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         write_float32(args.target, folder / "target")
         chosen = servers(args, folder)
         for server in chosen:
-            stack.enter_context(started(server, folder / f"{server.port}.log"))
+            stack.enter_context(started(server))
             measure(server, max(args.concurrent), args, seed=99)  # kernels, graphs, and what the width policy learns
         for repeat in range(args.repeats):
             turn = chosen[repeat % len(chosen) :] + chosen[: repeat % len(chosen)]
-            for clients in args.concurrent:
+            for clients in args.concurrent if args.only != "behind" else ():
                 for server in reversed(turn) if repeat % 2 else turn:
                     load = measure(server, clients, args, seed=10_000 * (repeat + 1) + 100 * clients)
                     rows.append(row(server, repeat, clients, load))
             for server in turn:
-                idle_s, behind_s = short_behind_long(server, args, seed=777 + 10 * repeat)
-                rows.append({"server": server.name, "repeat": repeat, "idle_s": idle_s, "behind_s": behind_s})
-        for server in chosen:
+                told = short_behind_long(server, args, seed=777 + 1000 * repeat)
+                rows.append({"server": server.name, "repeat": repeat, **told})
+        for server in chosen if args.only != "behind" else ():
             rows.append({"server": server.name, "kept_text": kept_beside_a_hot_request(server)})
     return {"rows": rows, "load_average": os.getloadavg(), "arguments": {k: str(v) for k, v in vars(args).items()}}
 
@@ -337,10 +359,12 @@ def report(data: dict[str, Any]) -> None:
             some = [r for r in mine if r.get("clients") == clients]
             firsts = [r["first_s"] for r in some if r["first_s"] is not None]
             note(f"{name:20} {clients} clients  tok/s {spread([r['tok_s'] for r in some])}  first s {spread(firsts)}")
-        ratios = [r["behind_s"] / r["idle_s"] for r in mine if "behind_s" in r]
-        note(f"{name:20} short behind long, times idle: {spread(ratios)}")
-        kept = [r["kept_text"] for r in mine if "kept_text" in r]
-        note(f"{name:20} greedy text the same beside a hot request: {kept[0]:.0%}")
+        pairs = [r for r in mine if "behind_s" in r]
+        note(f"{name:20} short behind long, times idle: {spread([r['times_idle'] for r in pairs])}")
+        for key in [key for key in ("idle_s", "behind_s", "long_s", *COUNTS) if key in pairs[0]]:
+            note(f"{name:20}   {key.replace('_', ' '):20} {spread([r[key] for r in pairs])}")
+        for kept in [r["kept_text"] for r in mine if "kept_text" in r]:
+            note(f"{name:20} greedy text the same beside a hot request: {kept:.0%}")
 
 
 def spread(values: list[float]) -> str:
@@ -367,12 +391,17 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--prompt", type=int, default=64, help="words of a prompt")
     parser.add_argument("--long", type=int, default=1500, help="words of the long prompt")
+    parser.add_argument(
+        "--pairs", type=int, default=6, help="of an idle and a short request behind a long one, a repeat"
+    )
+    parser.add_argument("--only", choices=["all", "behind"], default="all", help="measure only short behind long")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="one repeat of one short request each")
     parser.add_argument("--json", type=Path, help="write the data there")
     args = parser.parse_args()
     if args.quick:
         args.requests, args.tokens, args.repeats, args.concurrent, args.long = 1, 12, 1, [1, 2], 200
+        args.pairs = 2
     return args
 
 
