@@ -1,4 +1,4 @@
-"""What goes over the wire: streams to the byte, bodies of every kind, inputs that break other servers, disconnects."""
+"""What goes over the wire: streams to the byte, bodies of every kind, inputs that break other servers."""
 
 import json
 import socket
@@ -322,7 +322,7 @@ def test_every_request_leaves_one_line_of_facts(live, capfd):
     assert refused["status"] == 400 and "max_tokens" in refused["error"]
 
 
-# clients that go away ---------------------------------------------------------------------------------------
+# a full queue -----------------------------------------------------------------------------------------------
 
 
 def dial(live: Live, body: dict) -> socket.socket:
@@ -331,40 +331,6 @@ def dial(live: Live, body: dict) -> socket.socket:
     line = socket.create_connection(("127.0.0.1", live.client.base_url.port))
     line.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n" % len(raw) + raw)
     return line
-
-
-@pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_goes_away_frees_its_row_within_a_few_rounds(live, stream):
-    line = dial(live, {"prompt": "hello", "stream": stream, **ENDLESS})
-    engine = live.pair._engine
-    before = engine.host_reads
-    until(lambda: live.worker.running == 1 and engine.host_reads > before + 5)
-    gone_at = engine.host_reads
-    line.close()
-    until(lambda: live.worker.open == 0)
-    assert engine.host_reads - gone_at < 40 and engine.idle  # of the 300 rounds and more that it asked for
-
-
-@pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_goes_away_while_its_prompt_runs_frees_its_row(live, stream):
-    line = dial(live, {"prompt": [4 + stream, *LONG], "stream": stream, **ENDLESS})
-    until(lambda: live.worker.running == 1)
-    line.close()
-    until(lambda: live.worker.open == 0)
-    assert live.settled()
-
-
-@pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_goes_away_from_the_queue_never_runs(live, stream):
-    first = [dial(live, {"prompt": "hello", "stream": True, **ENDLESS}) for _ in range(2)]
-    until(lambda: live.worker.running == 2)
-    line = dial(live, {"prompt": "bye", "stream": stream, **ENDLESS})
-    until(lambda: live.worker.waiting == 1)
-    line.close()
-    until(lambda: live.worker.open == 2 and live.worker.waiting == 0)
-    assert live.worker.running == 2
-    for line in first:
-        line.close()
 
 
 def test_a_full_queue_is_told_when_to_come_again(live):
