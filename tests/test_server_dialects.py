@@ -18,6 +18,7 @@ from servers import TINY, Live, running
 
 from mlx_mtp.loops import LoopLimits
 from mlx_mtp.server.asking import stable
+from mlx_mtp.server.openai_form import Message, plain_messages
 
 HERE = Path(__file__).resolve().parent
 CITY = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 12}, "days": {"type": "integer"}}}
@@ -154,6 +155,10 @@ def test_the_order_of_tools_makes_no_difference_to_the_prompt(live):
 
 
 def test_only_the_volatile_line_is_taken_out_of_a_system_prompt():
+    line, parts = "x-anthropic-billing-header: a=1;", [{"type": "text", "text": "You"}, {"type": "other"}]
+    messages = [Message(role="system", content=[{"type": "text", "text": line}, *parts])]
+    messages += [Message(role="system", content=f"{line}\nYou"), Message(role="user", content=line)]
+    assert [m["content"] for m in plain_messages(messages)] == [parts, "You", line]
     assert stable("x-anthropic-billing-header: a=1; b\nYou are") == "You are"
     assert stable("Say x-anthropic-billing-header: no") == "Say x-anthropic-billing-header: no"
 
@@ -172,6 +177,77 @@ def test_refusals_are_in_the_form_of_anthropic(claude, fields, error, message):
     with pytest.raises(error, match=message) as caught:
         claude.messages.create(**{"model": "tiny", "max_tokens": 4, "messages": ASK, **fields})
     assert caught.value.body["type"] == "error" and caught.value.body["error"]["type"]
+
+
+# prefixes of agents -------------------------------------------------------------------------------------------
+
+
+def result_turn(i: int, form: str) -> list[dict]:
+    """A call and what it brought: chat's or messages' form."""
+    bulk = f"line {i}: def f(x): return x\n" * 12
+    if form == "chat":
+        call = {"id": f"c{i}", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Oslo"}'}}
+        return [
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": f"c{i}", "content": bulk},
+        ]
+    call = {"type": "tool_use", "id": f"c{i}", "name": "get_weather", "input": {"city": "Oslo"}}
+    result = {"type": "tool_result", "tool_use_id": f"c{i}", "content": bulk}
+    return [{"role": "assistant", "content": [call]}, {"role": "user", "content": [result]}]
+
+
+def agent_turn(form: str, turn: int) -> dict:
+    """Request `turn` of an agent's conversation: another volatile line and another order of tools every time."""
+    line, system = (
+        f"x-anthropic-billing-header: cc_version={turn}; cch={turn * 77:x};",
+        f"For {form}, " + "be brief. " * 40,
+    )
+    messages = [*ASK, *(m for i in range(1, turn + 1) for m in result_turn(i, form))]
+    names = ("get_weather", "apply_patch", "read")
+    names = (*names[turn:], *names[:turn])
+    if form == "chat":
+        tools = [{**FUNCTION, "function": {**FUNCTION["function"], "name": name}} for name in names]
+        system_turn = {"role": "system", "content": f"{line}\n{system}"}
+        return {"messages": [system_turn, *messages], "tools": tools, "max_tokens": 2}
+    blocks = [{"type": "text", "text": line}, {"type": "text", "text": system}]
+    tools = [{**TOOL, "name": name} for name in names]
+    return {"model": "tiny", "system": blocks, "messages": messages, "tools": tools, "max_tokens": 2}
+
+
+@pytest.mark.parametrize(("form", "path"), [("chat", "/v1/chat/completions"), ("messages", "/v1/messages")])
+def test_a_turn_of_an_agent_costs_only_what_it_adds(live, form, path):
+    """Whatever the volatile line and the order of the tools; a tool's result comes last."""
+    before = 0
+    for turn in range(3):
+        usage = live.client.post(path, json=agent_turn(form, turn)).json()["usage"]
+        if form == "chat":
+            prompt, cached = usage["prompt_tokens"], usage["prompt_tokens_details"]["cached_tokens"]
+        else:
+            cached = usage["cache_read_input_tokens"]
+            prompt = cached + usage["input_tokens"]
+        assert prompt > before + 100
+        assert cached == before if turn else cached < 20  # other tests leave a beginning that all prompts have
+        before = prompt
+
+
+def test_nearly_the_same_requests_at_once_share_one_prefill(live):
+    """As editors send them: some to the letter, some with another end."""
+    system = {"role": "system", "content": "Complete the code. " * 60}
+    ends = ["x = 1", "x = 1", "x = 1", "x = 2"]
+
+    async def ask_all() -> list:
+        async with openai.AsyncOpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0) as client:
+            fields = {"model": "tiny", "max_tokens": 4}
+            asks = [
+                client.chat.completions.create(messages=[system, {"role": "user", "content": end}], **fields)
+                for end in ends
+            ]
+            return await asyncio.gather(*asks)
+
+    usages = [answer.usage for answer in asyncio.run(ask_all())]
+    whole = max(usage.prompt_tokens for usage in usages)
+    computed = sum(usage.prompt_tokens - usage.prompt_tokens_details.cached_tokens for usage in usages)
+    assert whole > 280 and computed < whole + 12 * len(ends)
 
 
 # ollama -----------------------------------------------------------------------------------------------------

@@ -278,12 +278,26 @@ def _same(value: Any, other: Any) -> bool:
 
 
 def plain_messages(messages: list[Message]) -> list[dict[str, Any]]:
-    """Messages as plain objects, nulls left out; beside calls there may be no content, and then it is empty."""
+    """Messages as plain objects, nulls left out; beside calls there may be no content, and then it is empty.
+
+    System prompts without volatile lines: proxies hand Claude Code's on to this API as they are.
+    """
     out = [message.model_dump(exclude_none=True) for message in messages]
     for message in out:
+        if message["role"] == "system":
+            message.update(content=_stable(message.get("content", "")))
         if message.get("tool_calls") or message.get("reasoning_content"):
             message.setdefault("content", "")
     return out
+
+
+def _stable(content: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
+    if isinstance(content, str):
+        return asking.stable(content)
+    texts = [
+        {**part, "text": asking.stable(part["text"])} if isinstance(part.get("text"), str) else part for part in content
+    ]
+    return [part for part in texts if part.get("text") != ""]
 
 
 def error_body(error: ServerError) -> dict[str, Any]:
