@@ -8,7 +8,7 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -84,14 +84,20 @@ def chunks(lines: list[str]) -> list[dict]:
 
 
 @contextlib.contextmanager
-def running(model: tuple[str, str | None] = EDGE, kv_bytes: int | None = None, **settings: Any) -> Iterator[Live]:
-    """A server on a free port of this machine, ended afterwards."""
+def running(
+    model: tuple[str, str | None] = EDGE,
+    kv_bytes: int | None = None,
+    prepare: Callable[[Pair], None] = lambda pair: None,
+    **settings: Any,
+) -> Iterator[Live]:
+    """A server on a free port of this machine, ended afterwards. prepare: done with the pair, on its own thread."""
     chosen = Settings(**{"name": "tiny", "width": 3, "grace_s": 1.0, "warm_up": ((1, 8),), **settings})
     pairs: list[Pair] = []
 
     def make() -> Pair:
         limits = Limits(max_rows=chosen.rows, kv_bytes=kv_bytes)
         pairs.append(load(*model, dtype="float32", limits=limits))
+        prepare(pairs[0])
         return pairs[0]
 
     worker = Worker(make, chosen, Reports())
