@@ -3,6 +3,7 @@
 import json
 import socket
 import threading
+from dataclasses import replace
 
 import pytest
 from servers import EDGE, Live, chunks, running, until
@@ -319,6 +320,7 @@ def test_every_request_leaves_one_line_of_facts(live, capfd):
     assert done["generated_tok"] == 5 and done["prompt_tok"] > 0 and done["cached_tok"] >= 0
     assert done["rounds"] > 0 and done["kept_per_round"] >= 0 and done["decode_tok_s"] > 0
     assert 0 < done["first_token_s"] <= done["seconds"]
+    assert done["first_passes"] == 1 and done["first_columns"] == done["prompt_tok"] - done["cached_tok"]
     assert refused["status"] == 400 and "max_tokens" in refused["error"]
 
 
@@ -331,6 +333,25 @@ def dial(live: Live, body: dict) -> socket.socket:
     line = socket.create_connection(("127.0.0.1", live.client.base_url.port))
     line.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n" % len(raw) + raw)
     return line
+
+
+def test_a_request_behind_a_long_prompt_waits_for_the_pass_that_runs_and_one_of_its_own(live, capfd, monkeypatch):
+    engine, noted = live.pair._engine, []
+    take, begin = live.worker.submit, live.pair.submit
+    monkeypatch.setattr(live.worker, "submit", lambda jobs: (noted.append(engine.host_reads), take(jobs))[1])
+    monkeypatch.setattr(live.pair, "submit", lambda *job: (noted.append(engine.host_reads), begin(*job))[1])
+    monkeypatch.setattr(engine.scheduler, "limits", replace(engine.scheduler.limits, alone_tok=16))
+    before = engine.host_reads
+    line = dial(live, {"prompt": [7, *LONG], **ENDLESS})
+    until(lambda: engine.host_reads > before + 2)
+    live.complete([9, 8, 7, 6, 5], max_tokens=1)
+    line.close()
+    until(lambda: live.worker.open == 0)
+    came, taken = noted[-2:]
+    assert taken - came <= 1
+    told = [json.loads(one) for one in capfd.readouterr().err.splitlines()]
+    (short,) = [one for one in told if one.get("prompt_tok") == 5]
+    assert short["first_passes"] == 1 and short["first_columns"] <= 5 + 16
 
 
 def test_a_full_queue_is_told_when_to_come_again(live):
