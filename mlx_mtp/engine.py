@@ -8,6 +8,8 @@ for a read and a dispatch but never for Python to build or emit anything.
 The price: a row's end is seen one pass late, and its last pass is wasted, unless no row is left that needs the pass;
 then the pass is undone before it was ever dispatched.
 
+On a CPU a dispatch takes as long as its pass, so there the caller has the events first (`hands_over_first`).
+
 Nothing is built ahead of the end of a pass with prompt chunks: it takes long beside what that would hide, and a request
 that comes meanwhile is in the very next pass. Nor while a constrained row decodes; a round of it that drafts is read
 twice: its draft, for which the constraint says on the host what may stand where while the target's pass runs, and then
