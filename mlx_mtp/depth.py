@@ -11,13 +11,20 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Sequence
 from typing import Protocol
 
-from mlx_mtp.rows import NOTHING, RequestError
+from mlx_mtp.rows import BOUND, NOTHING, RequestError
 
 MAX_WIDTH = 15  # the widest round; the cache's rings leave room for it
 
 
 class Depth(Protocol):
-    """Chooses the width of every round and is told what came of it."""
+    """Chooses the width of every round and is told what came of it.
+
+    drafts: whether it may choose a width above 0 at all. If so, tokens that a constraint forces are drafted whatever
+    it chooses; rounds of nothing else are not told to `record`.
+    """
+
+    @property
+    def drafts(self) -> bool: ...
 
     def choose(self, outlook: Sequence[int]) -> int:
         """Width of the next round, 0 .. MAX_WIDTH, over rows of which this is the newest known outlook."""
@@ -36,7 +43,7 @@ class Constant:
     """Always the same width."""
 
     def __init__(self, width: int) -> None:
-        self._width = width
+        self._width, self.drafts = width, width > 0
 
     def choose(self, outlook: Sequence[int]) -> int:
         return self._width
@@ -51,6 +58,8 @@ class Heuristic:
     As `num_assistant_tokens_schedule="heuristic"` in transformers 5.14 `generation/candidate_generator.py`; with
     several rows their mean decides.
     """
+
+    drafts = True
 
     def __init__(self, width: int = 4, most: int = MAX_WIDTH) -> None:
         self._width, self._most = width, most
@@ -75,7 +84,7 @@ class Acceptance:
 
     def __init__(self, most: int, outlook: int) -> None:
         """most: positions that are kept apart."""
-        self._prior = self.HOPELESS if outlook == NOTHING else self.PRIOR
+        self._prior = self.HOPELESS if outlook % BOUND == NOTHING else self.PRIOR
         self._hits, self._tries = [0.0] * most, [0.0] * most
         self._slow, self._rounds = [self._prior] * most, [0] * most
 
@@ -127,6 +136,7 @@ class Auto:
     MEMORY = 0.999  # per round: about a thousand rounds stand in the ledger
     PAUSE = 6  # rounds between two shapes that are tried for their time
     FIRST_PROBE, LAST_PROBE, PROBE_WIDTH, PROBE_ROUNDS = 24, 768, 1, 2
+    drafts = True
 
     def __init__(self, most: int = 8) -> None:
         """most: the widest round it considers."""
@@ -142,7 +152,7 @@ class Auto:
 
     def choose(self, outlook: Sequence[int]) -> int:
         rows = len(outlook)
-        hopeful = any(o != NOTHING for o in outlook)
+        hopeful = any(o % BOUND != NOTHING for o in outlook)
         for width in (min(self.FIRST, self._most) if hopeful else 0, 0):
             if not self._timed(rows, width):
                 return width
@@ -240,12 +250,31 @@ class Auto:
         return min(self.PROBE_WIDTH, self._most)
 
 
+class Apart:
+    """A policy for rounds with a constrained row and one for all others: their rounds take longer by what the host
+    does for the constraint, and keep more."""
+
+    drafts = True
+
+    def __init__(self, free: Depth, bound: Depth) -> None:
+        self._free, self._bound = free, bound
+
+    def choose(self, outlook: Sequence[int]) -> int:
+        return self._of(outlook).choose(outlook)
+
+    def record(self, width: int, kept: list[int], seconds: float | None, outlook: Sequence[int]) -> None:
+        self._of(outlook).record(width, kept, seconds, outlook)
+
+    def _of(self, outlook: Sequence[int]) -> Depth:
+        return self._bound if any(o >= BOUND for o in outlook) else self._free
+
+
 def depth_of(width: int | str) -> Depth:
     """An integer from 0 to MAX_WIDTH, "heuristic" or "auto". Raises RequestError."""
     if width == "heuristic":
         return Heuristic()
     if width == "auto":
-        return Auto()
+        return Apart(Auto(), Auto())
     if isinstance(width, bool) or not isinstance(width, int) or not 0 <= width <= MAX_WIDTH:
         raise RequestError(f"width is {width!r}; expected 0 to {MAX_WIDTH}, 'auto' or 'heuristic'")
     return Constant(width)

@@ -11,9 +11,12 @@ then the pass is undone before it was ever dispatched.
 On a CPU a dispatch takes as long as its pass, so there the caller has the events first (`hands_over_first`).
 
 Nothing is built ahead of the end of a pass with prompt chunks: it takes long beside what that would hide, and a request
-that comes meanwhile is in the very next pass. Nor while a constrained row decodes; a round of it that drafts is read
-twice: its draft, for which the constraint says on the host what may stand where while the target's pass runs, and then
-its verdict.
+that comes meanwhile is in the very next pass.
+
+A round with a constrained row is built ahead like any other; what its constraints say is filled in when it is sent.
+They must know what is drafted, so its draft is read beside its verdict, while the target's pass runs. Where constraints
+force so much that another round is called for, the one built is undone and the other built in its place, with a draft
+that is known without a drafter and without a read.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from mlx_mtp.accept import Judge, Verdict, verdict
 from mlx_mtp.cache import Cache
 from mlx_mtp.depth import MAX_WIDTH, Depth
 from mlx_mtp.drafters import Drafter
-from mlx_mtp.guide import Guide, allowing
+from mlx_mtp.guide import Guide, Plan, beginning
 from mlx_mtp.models.experts import distinct_experts
 from mlx_mtp.models.gemma4 import Gemma4
 from mlx_mtp.passes import Pass, Round
@@ -67,7 +70,6 @@ class Engine:
         self.hands_over_first = mx.default_device().type == mx.cpu  # there a dispatch takes as long as its pass
         self._held: Pass | None = None  # built ahead, to be dispatched when the caller has the events before it
         self._work = (0, 0)  # passes read, and the columns in them
-        self._begun_s: float | None = None  # when the first part of the pass being built was dispatched, if it was
         self._ids = itertools.count()
         self._bonus = mx.zeros((0,), mx.int32)  # [R] newest token of every row
         self._history = History(target.config.vocab_size)
@@ -119,10 +121,11 @@ class Engine:
             self._dispatch(built)
         running, undo = self._running, self._state()
         assert running is not None
-        # What a constrained row may say next depends on what the pass under way has said.
-        ahead = None if running.chunks or self._constrained() else self._build()
+        ahead = None if running.chunks else self._build()
         events = self._read(running, away_s)
-        if ahead is not None and any(not r.done for r in ahead.rows):
+        # Now it is known what constraints force. Prompt chunks are not undone for that.
+        fits = ahead is not None and (ahead.guide is None or ahead.guide.fits() or ahead.chunks)
+        if ahead is not None and fits and any(not r.done for r in ahead.rows):
             del undo  # MLX copies a buffer that is still referred to instead of writing into it
             if self.hands_over_first:
                 self._running, self._held = None, ahead
@@ -151,9 +154,11 @@ class Engine:
         begun = _asking([c.row for c in chunks if c.last])
         most = max((r.request.logprobs or 0 for r in (*active, *begun)), default=0)
         most = min(most, self.target.config.vocab_size)
-        outs, scores, draft, width, experts, foreseen = [], [], None, 0, [], False
+        outs, scores, draft, guide, width, experts, foreseen = [], [], None, None, 0, [], False
         if decoded:
-            round_ = self._round(decoded, active, self._width(active), most)
+            planned = self._width(active)
+            guide = self._guide(decoded, active, planned)
+            round_ = self._round(decoded, active, planned, guide, most)
             draft, experts, width = round_.draft, round_.experts, round_.judged.tokens.shape[1] - 1
             outs += [round_.judged.tokens.reshape(-1), round_.judged.kept, *round_.outlook]
             foreseen = bool(round_.outlook)
@@ -164,9 +169,9 @@ class Engine:
             scores += score
         prefixes = [self._marked(c.row) for c in chunks if c.row.stops and c.row.stops[0] == c.row.prefilled]
         scored = [*((r, width + 1) for r in _asking(active)), *((r, 1) for r in begun)]
-        out, known = mx.concatenate([*outs, *experts, *scores]), tuple(r.outlook for r in active)
+        out, known = mx.concatenate([*outs, *experts, *scores]), tuple(r.prospect for r in active)
         counted = bool(experts)
-        return Pass(decoded, active, width, chunks, prefixes, draft, out, known, foreseen, counted, scored, most)
+        return Pass(decoded, active, width, chunks, prefixes, draft, guide, out, known, foreseen, counted, scored, most)
 
     def _join(self, row: Row) -> None:
         prompt, most, n = len(row.request.prompt), row.request.max_tokens, row.prefilled
@@ -176,22 +181,16 @@ class Engine:
         self._history.join(row.request)
         self._bonus = mx.concatenate([self._bonus, mx.zeros((1,), mx.int32)])
 
-    def _constrained(self) -> bool:
-        """Whether the coming round has a row whose text must be something."""
-        return any(r.follower is not None and r.decoding and not r.done for r in self.scheduler.rows)
-
     def _width(self, active: list[Row]) -> int:
         """The depth policy's width, but no wider than the longest row can still use."""
         useful = max((r.room for r in active), default=1) - 1
-        return max(0, min(self.depth.choose([r.outlook for r in active]), useful))
+        return max(0, min(self.depth.choose([r.prospect for r in active]), useful))
 
-    def _round(self, decoded: list[Row], active: list[Row], width: int, most: int) -> Round:
+    def _round(self, decoded: list[Row], active: list[Row], width: int, guide: Guide | None, most: int) -> Round:
         """Draft, verify, commit. most: log-probabilities of so many tokens go with each where they are asked for."""
         rows, wanted = slice(0, len(decoded)), _asking(active)
         asking = [i for i, r in enumerate(decoded) if r in wanted]
-        sampler = self._sampler(decoded, rows)
-        guide = self._guide(decoded, active, width)
-        bonus = self._bonus[rows]
+        sampler, bonus = self._sampler(decoded, rows), self._bonus[rows]
         draft = self._draft(rows, bonus, sampler, width, guide)
         width = draft.width
         tokens = mx.concatenate([bonus[:, None], draft.tokens], axis=1)
@@ -199,8 +198,7 @@ class Engine:
         hidden, taps = self.target.forward(tokens, pass_, self.drafter.taps)
         logits = self.target.logits(hidden, capped=bool(asking) or not sampler.order_decides)
         if guide is not None:
-            drafts = guide.known() if guide.certain else self._peek(draft.tokens, logits, active)
-            sampler = guide.judging(sampler, drafts)
+            sampler = guide.judging(sampler, draft.tokens, logits)
         judged = self.judge(draft, logits, pass_.start, sampler, hidden)
         kept = judged.kept
         still = frozenset(i for i, r in enumerate(decoded) if r.done or not r.decoding)
@@ -208,7 +206,8 @@ class Engine:
             kept = kept * mx.array([int(i not in still) for i in range(len(decoded))], mx.int32)
         self.cache.commit(rows, kept, width + 1)
         newest = mx.where(kept > 0, judged.bonus, bonus)
-        fwd = Forward(rows, tokens, hidden, taps, width, judged.picked, newest, still)
+        forced = width - guide.own if guide is not None else 0
+        fwd = Forward(rows, tokens, hidden, taps, width, judged.picked, newest, still, forced)
         outlook = self.drafter.observe(fwd, kept)
         self._history.add(rows, judged.tokens, kept)
         self._bonus = mx.concatenate([newest, self._bonus[len(decoded) :]])
@@ -223,8 +222,8 @@ class Engine:
         """What constrains a round; None where nothing does."""
         if not any(r.follower is not None for r in active):
             return None
-        most = max(width, min(MAX_WIDTH, max(r.room for r in active) - 1))
-        return Guide(decoded, active, width, most, self.target.config.vocab_size)
+        most = max(width, min(MAX_WIDTH, max(r.room for r in active) - 1)) if self.depth.drafts else 0
+        return Guide(decoded, active, Plan(width, most, self.target.config.vocab_size, settled=self._running is None))
 
     def _draft(self, rows: slice, bonus: mx.array, sampler: Sampler, width: int, guide: Guide | None) -> Draft:
         if guide is not None and guide.certain:
@@ -233,18 +232,7 @@ class Engine:
             return Draft(mx.zeros((bonus.shape[0], 0), mx.int32))
         if guide is None:
             return self.drafter.propose(rows, bonus, sampler, width)
-        return guide.extended(self.drafter.propose(rows, bonus, guide.hinting(sampler), width))
-
-    def _peek(self, draft: mx.array, logits: mx.array, active: list[Row]) -> list[list[int]]:
-        """The tokens of a draft [B, K], and the target's pass over them on its way."""
-        self._begun_s = time.perf_counter()
-        mx.async_eval(draft)
-        mx.async_eval(logits)
-        drafts = cast(list[list[int]], draft.tolist())
-        self.host_reads += 1
-        for row in active:
-            row.stats.host_reads += 1
-        return drafts
+        return guide.completed(self.drafter.propose(rows, bonus, guide.hinting(sampler), width))
 
     def _chunks(self, chunks: list[Chunk], most: int) -> tuple[mx.array, list[mx.array]]:
         """One pass over the prompt chunks of neighbouring rows, B of them; returns the token after each, [B] int32,
@@ -279,7 +267,7 @@ class Engine:
         sampler = self._sampler(members, rows)
         followers = [c.row.follower if c.last else None for c in chunks]
         if any(followers):
-            sampler = allowing(sampler, followers, [[]] * len(chunks), self.target.config.vocab_size)
+            sampler = beginning(sampler, followers, self.target.config.vocab_size)
         nothing = Draft(mx.zeros((len(chunks), 0), mx.int32))
         logits = self.target.logits(hidden, capped=bool(asking) or not sampler.order_decides)
         judged = verdict(nothing, logits, start, sampler, hidden)
@@ -317,21 +305,32 @@ class Engine:
         return self.cache.state(), self.drafter.state(), self._bonus, self._history.state()
 
     def _dispatch(self, built: Pass) -> None:
-        self._running, self._held, drafted_s = built, None, 0.0
-        self._sent_s, self._begun_s = self._begun_s or time.perf_counter(), None
+        if built.guide is not None:
+            built.guide.hint()
+        self._running, self._held, drafted_s, self._sent_s = built, None, 0.0, time.perf_counter()
         if built.draft is not None:
             mx.async_eval(built.draft)
         if self.profile and built.draft is not None:  # a second wait, only to tell drafting from verifying
             mx.eval(built.draft)
             drafted_s = time.perf_counter() - self._sent_s
+        reads = self._tell(built.guide) if built.guide is not None else 0
         kept = [a for prefix in built.prefixes for a in prefix.arrays]  # first: done with before the next pass writes
         mx.async_eval(kept, built.out, self._state())
         for prefix in built.prefixes:
             self.scheduler.keep(prefix)
         for row in built.active:
             if not row.done:
+                row.stats.host_reads += reads
                 row.stats.draft_s += drafted_s
                 row.stats.host_s += 0.0 if self._last is None else self._sent_s - self._last
+
+    def _tell(self, guide: Guide) -> int:
+        """Tell a round's constraints what was drafted, while the target's pass is on its way; returns reads it took."""
+        mx.async_eval(guide.draft, guide.logits)
+        reads = int(not guide.certain)
+        guide.judge(cast(list[list[int]], guide.draft.tolist()) if reads else guide.known())
+        self.host_reads += reads
+        return reads
 
     def _undo(self, built: Pass | None, state: tuple[Any, ...]) -> None:
         """Take back a pass that nobody needs; rows that it admitted stay, as if new."""
@@ -423,7 +422,7 @@ class Engine:
             self.scheduler.timed_round(seconds)
         if done.decoded:
             counts = [k for k, row in zip(kept, done.decoded, strict=True) if row in done.active]
-            if any(row.follower is not None for row in done.active):
+            if done.width and done.guide is not None and done.guide.certain:
                 return  # forced drafts say nothing about the drafter
             self.depth.record(done.width, counts, None if done.chunks else seconds, done.outlook)
             if done.width and self.first_drafts < JUDGED:

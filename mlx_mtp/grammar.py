@@ -51,6 +51,7 @@ class Follower:
 
     def __init__(self, matcher: LLMatcher, tokenizer: LLTokenizer) -> None:
         self._matcher = matcher
+        self._made: dict[tuple[int, ...], np.ndarray] = {}  # masks after the text and so much of a draft
         self._eos = frozenset(tokenizer.eos_tokens)
         self._words = (tokenizer.vocab_size + 31) // 32
         self._ends = np.zeros(self._words, np.uint32)
@@ -76,7 +77,7 @@ class Follower:
         out = np.full((len(draft) + 1, self._words), 0xFFFFFFFF, np.uint32)
         taken = 0
         for j in range(len(draft) + 1):
-            out[j] = self._mask()
+            out[j] = self._mask(tuple(draft[:j]))
             if j == len(draft) or draft[j] in self._eos or not out[j, draft[j] // 32] >> (draft[j] % 32) & 1:
                 break
             if not self._matcher.consume_token(draft[j]):
@@ -88,14 +89,17 @@ class Follower:
 
     def advance(self, tokens: Sequence[int]) -> None:
         """The text has grown by these; an end token at their end is no part of it."""
-        said = [token for token in tokens if token not in self._eos]
+        said, self._made = [token for token in tokens if token not in self._eos], {}
         if said:
             self._matcher.consume_tokens(said)
 
-    def _mask(self) -> np.ndarray:
-        if self._matcher.is_stopped():
-            return self._ends
-        return np.frombuffer(self._matcher.compute_bitmask(), np.uint32)[: self._words]
+    def _mask(self, taken: tuple[int, ...]) -> np.ndarray:
+        """The next mask after those tokens of a draft, which the matcher has taken. A round asks for some twice, first
+        for the drafter: at 262,144 tokens one is most of a millisecond."""
+        if taken not in self._made:
+            stopped = self._matcher.is_stopped()
+            self._made[taken] = self._ends if stopped else np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
+        return self._made[taken][: self._words]
 
 
 class Grammars:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_mtp.accept import Verdict
+from mlx_mtp.guide import Guide
 from mlx_mtp.prefixes import Prefix
 from mlx_mtp.scheduler import Chunk, Row
 
@@ -17,11 +18,12 @@ class Pass:
 
     decoded: the rows of the round, in cache order; `active` are those of them whose verdict counts.
     chunks: prompt chunks beside it. draft: evaluated first, so that the device starts on it while the rest is
-    still being dispatched. prefixes: to be kept when this has been dispatched. out: int32, everything the host will
-    read: per decoded row its width + 1 tokens, then every decoded row's kept count and, if `foreseen`, its outlook,
-    then one number per chunk (the first token, where the prompt ends here), then the round's distinct experts summed
-    over layers, where there are any (`counted`), then per row of `scored` as many tokens' log-probabilities as it has
-    columns, with the `most` best. outlook: of the active rows, what was known when the width was chosen.
+    still being dispatched. guide: what constrains the round, None where nothing does. prefixes: to be kept when this
+    has been dispatched. out: int32, everything the host will read: per decoded row its width + 1 tokens, then every
+    decoded row's kept count and, if `foreseen`, its outlook, then one number per chunk (the first token, where the
+    prompt ends here), then the round's distinct experts summed over layers, where there are any (`counted`), then per
+    row of `scored` as many tokens' log-probabilities as it has columns, with the `most` best. outlook: of the active
+    rows, what was known when the width was chosen.
     """
 
     decoded: list[Row]
@@ -30,6 +32,7 @@ class Pass:
     chunks: list[Chunk]
     prefixes: list[Prefix]
     draft: mx.array | None
+    guide: Guide | None
     out: mx.array
     outlook: tuple[int, ...]
     foreseen: bool

@@ -23,6 +23,7 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 # A row's outlook: what its drafter makes of the next draft. Whatever is above USUAL is a class of its own.
 NOTHING, USUAL = 0, 1
+BOUND = 64  # is added where the row's text is constrained
 
 
 class MlxMtpError(Exception):
@@ -370,6 +371,8 @@ class Forward:
     picked: [B, H], of `hidden` the column that each row's newest token came from, if that is known already.
     newest: [B] int32, the token behind each row's kept columns: its next bonus, or the prompt's next.
     still: places in `rows` that keep nothing whatever is kept: they are feeding their prompt, or have ended.
+    forced: of the drafted columns, how many last ones a constraint forced. The drafter was asked for those before it,
+        or not at all where there are none.
     """
 
     rows: slice
@@ -380,6 +383,7 @@ class Forward:
     picked: mx.array | None = None
     newest: mx.array | None = None
     still: frozenset[int] = frozenset()
+    forced: int = 0
 
 
 @dataclass(frozen=True)

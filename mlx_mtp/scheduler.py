@@ -14,7 +14,7 @@ import numpy as np
 
 from mlx_mtp.pace import Pace
 from mlx_mtp.prefixes import Prefix, Prefixes, Spacing, shared
-from mlx_mtp.rows import USUAL, Follower, Request, RequestError, Stats
+from mlx_mtp.rows import BOUND, USUAL, Follower, Request, RequestError, Stats
 from mlx_mtp.sampling import RowSampler
 
 CHUNK_STEP = 16  # prompt chunks beside running rows are multiples of this
@@ -98,6 +98,11 @@ class Row:
     def committed(self) -> int:
         """Positions in the cache that are part of the prompt or the text, once what is under way has ended."""
         return self.prefilled + max(0, len(self.tokens) - 1)
+
+    @property
+    def prospect(self) -> int:
+        """The outlook as the depth policy is told of it: constrained rows are another case."""
+        return self.outlook + (BOUND if self.follower is not None else 0)
 
     @property
     def room(self) -> int:

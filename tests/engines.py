@@ -150,6 +150,8 @@ def smallest(vocab: int = 48) -> Models:
 class Listed:
     """The widths of a list, again and again."""
 
+    drafts = True
+
     def __init__(self, widths: Sequence[int]) -> None:
         self._widths = itertools.cycle(widths)
 

@@ -1,6 +1,7 @@
 """Constrained rows in the engine: valid texts, the same at every width and in any company, with few passes."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import jsonschema
@@ -68,6 +69,26 @@ def check(pair: Pair, names: list[str], texts: list[list[int]] | list[list[int] 
         jsonschema.validate(json.loads("".join(s.text for s in segments if s.kind == kind)), TOOLS[name])
 
 
+Outcomes = list[tuple[list[int], str, Stats]]
+
+
+def tell(what: str, outcomes: Outcomes, without: Outcomes) -> None:
+    """Print tokens per round (pytest -rP), with the constraint and without."""
+    for label, some in (("constrained", outcomes), ("not constrained", without)):
+        total = Stats()
+        for _, _, stats in some:
+            total.add(stats)
+        whole = sum(reason == "stop" for _, reason, _ in some)
+        each = (total.generated_tokens - len(some)) / total.rounds
+        print(f"{what}, {label}: {each:.2f} tokens per round; {whole} of {len(some)} texts came to their end")
+
+
+def unbound(pair: Pair, requests: list[Request], width: int | str) -> Outcomes:
+    """The first of some requests without their constraints."""
+    sampling = replace(requests[0].sampling, logit_bias=())
+    return run(pair, [replace(r, constraint=None, max_tokens=80, sampling=sampling) for r in requests[:12]], width)
+
+
 SHORT = ["glob", "web_fetch", "search_flights", "set_thermostat", "stock_price", "tree", "filter", "unicode"]
 
 
@@ -87,6 +108,8 @@ def test_schemas_are_kept_and_the_texts_are_those_without_drafting(pair, grammar
     assert [reason for _, reason, _ in plain] == ["stop"] * len(names)
     assert [tokens for tokens, _, _ in drafted] == [tokens for tokens, _, _ in plain]
     check(pair, names, [tokens for tokens, _, _ in plain])
+    if len(names) > len(SHORT):
+        tell(f"tools, temperature {sampling.temperature}, width 4", drafted, unbound(pair, requests, 4))
     rounds = [sum(stats.rounds for _, _, stats in outcome) for outcome in (plain, drafted)]
     assert rounds[1] < 0.6 * rounds[0]
 
@@ -94,7 +117,9 @@ def test_schemas_are_kept_and_the_texts_are_those_without_drafting(pair, grammar
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [0, 4, "auto"])
 def test_forty_schemas_are_kept_where_nothing_is_seeded(pair, grammars, width):
-    outcomes = run(pair, answers(pair, grammars, FREE, [*TOOLS]), width)
+    requests = answers(pair, grammars, FREE, [*TOOLS])
+    outcomes = run(pair, requests, width)
+    tell(f"tools, not seeded, width {width}", outcomes, unbound(pair, requests, width))
     ended = [tokens if reason == "stop" else None for tokens, reason, _ in outcomes]
     check(pair, [*TOOLS], ended)  # a text cut by its limit need not be whole
     assert ended.count(None) < 0.2 * len(TOOLS)
@@ -110,8 +135,9 @@ def test_schemas_of_the_json_schema_test_suite_are_kept(pair, grammars, sampling
     suite = json.loads((SCHEMAS / "suite.json").read_text())
     chosen = Sampling(**sampling, logit_bias=bias)
     requests = [request(pair, "x = ", chosen, grammars.json(entry["schema"]), 80) for entry in suite]
-    ended = 0
-    for entry, (tokens, reason, _) in zip(suite, run(pair, requests, width), strict=True):
+    ended, outcomes = 0, run(pair, requests, width)
+    tell(f"suite, {sampling}, width {width}", outcomes, unbound(pair, requests, width))
+    for entry, (tokens, reason, _) in zip(suite, outcomes, strict=True):
         if reason == "stop":
             value = json.loads(pair.text.decode(tokens))
             jsonschema.Draft202012Validator(entry["schema"]).validate(value)
@@ -175,8 +201,8 @@ def test_a_constrained_text_must_be_able_to_end(pair, grammars):
 
 def test_bits_are_unpacked_in_the_order_of_tokens():
     words = np.array([[0b101, 1 << 31]], np.uint32)
-    assert np.nonzero(np.array(_bits(words, 64))[0])[0].tolist() == [0, 2, 63]
-    assert _bits(words, 40).shape == (1, 40)
+    assert np.nonzero(np.array(_bits(mx.array(words), 64))[0])[0].tolist() == [0, 2, 63]
+    assert _bits(mx.array(words), 40).shape == (1, 40)
 
 
 def test_a_forced_token_is_drafted_surely_even_if_the_drafter_has_not_scored_it():

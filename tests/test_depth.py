@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mlx_mtp.depth import MAX_WIDTH, Auto, Constant, Depth, Heuristic, depth_of
-from mlx_mtp.rows import NOTHING, USUAL, RequestError
+from mlx_mtp.rows import BOUND, NOTHING, USUAL, RequestError
 
 Cost = Callable[[int, int], float]  # (rows, width) -> seconds of a round
 
@@ -207,3 +207,18 @@ def test_heuristic_grows_by_two_after_a_full_round_and_shrinks_by_one_otherwise(
 def test_a_width_that_makes_no_sense_is_refused(width):
     with pytest.raises(RequestError, match="expected 0 to 15"):
         depth_of(width)
+
+
+def test_constrained_rounds_are_learnt_apart_and_a_drafter_with_nothing_is_no_more_hopeful_there():
+    auto = depth_of("auto")
+    assert auto.choose([BOUND + NOTHING]) == 0
+    for _ in range(40):  # drafts are never kept, and cost
+        width = auto.choose([USUAL])
+        auto.record(width, [1], 1.0 + width, [USUAL])
+    assert auto.choose([USUAL]) == 0
+    assert auto.choose([BOUND + USUAL]) == Auto.FIRST
+
+
+def test_only_a_constant_width_of_0_drafts_nothing_at_all():
+    assert not depth_of(0).drafts
+    assert all(depth_of(width).drafts for width in (1, "auto", "heuristic"))

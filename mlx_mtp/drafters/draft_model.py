@@ -2,7 +2,8 @@
 
 What its cache holds of a row lags behind the target's: the newest committed token is always fed again, together with
 the bonus token, so that the first step of a draft is two columns for every row, whether the row's last draft was kept
-whole (then it has never seen that token) or not. Drafting K tokens costs K calls for the whole batch.
+whole (then it has never seen that token) or not. What a constraint has forced beside its drafts is fed like that too.
+Drafting K tokens costs K calls for the whole batch.
 
 Rounds of width 0 are not run through it: they cost nothing, and what they brought is fed when it next drafts, in the
 first step if all rows lack the same few tokens, as a prompt is otherwise.
@@ -37,7 +38,9 @@ class DraftModel:
         self._model, self._target = model, target_cache
         self._cache = Cache(model.specs, MAX_WIDTH, target_cache.dtype)
         self._texts = Texts(target_cache)
-        self._behind: list[int] = []  # committed tokens of every row that its cache lacks; the newest always counts
+        # Committed tokens of every row that its cache lacks, at most; the newest always counts.
+        self._behind: list[int] = []
+        self._have = mx.zeros((0,), mx.int32)  # [R] positions that its cache has, one less where that makes no odds
 
     def propose(self, rows: slice, bonus: mx.array, sampler: Sampler, width: int) -> Draft:
         behind = set(self._behind[rows])
@@ -45,7 +48,7 @@ class DraftModel:
             self._catch_up(rows)
         columns = max(1, *self._behind[rows]) + 1
         end = self._texts.lengths(rows)
-        start = mx.maximum(end + 1 - columns, 0)  # a row that has nothing yet runs past its end, unseen
+        start = self._have[rows]  # a row that lacks less runs past its end, unseen
         at = mx.minimum(start[:, None] + mx.arange(columns), end[:, None])
         tokens = mx.where(at == end[:, None], bonus[:, None], self._texts.at(rows, at))
         hidden = self._run(rows, tokens, start)
@@ -63,10 +66,13 @@ class DraftModel:
 
     def observe(self, fwd: Forward, kept: mx.array) -> None:
         self._texts.observe(fwd, kept)
-        columns = fwd.tokens.shape[1]
+        columns, own = fwd.tokens.shape[1], fwd.drafted - fwd.forced
         for row in range(fwd.rows.start, fwd.rows.stop):
             if row - fwd.rows.start not in fwd.still:
-                self._behind[row] = 1 if fwd.drafted else self._behind[row] + columns
+                self._behind[row] = 1 + fwd.forced if own else self._behind[row] + columns
+        if own:  # the bonus token and all its drafts but the last have been fed
+            end = self._texts.lengths(fwd.rows)
+            self._has(fwd.rows, mx.where(kept > 0, mx.minimum(end - kept + own, end - 1), self._have[fwd.rows]))
         if columns > 1 and not fwd.drafted:  # a prompt chunk
             self._catch_up(fwd.rows)
 
@@ -81,10 +87,17 @@ class DraftModel:
             here, behind = slice(members[0], members[-1] + 1), self._behind[members[0]]
             while behind > 1:
                 columns = min(behind - 1, CHUNK_TOK)
-                start = self._texts.lengths(here) - behind
-                self._run(here, self._texts.at(here, start[:, None] + mx.arange(columns)), start)
+                start, end = self._have[here], self._texts.lengths(here)
+                at = mx.minimum(start[:, None] + mx.arange(columns), end[:, None])
+                self._run(here, self._texts.at(here, at), start)
+                self._has(here, mx.minimum(start + columns, end - 1))
                 behind -= columns
                 self._behind[here] = [behind] * len(members)
+
+    def _has(self, rows: slice, positions: mx.array) -> None:
+        have = mx.array(self._have)  # a new handle: `state` may hold the old one
+        have[rows] = positions
+        self._have = have
 
     def _run(self, rows: slice, tokens: mx.array, start: mx.array) -> mx.array:
         """One pass over tokens [B, L] from position start [B] -> hidden [B, L, H]; nothing past it counts any more."""
@@ -104,6 +117,7 @@ class DraftModel:
         self._cache.join(max(length, 1), cache, length)
         self._texts.begin(row, length, tokens)
         self._behind.append(min(behind, length))
+        self._have = mx.concatenate([self._have[:row], mx.array([length - self._behind[row]], mx.int32)])
 
     def snapshot(self, row: int, length: int) -> Any:
         return self._cache.snapshot(row, length), self._texts.snapshot(row, length), self._behind[row]
@@ -113,12 +127,14 @@ class DraftModel:
         self._texts.leave(row, last)
         self._behind[row] = self._behind[last]
         self._behind.pop()
+        self._has(slice(row, row + 1), self._have[last : last + 1])
+        self._have = self._have[:last] if last else mx.zeros((0,), mx.int32)
 
     def state(self) -> Any:
-        return self._cache.state(), self._texts.tokens, list(self._cache.bounds), list(self._behind)
+        return self._cache.state(), self._texts.tokens, self._have, list(self._cache.bounds), list(self._behind)
 
     def restore(self, state: Any) -> None:
-        arrays, self._texts.tokens, bounds, behind = state
+        arrays, self._texts.tokens, self._have, bounds, behind = state
         self._cache.restore(arrays)
         self._cache.bounds, self._behind = list(bounds), list(behind)
 
