@@ -8,7 +8,7 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -27,6 +27,7 @@ from mlx_mtp.server.worker import Reports, Worker
 TINY = (str(resources.files("mlx_mtp") / "data" / "tiny" / "target"), "auto")
 EDGE = (str(FIXTURES / "edge" / "target"), str(FIXTURES / "edge" / "assistant_fit"))
 LATE_S = 60.0  # no answer is waited for longer, however busy the machine
+Serves = Callable[[Settings, Worker], Service]
 
 
 @dataclass
@@ -83,8 +84,14 @@ def chunks(lines: list[str]) -> list[dict]:
     return [json.loads(line.removeprefix("data: ")) for line in lines[:-1] if not line.startswith(":")]
 
 
+def _service(settings: Settings, worker: Worker) -> Service:
+    return Service(settings, worker, Metrics())
+
+
 @contextlib.contextmanager
-def running(model: tuple[str, str | None] = EDGE, kv_bytes: int | None = None, **settings: Any) -> Iterator[Live]:
+def running(
+    model: tuple[str, str | None] = EDGE, kv_bytes: int | None = None, service: Serves = _service, **settings: Any
+) -> Iterator[Live]:
     """A server on a free port of this machine, ended afterwards."""
     chosen = Settings(**{"name": "tiny", "width": 3, "grace_s": 1.0, "warm_up": ((1, 8),), **settings})
     pairs: list[Pair] = []
@@ -95,10 +102,10 @@ def running(model: tuple[str, str | None] = EDGE, kv_bytes: int | None = None, *
         return pairs[0]
 
     worker = Worker(make, chosen, Reports())
-    service = Service(chosen, worker, Metrics())
+    serving = service(chosen, worker)
     bound = listen("127.0.0.1", 0)
     url = f"http://127.0.0.1:{bound.getsockname()[1]}"
-    server = Server(service)
+    server = Server(serving)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, name="server")
     thread.start()
     try:
@@ -107,7 +114,7 @@ def running(model: tuple[str, str | None] = EDGE, kv_bytes: int | None = None, *
         limits = httpx.Limits(max_connections=64)
         headers = {} if chosen.api_key is None else {"authorization": b"Bearer " + chosen.api_key.encode()}
         with httpx.Client(base_url=url, timeout=LATE_S, limits=limits, headers=headers) as client:
-            yield Live(url, service, client, pairs[0], server)
+            yield Live(url, serving, client, pairs[0], server)
     finally:
         pairs.clear()
         server.should_exit = True
