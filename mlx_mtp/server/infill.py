@@ -9,7 +9,7 @@ is has not been measured; a base model, which has no chat template, cannot be as
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import APIRouter
@@ -62,8 +62,9 @@ class Extra(Lenient):
 
 
 class InfillForm(Lenient):
-    """The body of /infill. prompt: what stands between input_prefix and the hole. response_fields: the only fields that
-    are wanted, by their paths."""
+    """The body of /infill. prompt: what stands between input_prefix and the hole. t_max_predict_ms: so long
+    after its first token the text ends with its line. response_fields: the only fields that are wanted, by their paths.
+    """
 
     input_prefix: Word = ""
     input_suffix: Word = ""
@@ -77,7 +78,13 @@ class InfillForm(Lenient):
     top_p: Number | None = None
     min_p: Number | None = None
     seed: Integer | None = None
+    t_max_predict_ms: Integer | None = None
     response_fields: list[Word] | None = None
+
+    @property
+    def hurry_s(self) -> float | None:
+        """llama.cpp takes 0 and less for no limit."""
+        return max(0, self.t_max_predict_ms or 0) / 1000 or None
 
     def ask(self) -> Ask:
         names = ("temperature", "top_k", "top_p", "min_p", "seed")
@@ -102,6 +109,7 @@ def router(service: Service) -> APIRouter:
         if not hole.before and not hole.after and not form.n_predict:  # an editor warms the cache with its other files
             return Json({"content": "", "stop": True})
         job = job_of(service, await prompt_of(service, hole), hole.after, form.ask())
+        job = replace(job, hurry_s=form.hurry_s)
         return await respond(request, service, [job], Writer(service, form.response_fields), form.stream)
 
     return routes
