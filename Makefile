@@ -55,7 +55,8 @@ test-kernels: $(VENV)/.installed-dev
 test-slow: $(VENV)/.installed-dev
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
-test-clients: client-needs $(VENV)/.installed-dev $(CLIENTS)/.npm $(CLIENTS)/.aider $(if $(LLAMA_VIM),,$(CLIENTS)/.llama.vim)
+test-clients: client-needs $(VENV)/.installed-dev $(CLIENTS)/.npm $(CLIENTS)/.aider \
+		$(if $(LLAMA_VIM),,$(CLIENTS)/.llama.vim)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m clients tests/clients $(PYTEST_ARGS)
 
 check: $(VENV)/.installed-dev
@@ -86,7 +87,8 @@ $(VENV)/.installed-dev: pyproject.toml $(VENV)/.created
 # Checked before anything is fetched; aider runs on no newer Python.
 client-needs:
 	@for p in node npm vim curl git; do command -v $$p >/dev/null || missing="$$missing $$p"; done; \
-	node -e 'process.exit(parseInt(process.versions.node) < 20)' 2>/dev/null || missing="$$missing Node.js>=20"; \
+	! command -v node >/dev/null || node -e 'process.exit(parseInt(process.versions.node) < 20 ? 1 : 0)' || \
+		missing="$$missing node>=20"; \
 	[ -n "$(AIDER_PYTHON)" ] || missing="$$missing Python-3.10..3.12(AIDER_PYTHON=)"; \
 	[ -z "$$missing" ] || { echo "make test-clients also needs, and did not find:$$missing" >&2; exit 1; }
 

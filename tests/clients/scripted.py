@@ -194,7 +194,7 @@ def _value(value: str | bool | list[str]) -> str:
 
 @contextlib.contextmanager
 def scripted(folder: Path) -> Iterator[Scripted]:
-    """A server on a free port; its checkpoint is written to the folder. """
+    """A server on a free port; its checkpoint is written to the folder."""
     config = target_config(
         vocab_size=2048,
         hidden_size=32,

@@ -133,10 +133,11 @@ def test_cline_runs_a_command_and_tells_its_result(server, desk, word):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])  # for its daemon, lest it finds the user's own
-    told = desk.run(node("cline"), "auth", "-p", "openai-compatible", "-b", f"{server.url}/v1", "-k", "x", "-m", "gemma")
+    kind, url = "openai-compatible", f"{server.url}/v1"
+    told = desk.run(node("cline"), "auth", "-p", kind, "-b", url, "-k", "x", "-m", "gemma", CLINE_HUB_PORT=port)
     assert told.code == 0, told
     try:
-        ran = desk.run(node("cline"), "-P", "openai-compatible", "--json", QUESTION, CLINE_HUB_PORT=port)
+        ran = desk.run(node("cline"), "-P", kind, "--json", QUESTION, CLINE_HUB_PORT=port)
     finally:
         stopped = desk.run(node("cline"), "hub", "stop", CLINE_HUB_PORT=port)
     assert '"stopped":true' in stopped.out, stopped
