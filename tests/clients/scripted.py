@@ -1,8 +1,9 @@
-"""A real server whose model says what a test wants: dialects, template, engine, drafting and parsing are the server's.
+"""A real server whose model says what a test wants: dialects, template, queue, engine and parsing are the server's.
 
-The seam is one method: before jobs go to the engine, each gets a constraint that leaves one token in every place, and
-so the engine computes, drafts and keeps as ever, and only its choice is not free. The weights are random, since no
-choice depends on them, and tiny, since agents send tens of thousands of tokens to a CPU.
+The seam is one method: before jobs go to the engine, each gets a constraint that leaves one token in every place. The
+engine computes prompts and texts as ever, and drafts what the constraint forces as it does with a grammar; only its
+choice is not free. The weights are random, since no choice depends on them, and tiny, since agents send tens of
+thousands of tokens to a CPU.
 
 with scripted(tmp_path) as server:
     server.says(lambda prompt: answer(prompt, "Hello."))
@@ -19,7 +20,7 @@ from checkpoints import FULL, SLIDING
 from random_checkpoints import drafter_config, random_checkpoint, target_config
 from servers import TINY, Live, running, until
 
-from mlx_mtp.rows import Constraint, Follower
+from mlx_mtp.rows import Follower
 from mlx_mtp.server.metrics import Metrics
 from mlx_mtp.server.nouns import Job, Settings
 from mlx_mtp.server.service import Service
@@ -33,12 +34,12 @@ Says = Callable[[str], str]  # the rendered prompt -> what the model writes, its
 
 
 class _Line:
-    """A text that is settled beforehand, as a constraint and as its follower. within: the request's own constraint."""
+    """Where a text stands that is settled beforehand."""
 
     failed = False
 
-    def __init__(self, tokens: Sequence[int], vocabulary: int, within: Follower | None) -> None:
-        self._rest, self._vocabulary, self._within = list(tokens), vocabulary, within
+    def __init__(self, tokens: Sequence[int], vocabulary: int) -> None:
+        self._rest, self._vocabulary = list(tokens), vocabulary
 
     def forced(self, most: int) -> list[int]:
         return self._rest[:most]
@@ -51,16 +52,11 @@ class _Line:
                 break
             masks[j] = 0
             masks[j, token // 32] = 1 << (token % 32)
-        if self._within is not None:
-            masks &= self._within.masks(draft)
-            assert masks.any(axis=1).all(), "the script says what the client's own schema forbids"
         return masks
 
     def advance(self, tokens: Sequence[int]) -> None:
         assert list(tokens) == self._rest[: len(tokens)], "the engine has left the script"
         del self._rest[: len(tokens)]
-        if self._within is not None:
-            self._within.advance(tokens)
 
 
 @dataclass(frozen=True)
@@ -69,10 +65,9 @@ class _Script:
 
     tokens: tuple[int, ...]
     vocabulary: int
-    within: Constraint | None
 
     def begin(self) -> Follower:
-        return _Line(self.tokens, self.vocabulary, self.within.begin() if self.within is not None else None)
+        return _Line(self.tokens, self.vocabulary)
 
 
 @dataclass(frozen=True)
@@ -93,7 +88,7 @@ class Turn:
 class Record:
     """What the server saw: requests (route, status) as they ended, and texts as they were asked for.
 
-    cached: prompt tokens -> those of them that were not computed again; of the texts that have ended.
+    cached: a prompt's length -> how many of its tokens were not computed again; of the texts that have ended.
     """
 
     requests: list[tuple[str, int]] = field(default_factory=list)
@@ -133,9 +128,10 @@ class _Service(Service):
         text, prompt = self.model.text, written(self.model.text, job.prompt)
         reply = self.says(prompt)
         self.record.turns.append(Turn(prompt, len(job.prompt), reply))
+        assert job.constraint is None, "the client asks for a schema, which a script would overrule"
         tokens = tuple(text.encode_rest(reply))
         assert tokens[-1] in self.model.eos, f"a reply must end with an end token: {reply!r}"
-        return replace(job, constraint=_Script(tokens, self.model.vocab_size, job.constraint))
+        return replace(job, constraint=_Script(tokens, self.model.vocab_size))
 
 
 def _nothing(prompt: str) -> str:
