@@ -9,7 +9,8 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-CLIENTS = Path(__file__).resolve().parent.parent.parent / ".clients"
+HERE = Path(__file__).resolve().parent
+CLIENTS = HERE.parent.parent / ".clients"
 LIMIT_S = 300.0  # a prompt of 30,000 tokens takes a CPU half a minute, where nothing else runs
 NOWHERE = "http://127.0.0.1:9"  # the port of "discard", which nobody serves
 
@@ -43,6 +44,7 @@ class Desk:
             "NO_COLOR": "1",
             "DO_NOT_TRACK": "1",
             "npm_config_offline": "true",
+            "NODE_OPTIONS": f'--require "{HERE / "offline.cjs"}"',
             **proxies,
             **{name.lower(): value for name, value in proxies.items()},
             **more,
