@@ -8,6 +8,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 MAX_TOKENS ?= 64
 WORKERS ?= 2
 
+# Other people's programs, for test-clients.
+include tests/clients/versions.mk
+CLIENTS := .clients
+LLAMA_VIM ?=
+export LLAMA_VIM
+AIDER_PYTHON ?= $(shell for p in python3.12 python3.11 python3.10 $(PYTHON); do \
+	$$p -c 'import sys; sys.exit(sys.version_info >= (3, 13))' >/dev/null 2>&1 && echo $$p && exit; done)
+
 # From a file of the standard library that the embedded pair was not trained on.
 define DEMO_PROMPT
 def add_extension(module, name, code):
@@ -16,7 +24,7 @@ def add_extension(module, name, code):
 endef
 export DEMO_PROMPT
 
-.PHONY: help demo test test-slow test-kernels check clean
+.PHONY: help demo test test-slow test-kernels test-clients client-needs check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -24,8 +32,10 @@ help:
 	@echo "make test    run the test suite"
 	@echo "make test-kernels  the Metal kernels, on Metal or in the CPU emulator (g++); 5 minutes"
 	@echo "make test-slow  thousands of schedules, cache histories and requests; about half an hour"
+	@echo "make test-clients  other people's editors and agents, which it installs into $(CLIENTS) (2 GB);"
+	@echo "                   LLAMA_VIM=... takes a folder with llama.vim instead of cloning it"
 	@echo "make check   ruff, ruff format --check, pyright"
-	@echo "make clean   remove .venv and what the tools left"
+	@echo "make clean   remove .venv, $(CLIENTS) and what the tools left"
 	@echo "PYTHON=...   the Python to build .venv with (3.11 or newer; now: $(PYTHON))"
 
 demo: $(VENV)/.installed
@@ -45,13 +55,17 @@ test-kernels: $(VENV)/.installed-dev
 test-slow: $(VENV)/.installed-dev
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
+test-clients: client-needs $(VENV)/.installed-dev $(CLIENTS)/.npm $(CLIENTS)/.aider \
+		$(if $(LLAMA_VIM),,$(CLIENTS)/.llama.vim)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m clients tests/clients $(PYTEST_ARGS)
+
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Stamps: an edited pyproject.toml installs again, nothing else does (the install is editable).
@@ -69,3 +83,28 @@ $(VENV)/.installed: pyproject.toml $(VENV)/.created
 $(VENV)/.installed-dev: pyproject.toml $(VENV)/.created
 	$(PIP) -e '.[dev]'
 	@touch $(VENV)/.installed $@
+
+# Checked before anything is fetched; aider runs on no newer Python.
+client-needs:
+	@for p in node npm vim curl git; do command -v $$p >/dev/null || missing="$$missing $$p"; done; \
+	! command -v node >/dev/null || node -e 'process.exit(parseInt(process.versions.node) < 20 ? 1 : 0)' || \
+		missing="$$missing node>=20"; \
+	[ -n "$(AIDER_PYTHON)" ] || missing="$$missing Python-3.10..3.12(AIDER_PYTHON=)"; \
+	[ -z "$$missing" ] || { echo "make test-clients also needs, and did not find:$$missing" >&2; exit 1; }
+
+$(CLIENTS)/.npm: tests/clients/versions.mk | client-needs
+	@mkdir -p $(CLIENTS)/npm && echo '{"private": true}' > $(CLIENTS)/npm/package.json
+	npm install --prefix $(CLIENTS)/npm --no-audit --no-fund --loglevel=error $(NPM_CLIENTS)
+	@touch $@
+
+$(CLIENTS)/.aider: tests/clients/versions.mk | client-needs
+	$(AIDER_PYTHON) -m venv --clear $(CLIENTS)/aider
+	$(CLIENTS)/aider/bin/python -m pip --disable-pip-version-check install --quiet $(AIDER)
+	@touch $@
+
+$(CLIENTS)/.llama.vim: tests/clients/versions.mk | client-needs
+	rm -rf $(CLIENTS)/llama.vim && git init --quiet $(CLIENTS)/llama.vim
+	@cd $(CLIENTS)/llama.vim && git fetch --quiet --depth 1 $(LLAMA_VIM_URL) $(LLAMA_VIM_COMMIT) && \
+		git checkout --quiet FETCH_HEAD || { echo "llama.vim cannot be fetched from $(LLAMA_VIM_URL);" \
+		"LLAMA_VIM=/path/to/llama.vim takes a folder that has it" >&2; exit 1; }
+	@touch $@

@@ -27,6 +27,7 @@ from mlx_mtp.server.worker import Reports, Worker
 TINY = (str(resources.files("mlx_mtp") / "data" / "tiny" / "target"), "auto")
 EDGE = (str(FIXTURES / "edge" / "target"), str(FIXTURES / "edge" / "assistant_fit"))
 LATE_S = 60.0  # no answer is waited for longer, however busy the machine
+Serves = Callable[[Settings, Worker], Service]
 
 
 @dataclass
@@ -83,11 +84,16 @@ def chunks(lines: list[str]) -> list[dict]:
     return [json.loads(line.removeprefix("data: ")) for line in lines[:-1] if not line.startswith(":")]
 
 
+def _service(settings: Settings, worker: Worker) -> Service:
+    return Service(settings, worker, Metrics())
+
+
 @contextlib.contextmanager
 def running(
     model: tuple[str, str | None] = EDGE,
     kv_bytes: int | None = None,
     prepare: Callable[[Pair], None] = lambda pair: None,
+    service: Serves = _service,
     **settings: Any,
 ) -> Iterator[Live]:
     """A server on a free port of this machine, ended afterwards. prepare: done with the pair, on its own thread."""
@@ -101,10 +107,10 @@ def running(
         return pairs[0]
 
     worker = Worker(make, chosen, Reports())
-    service = Service(chosen, worker, Metrics())
+    serving = service(chosen, worker)
     bound = listen("127.0.0.1", 0)
     url = f"http://127.0.0.1:{bound.getsockname()[1]}"
-    server = Server(service)
+    server = Server(serving)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, name="server")
     thread.start()
     try:
@@ -113,7 +119,7 @@ def running(
         limits = httpx.Limits(max_connections=64)
         headers = {} if chosen.api_key is None else {"authorization": b"Bearer " + chosen.api_key.encode()}
         with httpx.Client(base_url=url, timeout=LATE_S, limits=limits, headers=headers) as client:
-            yield Live(url, service, client, pairs[0], server)
+            yield Live(url, serving, client, pairs[0], server)
     finally:
         pairs.clear()
         server.should_exit = True

@@ -1,6 +1,7 @@
 """The house rules that a machine can check: which module may import which, sizes, words that are not used."""
 
 import ast
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -103,12 +104,13 @@ def functions_of(file: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]
 
 
 def texts_of_the_repository() -> Iterator[Path]:
-    for file in sorted(ROOT.rglob("*")):
-        here = file.relative_to(ROOT)
-        folders = here.parts[:-1]
-        foreign = any(p in OTHER_TREES or (p[0] == "." and p not in HIDDEN_TREES) for p in folders)
-        if not foreign and file.is_file() and file.suffix in TEXT_SUFFIXES:
-            yield file
+    for folder, folders, files in os.walk(ROOT):  # of the folders that are left in, lest .clients is gone through
+        folders[:] = sorted(name for name in folders if name not in OTHER_TREES and _is_ours(name))
+        yield from (file for name in sorted(files) if (file := Path(folder, name)).suffix in TEXT_SUFFIXES)
+
+
+def _is_ours(folder: str) -> bool:
+    return not folder.startswith(".") or folder in HIDDEN_TREES
 
 
 def test_every_module_has_a_layer():
@@ -200,3 +202,11 @@ def test_no_file_names_a_folder_of_somebodys_machine():
 def test_the_readme_is_short():
     readme = ROOT / "README.md"
     assert not readme.exists() or len(readme.read_text().splitlines()) <= MAX_README_LINES
+
+
+def test_the_page_on_clients_tells_the_versions_that_are_tested():
+    pins = (ROOT / "tests" / "clients" / "versions.mk").read_text()
+    page = (ROOT / "docs" / "clients.md").read_text()
+    versions = [*re.findall(r"[\w-]@([\d.]+)", pins), *re.findall(r"==([\d.]+)", pins)]
+    versions += [commit[:7] for commit in re.findall(r"COMMIT := (\w+)", pins)]
+    assert len(versions) == 7 and not [version for version in versions if f" {version} " not in page]

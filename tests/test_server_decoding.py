@@ -67,6 +67,15 @@ def test_stop_strings_end_the_answer_and_not_a_thought(text):
     assert decoder.stop == "answ" and decoder.tokens < len(text.encode_rest(THOUGHT))
 
 
+def test_a_text_that_is_late_ends_with_its_line(text):
+    said = "a = 1\nb = 2\nc = 3"
+    for hurry_s, shown, cut in ((0.0, "a = 1\n", True), (3600.0, said, False), (None, said, False)):
+        decoder = Decoder(text, job(splits=False, hurry_s=hurry_s))
+        parts = [*decoder.push(text.encode_rest(said))[0], *decoder.finish(complete=False)]
+        assert ("".join(part.text for part in parts), decoder.cut) == (shown, cut)
+        assert not decoder.ended and decoder.loop_tok is None
+
+
 def test_log_probabilities_are_of_the_answers_tokens_alone(text):
     decoder, shown = Decoder(text, job()), []
     tokens = [*text.encode_rest(THOUGHT), text.id_of("<turn|>")]

@@ -426,6 +426,25 @@ def test_a_hole_is_filled_up_to_the_text_behind_it(live):
     assert live.client.post("/infill", json={"input_extra": [{"text": "x"}], "n_predict": 0}).json()["content"] == ""
 
 
+def test_a_hole_is_told_in_the_fields_asked_for_by_their_paths(live):
+    paths = ["content", "timings/prompt_n", "timings/predicted_per_second", "timings/none", "content/x", ""]
+    body = {"input_prefix": "import sys\n\ndef main(", "n_predict": 8, "response_fields": paths}
+    told = live.client.post("/infill", json=body).json()
+    assert list(told) == paths[:3] and told["content"]
+    assert told["timings/prompt_n"] > 1 and told["timings/predicted_per_second"] > 0
+    whole = live.client.post("/infill", json={**body, "response_fields": []}).json()
+    assert whole["tokens_cached"] == whole["timings"]["cache_n"] > 0
+    assert whole["timings"]["prompt_n"] == whole["tokens_evaluated"] - whole["tokens_cached"]
+
+
+def test_a_hole_that_takes_too_long_is_filled_up_to_the_end_of_a_line(live):
+    body = {"input_prefix": "import os\n\ndef main(", "n_predict": 48, "top_k": 1}
+    free = live.client.post("/infill", json={**body, "t_max_predict_ms": 0}).json()
+    late = live.client.post("/infill", json={**body, "t_max_predict_ms": 1}).json()
+    assert "\n" in late["content"] and late["stop_type"] == "limit"
+    assert free["content"].startswith(late["content"]) and late["tokens_predicted"] < free["tokens_predicted"]
+
+
 def test_suffix_means_the_same_in_completions_and_generate(live, client):
     body = {"prompt": "import os\n\ndef main(", "suffix": "\n    return 1\n", "max_tokens": 12}
     filled = live.client.post("/v1/completions", json=body).json()["choices"][0]["text"]

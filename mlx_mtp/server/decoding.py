@@ -6,6 +6,7 @@ line means the answer's.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 from mlx_mtp.loops import LoopGuard
@@ -44,7 +45,8 @@ class Decoder:
         if job.splits:
             self._parser = Segmenter(text, job.prompt, job.stop, job.tools)
         self._guard = LoopGuard(job.loops) if job.loops is not None else None
-        self._called = False
+        self._hurry_s, self._first_s = job.hurry_s, 0.0
+        self._hurried = self._called = False
         self.tokens = 0
 
     @property
@@ -63,6 +65,11 @@ class Decoder:
         return self._guard.period_tok if self._guard is not None else None
 
     @property
+    def cut(self) -> bool:
+        """Whether the text is to end here as if at its limit: it is in a loop, or late."""
+        return self._hurried or self.loop_tok is not None
+
+    @property
     def calls(self) -> int:
         return self._parser.calls
 
@@ -78,6 +85,7 @@ class Decoder:
         shown: list[TokenLogprob] = []
         for i, token in enumerate(tokens):
             self.tokens += 1
+            self._first_s = self._first_s or time.perf_counter()
             if self._guard is not None:
                 self._guard.push([token])
             if logprobs and self._parser.answering and self._text.shows(token):
@@ -85,9 +93,13 @@ class Decoder:
             new = self._parser.push([token])
             parts += new
             self._called = self._called or any(part.kind == "end" for part in new)
-            if self.ended:
+            self._hurried = self._is_late() and any("\n" in part.text for part in new)
+            if self.ended or self._hurried:
                 break
         return parts, shown
+
+    def _is_late(self) -> bool:
+        return self._hurry_s is not None and time.perf_counter() - self._first_s >= self._hurry_s
 
     def finish(self, complete: bool) -> list[Segment]:
         """The text that still waited for more. complete: the model ended by itself, and not at a limit."""

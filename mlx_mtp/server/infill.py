@@ -8,15 +8,15 @@ is has not been measured; a base model, which has no chat template, cannot be as
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from mlx_mtp.rows import Stats
 from mlx_mtp.server.asking import Ask
 from mlx_mtp.server.forms import Flag, Integer, Lenient, Number, Word
 from mlx_mtp.server.nouns import Delta, Finish, Job, ServerError, Usage, invalid
@@ -62,7 +62,9 @@ class Extra(Lenient):
 
 
 class InfillForm(Lenient):
-    """The body of /infill. prompt: what stands between input_prefix and the hole."""
+    """The body of /infill. prompt: what stands between input_prefix and the hole. t_max_predict_ms: so long
+    after its first token the text ends with its line. response_fields: the only fields that are wanted, by their paths.
+    """
 
     input_prefix: Word = ""
     input_suffix: Word = ""
@@ -76,6 +78,13 @@ class InfillForm(Lenient):
     top_p: Number | None = None
     min_p: Number | None = None
     seed: Integer | None = None
+    t_max_predict_ms: Integer | None = None
+    response_fields: list[Word] | None = None
+
+    @property
+    def hurry_s(self) -> float | None:
+        """llama.cpp takes 0 and less for no limit."""
+        return max(0, self.t_max_predict_ms or 0) / 1000 or None
 
     def ask(self) -> Ask:
         names = ("temperature", "top_k", "top_p", "min_p", "seed")
@@ -100,7 +109,8 @@ def router(service: Service) -> APIRouter:
         if not hole.before and not hole.after and not form.n_predict:  # an editor warms the cache with its other files
             return Json({"content": "", "stop": True})
         job = job_of(service, await prompt_of(service, hole), hole.after, form.ask())
-        return await respond(request, service, [job], Writer(service), form.stream)
+        job = replace(job, hurry_s=form.hurry_s)
+        return await respond(request, service, [job], Writer(service, form.response_fields), form.stream)
 
     return routes
 
@@ -132,15 +142,15 @@ class Writer:
     media_type = "text/event-stream"
     keepalive = b": keepalive\n\n"
 
-    def __init__(self, service: Service) -> None:
-        self._model, self._begun_s, self._first_s = service.settings.name, time.perf_counter(), 0.0
+    def __init__(self, service: Service, paths: Sequence[str] | None) -> None:
+        """paths: the only fields of the end that are wanted; all where there is none."""
+        self._model, self._paths = service.settings.name, paths
         self._finish: Finish | None = None
 
     def begin(self) -> Iterable[bytes]:
         return ()
 
     def delta(self, index: int, delta: Delta) -> Iterable[bytes]:
-        self._first_s = self._first_s or time.perf_counter()
         self._finish = delta.finish or self._finish
         text = "".join(part.text for part in delta.parts)
         if text:
@@ -156,9 +166,7 @@ class Writer:
         return self._last(texts[0].answer, texts[0].finish, usage)
 
     def _last(self, text: str, finish: Finish | None, usage: Usage) -> dict[str, Any]:
-        now = time.perf_counter()
-        first = self._first_s or now
-        return {
+        whole = {
             "content": text,
             "stop": True,
             "model": self._model,
@@ -168,10 +176,36 @@ class Writer:
             "tokens_evaluated": usage.prompt_tok,
             "tokens_predicted": usage.completion_tok,
             "truncated": False,
-            "timings": {
-                "prompt_n": usage.prompt_tok - usage.cached_tok,
-                "prompt_ms": 1000 * (first - self._begun_s),
-                "predicted_n": usage.completion_tok,
-                "predicted_ms": 1000 * (now - first),
-            },
+            "timings": timings(finish.stats if finish else Stats()),
         }
+        return whole if not self._paths else at_paths(whole, self._paths)
+
+
+def timings(stats: Stats) -> dict[str, Any]:
+    """Counts, milliseconds and rates of the prompt's part that was computed, and of the text."""
+    computed, told = stats.prompt_tokens - stats.cached_tokens, stats.generated_tokens
+    prompt_ms, predicted_ms = 1000 * stats.prefill_s, 1000 * stats.decode_s
+    return {
+        "cache_n": stats.cached_tokens,
+        "prompt_n": computed,
+        "prompt_ms": prompt_ms,
+        "prompt_per_token_ms": prompt_ms / max(1, computed),
+        "prompt_per_second": stats.prefill_tok_s,
+        "predicted_n": told,
+        "predicted_ms": predicted_ms,
+        "predicted_per_token_ms": predicted_ms / max(1, told),
+        "predicted_per_second": stats.decode_tok_s,
+    }
+
+
+def at_paths(whole: dict[str, Any], paths: Sequence[str]) -> dict[str, Any]:
+    """The values at paths such as "timings/prompt_n", by path; one that leads nowhere is left out, as in llama.cpp
+    (tools/server, `json_get_nested_values`)."""
+    found = {}
+    for path in paths:
+        value: Any = whole
+        for name in path.split("/"):
+            value = value.get(name) if isinstance(value, dict) else None
+        if value is not None:
+            found[path] = value
+    return found

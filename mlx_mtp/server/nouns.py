@@ -54,7 +54,7 @@ class Job:
     of each tool's parameters by its name, to read calls with. one_call: end the text after its first tool call.
     stop: strings that end the answer. logprobs: how many alternatives a token, None for none at all.
     ends: whether the checkpoint's end tokens end the text. constraint: what the text must be.
-    loops: when it has run into a loop, and is ended.
+    loops: when it has run into a loop, and is ended. hurry_s: this long after its first token it ends with its line.
     """
 
     prompt: tuple[int, ...]
@@ -68,6 +68,7 @@ class Job:
     ends: bool = True
     constraint: Constraint | None = None
     loops: LoopLimits | None = None
+    hurry_s: float | None = None
 
 
 @dataclass(frozen=True)

@@ -287,12 +287,12 @@ class Worker:
             self._post(gone)
 
     def _delta(self, pair: Pair, live: _Live, event: Event) -> tuple[_Live, Delta]:
-        """What an event says to its client; ends the job at a stop string, or where the text has run into a loop."""
+        """What an event says to its client; ends the job at a stop string, and where the text is cut."""
         decoder, stats, reason = live.decoder, event.stats, event.finish_reason
         before = decoder.tokens
         parts, logprobs = decoder.push(event.tokens, event.logprobs)
-        looped = decoder.loop_tok is not None and not reason and not decoder.ended
-        if looped:
+        cut = decoder.cut and not reason and not decoder.ended
+        if cut:
             reason, stats = "length", pair.cancel(event.request)
         if reason and not decoder.ended:
             parts += decoder.finish(reason == "stop")
@@ -303,7 +303,7 @@ class Worker:
             del self._live[event.request]
             assert stats is not None
             stats.generated_tokens = decoder.tokens
-            looping = decoder.loop_tok if looped else None
+            looping = decoder.loop_tok if cut else None
             finish = Finish(reason, decoder.stop, decoder.calls, decoder.reasoning_tok, stats, looping)
         return live, Delta(joined(parts), decoder.tokens - before, tuple(logprobs), finish)
 
