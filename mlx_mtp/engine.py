@@ -102,6 +102,7 @@ class Engine:
         """profile: wait for every draft, to tell its time from the verifying pass's; costs a host wait a round."""
         self.target, self.cache, self.drafter, self.depth = target, cache, drafter, depth
         self.judge: Judge = verdict  # what decides which drafts a round keeps; benchmarks give another
+        self.clock = time.perf_counter  # all that tells it time, in seconds; tests and benchmarks give another
         self.scheduler = Scheduler(limits, cache.row_bytes, cache.back)
         self.host_reads = 0
         self.total = Stats()  # of all requests that have ended
@@ -137,7 +138,7 @@ class Engine:
         if row.index < 0:
             self.scheduler.waiting.remove(row)
         else:
-            self._end(row, time.perf_counter())
+            self._end(row, self.clock())
             self._drop_done()
             if not self.scheduler.rows:
                 self._last = None  # nothing may run for a while: the time until the next read is no round's
@@ -149,7 +150,7 @@ class Engine:
 
     def step(self) -> list[Event]:
         """Finish the pass under way, start the next, and return what the finished one brought."""
-        away_s = time.perf_counter() - self._left_s
+        away_s = self.clock() - self._left_s
         if self._running is None:
             built = self._build()
             if built is None:
@@ -167,7 +168,7 @@ class Engine:
         else:
             self._undo(ahead, undo)
         self._drop_done()
-        self._left_s = time.perf_counter()
+        self._left_s = self.clock()
         return events
 
     # building ---------------------------------------------------------------------------------------------------
@@ -206,7 +207,7 @@ class Engine:
 
     def _join(self, row: Row) -> None:
         prompt, most, n = len(row.request.prompt), row.request.max_tokens, row.prefilled
-        begin, row.begin = row.begin, None
+        begin, row.begin, row.started_s = row.begin, None, self.clock()
         self.cache.join(prompt + min(most, 256), begin and begin.cache, n, most=prompt + most)
         self.drafter.begin(row.index, n, begin and begin.drafter)
         self._history.join(row.request)
@@ -273,7 +274,7 @@ class Engine:
 
     def _peek(self, draft: mx.array, logits: mx.array, active: list[Row]) -> list[list[int]]:
         """The tokens of a draft [B, K], and the target's pass over them on its way."""
-        self._begun_s = time.perf_counter()
+        self._begun_s = self.clock()
         mx.async_eval(draft)
         mx.async_eval(logits)
         drafts = cast(list[list[int]], draft.tolist())
@@ -354,12 +355,12 @@ class Engine:
 
     def _dispatch(self, built: Pass) -> None:
         self._running, drafted_s = built, 0.0
-        self._sent_s, self._begun_s = self._begun_s or time.perf_counter(), None
+        self._sent_s, self._begun_s = self._begun_s or self.clock(), None
         if built.draft is not None:
             mx.async_eval(built.draft)
         if self.profile and built.draft is not None:  # a second wait, only to tell drafting from verifying
             mx.eval(built.draft)
-            drafted_s = time.perf_counter() - self._sent_s
+            drafted_s = self.clock() - self._sent_s
         kept = [a for prefix in built.prefixes for a in prefix.arrays]  # first: done with before the next pass writes
         mx.async_eval(kept, built.out, self._state())
         for prefix in built.prefixes:
@@ -388,7 +389,7 @@ class Engine:
         """Wait for a pass, and turn what it brought into events. away_s: how long the caller had kept us waiting."""
         values = iter(cast(list[int], done.out.tolist()))
         self.host_reads += 1
-        now, columns = time.perf_counter(), done.width + 1
+        now, columns = self.clock(), done.width + 1
         tokens = [list(islice(values, columns)) for _ in done.decoded]
         kept = list(islice(values, len(done.decoded)))
         outlook = list(islice(values, len(done.decoded) if done.foreseen else 0))

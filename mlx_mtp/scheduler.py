@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import bisect
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -166,7 +165,7 @@ class Scheduler:
 
     def _start(self, row: Row, prefix: Prefix | None, known: int) -> None:
         self.waiting.remove(row)
-        row.index, row.started_s = len(self.rows), time.perf_counter()
+        row.index = len(self.rows)
         self.rows.append(row)
         row.begin, row.prefilled, row.marked = prefix, known, known
         row.stats.cached_tokens = known
