@@ -6,6 +6,7 @@ drafting that does not pay stops, and is probed again at growing distances.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import Counter, defaultdict, deque
 from collections.abc import Sequence
@@ -113,9 +114,11 @@ class Auto:
     Acceptance is estimated for every outlook by itself: a row whose drafter has found its text elsewhere is another
     case than one where it guesses. What is known of a row when a width is chosen is one round old, and what comes of
     it is put down to that knowledge, so that the delay is part of the estimate.
-    The time of a round is the median of the last ones of its shape (rows, width). It never falls with the width, so a
-    shape not yet seen takes at least what the next narrower one takes; where that would be fast enough to win, the
-    shape is tried. Steps in the cost, as kernels have them, are found this way.
+    The time of a round is the median of the last ones of its shape (rows, width), times the pace at which rounds of all
+    shapes run now: machines get hot and contexts long, and a shape that was timed before would seem fast. It never
+    falls with the width, so a shape not yet seen takes at least what the next narrower one takes; where that would be
+    fast enough to win, the shape is tried. Steps in the cost, as kernels have them, are found this way. While it
+    drafts, a round of width 0 is run now and then, for all is judged by it.
     Where width 0 is best, a narrow round is tried at growing distances, unless no drafter has anything. A ledger holds
     what drafting has gained and lost against width 0; while it shows a loss of more than LOSS, nothing is drafted, and
     no shape is tried that could make it as much.
@@ -125,20 +128,30 @@ class Auto:
     SAMPLES, FIRST = 2, 2  # timed rounds before a shape is judged; the first width: what is wasted if nothing is kept
     LOSS, ALLOWANCE = 0.015, 6  # share of the time, on top of so many rounds of width 0
     MEMORY = 0.999  # per round: about a thousand rounds stand in the ledger
+    PACE = 0.5  # weight of a round in how fast the machine is now
     PAUSE = 6  # rounds between two shapes that are tried for their time
     FIRST_PROBE, LAST_PROBE, PROBE_WIDTH, PROBE_ROUNDS = 24, 768, 1, 2
+    FIRST_CHECK, LAST_CHECK = 8, 128  # rounds with drafts before one without
 
     def __init__(self, most: int = 8) -> None:
         """most: the widest round it considers."""
         self._most = most
         self._kept: dict[int, Acceptance] = {}  # by outlook
-        self._times: dict[tuple[int, int], deque[float]] = {}
+        self._times: defaultdict[tuple[int, int], deque[float]] = defaultdict(lambda: deque(maxlen=9))
+        self._medians: dict[tuple[int, int], float] = {}  # of the shapes that have been timed
         self._seen: set[tuple[int, int]] = set()
+        self._recheck, self._unseen = self.FIRST_CHECK, 0
+        self._pace = 1.0  # by how much rounds take longer now than at first; `_times` are over it
         self._width = min(self.FIRST, most)
         self._gained = self._spent = 0.0  # the ledger, in seconds
         self._quiet = 0  # rounds since a shape was tried for its time
         self._trial: tuple[int, int] | None = None
         self._wait, self._since, self._probing = self.FIRST_PROBE, 0, 0
+
+    @property
+    def settled(self) -> int:
+        """The width it takes to be the best; a round of another one is there to find something out."""
+        return self._width
 
     def choose(self, outlook: Sequence[int]) -> int:
         rows = len(outlook)
@@ -154,6 +167,8 @@ class Auto:
         self._width = self._best(outlook)
         if self._width:
             self._wait = self.FIRST_PROBE
+            if self._overdue():
+                return 0
         trial = self._worth_trying(outlook)
         if trial is not None and self._quiet > self.PAUSE:
             self._trial, self._quiet = (rows, trial), 0
@@ -166,15 +181,25 @@ class Auto:
             by_outlook[o].append(columns)
         for o, columns in by_outlook.items():
             self._acceptance(o).record(width, columns)
-        shape = (len(kept), width)
-        if seconds is not None and self._timed(len(kept), 0):
-            plain = sum(kept) / len(kept) * self.seconds(len(kept), 0)
+        rows = len(kept)
+        if seconds is not None and self._timed(rows, 0):
+            plain = sum(kept) / rows * self.seconds(rows, 0)
             self._gained = self.MEMORY * self._gained + (plain - seconds if width else 0.0)
             self._spent = self.MEMORY * self._spent + seconds
-        if shape not in self._seen:
-            self._seen.add(shape)  # the first round of a shape also pays for building its kernels
+        if (rows, width) not in self._seen:
+            self._seen.add((rows, width))  # the first round of a shape also pays for building its kernels
         elif seconds is not None:
-            self._times.setdefault(shape, deque(maxlen=9)).append(seconds)
+            self._time(rows, width, seconds)
+
+    def _time(self, rows: int, width: int, seconds: float) -> None:
+        """A round took so long."""
+        if self._timed(rows, width):
+            slower = seconds / self.seconds(rows, width)
+            self._pace *= 1 + self.PACE * (min(max(slower, 0.5), 2.0) - 1)
+        times = self._times[rows, width]
+        times.append(seconds / self._pace)
+        if len(times) >= self.SAMPLES:
+            self._medians[rows, width] = statistics.median(times)
 
     def expected_tokens(self, outlook: Sequence[int], width: int) -> float:
         """Tokens a row gains from a round of this width, mean over rows."""
@@ -182,10 +207,12 @@ class Auto:
         return sum(n * self._acceptance(o).expected_tokens(width) for o, n in counts.items()) / len(outlook)
 
     def seconds(self, rows: int, width: int) -> float:
-        """Time of a round: measured, or at least that of the next narrower shape that was."""
+        """Time of a round: measured, or at least that of the next narrower shape that was; no more than that of a
+        wider one, for one of the two was measured while the machine was slow."""
         for w in range(width, -1, -1):
-            if self._timed(rows, w):
-                return statistics.median(self._times[rows, w])
+            if (rows, w) in self._medians:
+                wider = (self._medians.get((rows, v), math.inf) for v in range(w, self._most + 1))
+                return min(wider) * self._pace
         return 0.0
 
     def _acceptance(self, outlook: int) -> Acceptance:
@@ -194,7 +221,7 @@ class Auto:
         return self._kept[outlook]
 
     def _timed(self, rows: int, width: int) -> bool:
-        return len(self._times.get((rows, width), ())) >= self.SAMPLES
+        return (rows, width) in self._medians
 
     def _rate(self, outlook: Sequence[int], width: int) -> float:
         return self.expected_tokens(outlook, width) / self.seconds(len(outlook), width)
@@ -224,6 +251,14 @@ class Auto:
         widest = max(w for w in range(self._most + 1) if self._timed(rows, w))
         slope = (self.seconds(rows, widest) - self.seconds(rows, 0)) / max(widest, 1)
         return (self.SAMPLES + 1) * slope * width <= self._left(rows)
+
+    def _overdue(self) -> bool:
+        """Whether it is long since a round of width 0 was seen, by which all the others are judged."""
+        self._unseen += 1
+        if self._unseen < self._recheck:
+            return False
+        self._unseen, self._recheck = 0, min(self.LAST_CHECK, 2 * self._recheck)
+        return True
 
     def _probe(self) -> int:
         """Width of a round while drafting does not pay: 0, except for a narrow look at growing distances."""

@@ -71,16 +71,18 @@ def acceptance(text: str, tokens: int, seed: int = 1) -> list[int]:
     return out
 
 
-def simulate(depth: Depth, text: list[int], cost: Cost, rows: int) -> float:
-    """Seconds to write `text`, each row starting at another place of it; times are noisy, upwards."""
+def simulate(depth: Depth, text: list[int], cost: Cost, rows: int, pace: Callable[[int], float] = lambda n: 1) -> float:
+    """Seconds to write `text`, each row starting at another place of it; times are noisy, upwards.
+
+    pace: by how much the machine is slower at the n-th round."""
     rng, at, seconds = random.Random(0), [i * len(text) // rows for i in range(rows)], 0.0
-    written = 0
+    written = rounds = 0
     while written < len(text):
         width = depth.choose([USUAL] * rows)
         kept = [min(text[place % len(text)], width) + 1 for place in at]
         at = [place + k for place, k in zip(at, kept, strict=True)]
-        written += sum(kept)
-        took = cost(rows, width)
+        written, rounds = written + sum(kept), rounds + 1
+        took = cost(rows, width) * pace(rounds)
         seconds += took
         depth.record(width, kept, took * (1 + 0.05 * abs(rng.gauss(0, 1))), [USUAL] * rows)
     return seconds
@@ -114,6 +116,23 @@ def test_auto_loses_little_against_the_best_fixed_width_and_nothing_against_none
     worst = max(found, key=lambda k: found[k][1])
     assert regret < 0.05
     assert found[worst][1] < 0.03, (worst, found[worst])
+
+
+PACES: dict[str, Callable[[int], float]] = {
+    "slow half of the time": lambda n: 2.0 if n // 60 % 2 else 1.0,
+    "slow now and then": lambda n: 1.5 if n // 25 % 2 else 1.0,
+    "slower and slower": lambda n: 1 + n / 350,
+}
+
+
+@pytest.mark.parametrize("cost", ["dense, M5", "experts, M2 Pro"])
+@pytest.mark.parametrize("pace", PACES)
+def test_a_machine_whose_speed_changes_misleads_nobody(pace, cost):
+    """Widths that were timed while it was fast must not seem to pay when it is slow."""
+    for rows, text in ((1, "json"), (8, "random drafter")):
+        places = text_of(text, 700 * rows)
+        plain = simulate(Constant(0), places, COSTS[cost], rows, PACES[pace])
+        assert simulate(Auto(), places, COSTS[cost], rows, PACES[pace]) < 1.03 * plain, (rows, text)
 
 
 def simulate_outlook(depth: Depth, places: list[list[int]], cost: Cost, rows: int, tokens: int) -> float:
