@@ -103,7 +103,7 @@ class Engine:
         self.target, self.cache, self.drafter, self.depth = target, cache, drafter, depth
         self.judge: Judge = verdict  # what decides which drafts a round keeps; benchmarks give another
         self.clock = time.perf_counter  # all that tells it time, in seconds; tests and benchmarks give another
-        self.scheduler = Scheduler(limits, cache.row_bytes, cache.back)
+        self.scheduler = Scheduler(limits, lambda n: cache.row_bytes(n) + drafter.row_bytes(n), cache.back)
         self.host_reads = 0
         self.total = Stats()  # of all requests that have ended
         self.first_drafts = self.first_kept = 0  # of the first JUDGED rounds: drafts that were its drafter's own guess

@@ -118,8 +118,8 @@ class Scheduler:
     """The queue of waiting requests and the dense list of live rows."""
 
     def __init__(self, limits: Limits, row_bytes: Callable[[int], int], back: int = 0) -> None:
-        """row_bytes: what a row of so many positions takes in the cache. back: how far behind the length of a prefix
-        inside a prompt a row may begin."""
+        """row_bytes: what a row of so many positions takes, its drafter's share included. back: how far behind the
+        length of a prefix inside a prompt a row may begin."""
         self.limits, self.back = limits, back
         self.prefixes = Prefixes(limits.prefix_bytes)
         self.waiting: list[Row] = []
@@ -138,6 +138,12 @@ class Scheduler:
                 f"{need / 1e9:.2f} GB of cache, and {limit / 1e9:.2f} GB is all there is; lower max_tokens"
             )
         self.waiting.append(row)
+
+    def positions_in(self, budget_bytes: int | None, most: int) -> int:
+        """How many positions, at most `most`, one row may have within a budget; 0 if it cannot begin."""
+        if budget_bytes is None:
+            return most
+        return bisect.bisect_right(range(1, most + 1), budget_bytes, key=self._row_bytes)
 
     def find(self, request: int) -> Row | None:
         """The waiting or live row of a request."""

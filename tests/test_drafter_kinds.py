@@ -2,11 +2,15 @@
 
 import json
 
+import mlx.core as mx
 import pytest
 from checkpoints import FIXTURES
+from engines import Listed, engine_of, prompts, request, smallest
+from mlx.utils import tree_flatten
 
 from mlx_mtp.drafters.kinds import KINDS, kind_of, kinds, split_name
 from mlx_mtp.rows import CheckpointError
+from mlx_mtp.scheduler import Limits
 
 
 def config(folder: str) -> dict:
@@ -47,3 +51,32 @@ def test_a_name_without_a_kind_in_it_is_a_checkpoint(name, base):
 def test_a_kind_without_a_network_is_named_alone_or_over_a_checkpoint(name, base):
     found, over = split_name(name)
     assert found == base and [kind.name for kind in over] == ["lookup"]
+
+
+LONG = Limits(alone_tok=200, kv_bytes=2**40)
+LAZY_AND_WIDE = (*[0] * 20, 15, 15, 3)
+
+
+@pytest.mark.parametrize("kind", ["plain", "rand", "dflash", "near", "lookup", "near+lookup"])
+def test_a_row_takes_as_much_at_its_drafter_as_admission_counts_and_no_more(kind):
+    models, taken = smallest(), 0
+    engine = engine_of(models, kind, Listed(LAZY_AND_WIDE), LONG)
+    engine.submit(request(prompts(models, (1180,))[0], 60))
+    while not engine.idle:
+        engine.step()
+        arrays = [leaf for _, leaf in tree_flatten([engine.drafter.state()]) if isinstance(leaf, mx.array)]
+        taken = max(taken, sum(a.nbytes for a in arrays))
+    counted = engine.drafter.row_bytes(1180 + 60)
+    assert taken <= counted <= max(3 * taken, 1)
+
+
+def test_a_draft_models_cache_leaves_room_for_fewer_rows():
+    """Three rows fit by what the target's cache takes; a drafter as large as the target leaves room for one."""
+    models = smallest()
+    three = 3 * engine_of(models, "plain", 0).cache.row_bytes(20)
+    for kind, rows in (("plain", 3), ("rand", 2), ("near", 1)):
+        engine = engine_of(models, kind, 0, Limits(kv_bytes=three))
+        for prompt in prompts(models, (10, 10, 10)):
+            engine.submit(request(prompt, 10))
+        engine.step()
+        assert len(engine.scheduler.rows) == rows, kind

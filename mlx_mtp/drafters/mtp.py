@@ -93,6 +93,9 @@ class MtpDrafter:
             None  # keys and values are the target's, and the next column, which always comes, brings its hidden state
         )
 
+    def row_bytes(self, positions: int) -> int:
+        return self._target.config.hidden_size * self._cache.dtype.size
+
     def leave(self, row: int, last: int) -> None:
         if row < last:
             hidden = mx.array(self._hidden)
