@@ -8,7 +8,9 @@ from checkpoints import FIXTURES
 from engines import Listed, engine_of, prompts, request, smallest
 from mlx.utils import tree_flatten
 
+from mlx_mtp.bench.graph import primitives
 from mlx_mtp.drafters.kinds import KINDS, kind_of, kinds, split_name
+from mlx_mtp.engine import Pass
 from mlx_mtp.rows import CheckpointError
 from mlx_mtp.scheduler import Limits
 
@@ -80,3 +82,27 @@ def test_a_draft_models_cache_leaves_room_for_fewer_rows():
             engine.submit(request(prompt, 10))
         engine.step()
         assert len(engine.scheduler.rows) == rows, kind
+
+
+def operations_a_round(kind: str, rows: int) -> float:
+    """Primitives of a round of width 0, mean of 32."""
+    models, counted = smallest(), []
+    engine = engine_of(models, kind, 0)
+    dispatch = engine._dispatch
+
+    def count(built: Pass) -> None:
+        if built.decoded and not built.chunks:
+            counted.append(primitives(built.out, engine._state()).total())
+        dispatch(built)
+
+    engine._dispatch = count
+    for prompt in prompts(models, (5,) * rows):
+        engine.submit(request(prompt, 60))
+    while len(counted) < 8 + 32:
+        engine.step()
+    return sum(counted[8:]) / 32
+
+
+@pytest.mark.parametrize(("kind", "most"), [("rand", 0), ("near", 20), ("dflash", 30), ("lookup", 90)])
+def test_a_drafter_that_is_not_asked_adds_few_operations_to_a_round(kind, most):
+    assert operations_a_round(kind, 2) - operations_a_round("plain", 2) <= most

@@ -95,9 +95,8 @@ class DFlashDrafter:
 
     def row_bytes(self, positions: int) -> int:
         column = len(self.taps) * self._network.config.hidden_size * self._cache.dtype.size + 4
-        return (
-            self._cache.row_bytes(self._rows.capacity(positions)) + 4 + self._most * column
-        )  # with what is not stored
+        unstored = self._most * column + 4
+        return self._cache.row_bytes(self._rows.capacity(positions)) + unstored
 
     def leave(self, row: int, last: int) -> None:
         self._cache.leave(row)
