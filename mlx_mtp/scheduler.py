@@ -31,8 +31,9 @@ class Limits:
     ahead_s: a pass over prompts alone is built while the one before it runs, unless it takes longer than this: building
     ahead hides a few milliseconds, and makes a request that comes meanwhile wait for a pass more.
     chunk_tok: the widest prompt chunk beside running rows. first_chunk_tok: there, until the machine's speed is known.
-    kv_bytes: what all keys and values may take, the rows' and those of kept prefixes; None is no limit. prefix_bytes:
-    of these, what prefixes may take while no row needs them. Less than a row's windows take keeps nothing.
+    kv_bytes: what all keys and values may take, the rows' with their drafter's own and those of kept prefixes; None is
+    no limit. prefix_bytes: of these, what prefixes may take while no row needs them. Less than a row's windows take
+    keeps nothing.
     """
 
     max_rows: int = 8
