@@ -118,7 +118,8 @@ class Auto:
     shapes run now: machines get hot and contexts long, and a shape that was timed before would seem fast. It never
     falls with the width, so a shape not yet seen takes at least what the next narrower one takes; where that would be
     fast enough to win, the shape is tried. Steps in the cost, as kernels have them, are found this way. While it
-    drafts, a round of width 0 is run now and then, for all is judged by it.
+    drafts, rounds of width 0 are run now and then, for all is judged by them. A round during which one of another width
+    was built does not count: where the host is the slower one it takes as long as that building.
     Where width 0 is best, a narrow round is tried at growing distances, unless no drafter has anything. A ledger holds
     what drafting has gained and lost against width 0; while it shows a loss of more than LOSS, nothing is drafted, and
     no shape is tried that could make it as much.
@@ -126,12 +127,12 @@ class Auto:
 
     GAIN = 1.03  # a new width must look this much better
     SAMPLES, FIRST = 2, 2  # timed rounds before a shape is judged; the first width: what is wasted if nothing is kept
-    LOSS, ALLOWANCE = 0.015, 6  # share of the time, on top of so many rounds of width 0
+    LOSS, ALLOWANCE = 0.015, 4  # share of the time, on top of so many rounds of width 0
     MEMORY = 0.999  # per round: about a thousand rounds stand in the ledger
     PACE = 0.5  # weight of a round in how fast the machine is now
     PAUSE = 6  # rounds between two shapes that are tried for their time
     FIRST_PROBE, LAST_PROBE, PROBE_WIDTH, PROBE_ROUNDS = 24, 768, 1, 2
-    FIRST_CHECK, LAST_CHECK = 8, 128  # rounds with drafts before one without
+    FIRST_CHECK, LAST_CHECK, CHECK_ROUNDS = 8, 128, 2  # rounds with drafts before some without
 
     def __init__(self, most: int = 8) -> None:
         """most: the widest round it considers."""
@@ -147,6 +148,7 @@ class Auto:
         self._quiet = 0  # rounds since a shape was tried for its time
         self._trial: tuple[int, int] | None = None
         self._wait, self._since, self._probing = self.FIRST_PROBE, 0, 0
+        self._chosen = 0  # for the round that comes
 
     @property
     def settled(self) -> int:
@@ -154,13 +156,17 @@ class Auto:
         return self._width
 
     def choose(self, outlook: Sequence[int]) -> int:
+        self._chosen = self._choose(outlook)
+        return self._chosen
+
+    def _choose(self, outlook: Sequence[int]) -> int:
         rows = len(outlook)
         hopeful = any(o != NOTHING for o in outlook)
-        for width in (min(self.FIRST, self._most) if hopeful else 0, 0):
-            if not self._timed(rows, width):
-                return width
-        if self._left(rows) < 0:
+        if not self._timed(rows, 0) or self._left(rows) < 0:
             return 0
+        first = min(self.FIRST, self._most)
+        if hopeful and self.expected_tokens(outlook, first) > self.GAIN and not self._drafted(rows):
+            return first
         if hopeful and self._trial and self._trial[0] == rows and not self._timed(*self._trial):
             return self._trial[1]
         self._quiet += 1
@@ -181,22 +187,25 @@ class Auto:
             by_outlook[o].append(columns)
         for o, columns in by_outlook.items():
             self._acceptance(o).record(width, columns)
-        rows = len(kept)
-        if seconds is not None and self._timed(rows, 0):
-            plain = sum(kept) / rows * self.seconds(rows, 0)
-            self._gained = self.MEMORY * self._gained + (plain - seconds if width else 0.0)
-            self._spent = self.MEMORY * self._spent + seconds
-        if (rows, width) not in self._seen:
-            self._seen.add((rows, width))  # the first round of a shape also pays for building its kernels
+        shape = len(kept), width
+        if shape not in self._seen:
+            self._seen.add(shape)  # the first round of a shape also pays for building its kernels
         elif seconds is not None:
-            self._time(rows, width, seconds)
+            self._time(*shape, sum(kept) / len(kept), seconds)
 
-    def _time(self, rows: int, width: int, seconds: float) -> None:
-        """A round took so long."""
+    def _time(self, rows: int, width: int, tokens: float, seconds: float) -> None:
+        """A round brought so many tokens a row, and took so long."""
+        times = self._times[rows, width]
+        if self._timed(rows, 0):
+            rounds = 1 if times else 2  # the shape's first one is reckoned with now
+            gained = tokens * self.seconds(rows, 0) - seconds if width else 0.0
+            self._gained = self.MEMORY * self._gained + rounds * gained
+            self._spent = self.MEMORY * self._spent + rounds * seconds
+        if width != self._chosen:
+            return
         if self._timed(rows, width):
             slower = seconds / self.seconds(rows, width)
             self._pace *= 1 + self.PACE * (min(max(slower, 0.5), 2.0) - 1)
-        times = self._times[rows, width]
         times.append(seconds / self._pace)
         if len(times) >= self.SAMPLES:
             self._medians[rows, width] = statistics.median(times)
@@ -223,6 +232,10 @@ class Auto:
     def _timed(self, rows: int, width: int) -> bool:
         return (rows, width) in self._medians
 
+    def _drafted(self, rows: int) -> bool:
+        """Whether any round with drafts has been timed for so many rows."""
+        return any(self._timed(rows, width) for width in range(1, self._most + 1))
+
     def _rate(self, outlook: Sequence[int], width: int) -> float:
         return self.expected_tokens(outlook, width) / self.seconds(len(outlook), width)
 
@@ -237,6 +250,8 @@ class Auto:
         """An untimed width that would win if it took no longer than the next narrower timed one; of those about as good
         the narrowest, which costs least if it does not win."""
         rows = len(outlook)
+        if not self._drafted(rows):
+            return None
         unknown = [w for w in range(1, self._most + 1) if not self._timed(rows, w) and self._affordable(rows, w)]
         rates = {w: self._rate(outlook, w) for w in unknown}
         wanted = max(self.GAIN * self._rate(outlook, self._width), max(rates.values(), default=0.0) / self.GAIN)
@@ -253,12 +268,11 @@ class Auto:
         return (self.SAMPLES + 1) * slope * width <= self._left(rows)
 
     def _overdue(self) -> bool:
-        """Whether it is long since a round of width 0 was seen, by which all the others are judged."""
+        """Whether it is long since rounds of width 0 were seen, by which all the others are judged."""
         self._unseen += 1
-        if self._unseen < self._recheck:
-            return False
-        self._unseen, self._recheck = 0, min(self.LAST_CHECK, 2 * self._recheck)
-        return True
+        if self._unseen >= self._recheck + self.CHECK_ROUNDS:
+            self._unseen, self._recheck = 0, min(self.LAST_CHECK, 2 * self._recheck)
+        return self._unseen >= self._recheck
 
     def _probe(self) -> int:
         """Width of a round while drafting does not pay: 0, except for a narrow look at growing distances."""
