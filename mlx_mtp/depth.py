@@ -129,6 +129,7 @@ class Auto:
     SAMPLES, FIRST = 2, 2  # timed rounds before a shape is judged; the first width: what is wasted if nothing is kept
     LOSS, ALLOWANCE = 0.015, 4  # share of the time, on top of so many rounds of width 0
     MEMORY = 0.999  # per round: about a thousand rounds stand in the ledger
+    TIMES = 9  # of a shape, whose median counts
     PACE = 0.5  # weight of a round in how fast the machine is now
     PAUSE = 6  # rounds between two shapes that are tried for their time
     FIRST_PROBE, LAST_PROBE, PROBE_WIDTH, PROBE_ROUNDS = 24, 768, 1, 2
@@ -138,7 +139,7 @@ class Auto:
         """most: the widest round it considers."""
         self._most = most
         self._kept: dict[int, Acceptance] = {}  # by outlook
-        self._times: defaultdict[tuple[int, int], deque[float]] = defaultdict(lambda: deque(maxlen=9))
+        self._times: defaultdict[tuple[int, int], deque[float]] = defaultdict(lambda: deque(maxlen=self.TIMES))
         self._medians: dict[tuple[int, int], float] = {}  # of the shapes that have been timed
         self._seen: set[tuple[int, int]] = set()
         self._recheck, self._unseen = self.FIRST_CHECK, 0
@@ -170,7 +171,9 @@ class Auto:
         if hopeful and self._trial and self._trial[0] == rows and not self._timed(*self._trial):
             return self._trial[1]
         self._quiet += 1
-        self._width = self._best(outlook)
+        before, self._width = self._width, self._best(outlook)
+        if self._width != before:
+            self._recheck, self._unseen = self.FIRST_CHECK, 0
         if self._width:
             self._wait = self.FIRST_PROBE
             if self._overdue():
@@ -205,7 +208,8 @@ class Auto:
             return
         if self._timed(rows, width):
             slower = seconds / self.seconds(rows, width)
-            self._pace *= 1 + self.PACE * (min(max(slower, 0.5), 2.0) - 1)
+            known = len(times) / self.TIMES  # what surprises of a shape that is hardly known says little of the machine
+            self._pace *= 1 + self.PACE * known * (min(max(slower, 0.5), 2.0) - 1)
         times.append(seconds / self._pace)
         if len(times) >= self.SAMPLES:
             self._medians[rows, width] = statistics.median(times)
