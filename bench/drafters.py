@@ -4,8 +4,9 @@
     python bench/drafters.py --model FOLDER --drafter none lookup auto auto+lookup FOLDER
     python bench/drafters.py --auto               # the width policy instead of a fixed width
 
-Counts and no times: the same on every machine and whatever else it does. `quantised` is the target's own copy at 4
-bits as a draft model, in place of a smaller one. Prompts of every kind run together, in a batch.
+Counts and no times: the same whatever else the machine does. Greedy ones are the same everywhere; at temperature 1
+every run draws other texts. `quantised` is the target's own copy at 4 bits as a draft model, in place of a smaller one,
+and `dflash` the one trained for the embedded target. Prompts of every kind run together, in a batch.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from mlx_mtp.quantized import quantize_now
 from mlx_mtp.rows import Stats
 
 DATA = resources.files("mlx_mtp") / "data" / "tiny"
-QUANTISED = "quantised"
+DFLASH = Path(__file__).resolve().parent.parent / "tests" / "fixtures" / "tiny_dflash"
 
 
 def edit_prompts(pair: mlx_mtp.Pair, codes: list[str], tokens: int) -> list[str]:
@@ -47,6 +48,13 @@ def quantised(model: str) -> str:
     return str(folder)
 
 
+def folder_of(drafter: str, model: str) -> str:
+    """What --drafter calls it, as `load` takes it."""
+    if drafter == "dflash":
+        return str(DFLASH)
+    return quantised(model) if drafter == "quantised" else drafter
+
+
 def measure(pair: mlx_mtp.Pair, prompts: list, sampling: Sampling, width: int | str, tokens: int) -> Stats:
     """All prompts together; the sum of their counts."""
     total = Stats()
@@ -60,7 +68,7 @@ def measure(pair: mlx_mtp.Pair, prompts: list, sampling: Sampling, width: int | 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tiny")
-    parser.add_argument("--drafter", nargs="+", default=["lookup", "auto", "auto+lookup", QUANTISED])
+    parser.add_argument("--drafter", nargs="+", default=["auto", "dflash", "quantised", "lookup", "auto+lookup"])
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--prompts", type=int, default=4, help="of each kind")
     parser.add_argument("--width", type=int, nargs="+", default=[4, 8])
@@ -73,7 +81,7 @@ def main() -> None:
     print("| drafter | width | sampling | " + " | ".join(kinds) + " |")
     print("|---" * (3 + len(kinds)) + "|")
     for drafter in args.drafter:
-        name = quantised(args.model) if drafter == QUANTISED else drafter
+        name = folder_of(drafter, args.model)
         for width in ["auto"] if args.auto else args.width:
             for sampling in (GREEDY, Sampling(temperature=1.0)):
                 cells = []

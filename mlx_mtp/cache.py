@@ -179,14 +179,9 @@ class Cache:
         sizes = (2 * n * s.kv_heads * s.head_dim for n, s in zip(slots, self.specs, strict=True))
         return sum(sizes) * self.dtype.size
 
-    def positions_in(self, budget_bytes: int) -> int:
-        """How many positions one row may have within a budget; 0 if not even its rings fit."""
-        rings, per_step = self.row_bytes(1), self.row_bytes(GROW_TOK + 1) - self.row_bytes(1)
-        if budget_bytes < rings:
-            return 0
-        if not per_step:
-            return 2**31 - 1
-        return GROW_TOK * (1 + (budget_bytes - rings) // per_step) - 2 * (self.max_width + 1)
+    def most(self, row: int) -> int:
+        """The most positions that a live row's buffers may hold; other caches that follow it need no more."""
+        return self._most[row]
 
     # rows -------------------------------------------------------------------------------------------------------
 

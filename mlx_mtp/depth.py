@@ -6,6 +6,7 @@ drafting that does not pay stops, and is probed again at growing distances.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import Counter, defaultdict, deque
 from collections.abc import Sequence
@@ -122,9 +123,12 @@ class Auto:
     Acceptance is estimated for every outlook by itself: a row whose drafter has found its text elsewhere is another
     case than one where it guesses. What is known of a row when a width is chosen is one round old, and what comes of
     it is put down to that knowledge, so that the delay is part of the estimate.
-    The time of a round is the median of the last ones of its shape (rows, width). It never falls with the width, so a
-    shape not yet seen takes at least what the next narrower one takes; where that would be fast enough to win, the
-    shape is tried. Steps in the cost, as kernels have them, are found this way.
+    The time of a round is the median of the last ones of its shape (rows, width), times the pace at which rounds of all
+    shapes run now: machines get hot and contexts long, and a shape that was timed before would seem fast. It never
+    falls with the width, so a shape not yet seen takes at least what the next narrower one takes; where that would be
+    fast enough to win, the shape is tried. Steps in the cost, as kernels have them, are found this way. While it
+    drafts, rounds of width 0 are run now and then, for all is judged by them. A round during which one of another width
+    was built does not count: where the host is the slower one it takes as long as that building.
     Where width 0 is best, a narrow round is tried at growing distances, unless no drafter has anything. A ledger holds
     what drafting has gained and lost against width 0; while it shows a loss of more than LOSS, nothing is drafted, and
     no shape is tried that could make it as much.
@@ -132,38 +136,58 @@ class Auto:
 
     GAIN = 1.03  # a new width must look this much better
     SAMPLES, FIRST = 2, 2  # timed rounds before a shape is judged; the first width: what is wasted if nothing is kept
-    LOSS, ALLOWANCE = 0.015, 6  # share of the time, on top of so many rounds of width 0
+    LOSS, ALLOWANCE = 0.015, 4  # share of the time, on top of so many rounds of width 0
     MEMORY = 0.999  # per round: about a thousand rounds stand in the ledger
+    TIMES = 9  # of a shape, whose median counts
+    PACE = 0.5  # weight of a round in how fast the machine is now
     PAUSE = 6  # rounds between two shapes that are tried for their time
     FIRST_PROBE, LAST_PROBE, PROBE_WIDTH, PROBE_ROUNDS = 24, 768, 1, 2
+    FIRST_CHECK, LAST_CHECK, CHECK_ROUNDS = 8, 128, 2  # rounds with drafts before some without
     drafts = True
 
     def __init__(self, most: int = 8) -> None:
         """most: the widest round it considers."""
         self._most = most
         self._kept: dict[int, Acceptance] = {}  # by outlook
-        self._times: dict[tuple[int, int], deque[float]] = {}
+        self._times: defaultdict[tuple[int, int], deque[float]] = defaultdict(lambda: deque(maxlen=self.TIMES))
+        self._medians: dict[tuple[int, int], float] = {}  # of the shapes that have been timed
         self._seen: set[tuple[int, int]] = set()
+        self._recheck, self._unseen = self.FIRST_CHECK, 0
+        self._pace = 1.0  # by how much rounds take longer now than at first; `_times` are over it
         self._width = min(self.FIRST, most)
         self._gained = self._spent = 0.0  # the ledger, in seconds
         self._quiet = 0  # rounds since a shape was tried for its time
         self._trial: tuple[int, int] | None = None
         self._wait, self._since, self._probing = self.FIRST_PROBE, 0, 0
+        self._chosen = 0  # for the round that comes
+
+    @property
+    def settled(self) -> int:
+        """The width it takes to be the best; a round of another one is there to find something out."""
+        return self._width
 
     def choose(self, outlook: Sequence[int]) -> int:
+        self._chosen = self._choose(outlook)
+        return self._chosen
+
+    def _choose(self, outlook: Sequence[int]) -> int:
         rows = len(outlook)
         hopeful = any(o % BOUND != NOTHING for o in outlook)
-        for width in (min(self.FIRST, self._most) if hopeful else 0, 0):
-            if not self._timed(rows, width):
-                return width
-        if self._left(rows) < 0:
+        if not self._timed(rows, 0) or self._left(rows) < 0:
             return 0
+        first = min(self.FIRST, self._most)
+        if hopeful and self.expected_tokens(outlook, first) > self.GAIN and not self._drafted(rows):
+            return first
         if hopeful and self._trial and self._trial[0] == rows and not self._timed(*self._trial):
             return self._trial[1]
         self._quiet += 1
-        self._width = self._best(outlook)
+        before, self._width = self._width, self._best(outlook)
+        if self._width != before:
+            self._recheck, self._unseen = self.FIRST_CHECK, 0
         if self._width:
             self._wait = self.FIRST_PROBE
+            if self._overdue():
+                return 0
         trial = self._worth_trying(outlook)
         if trial is not None and self._quiet > self.PAUSE:
             self._trial, self._quiet = (rows, trial), 0
@@ -176,15 +200,29 @@ class Auto:
             by_outlook[o].append(columns)
         for o, columns in by_outlook.items():
             self._acceptance(o).record(width, columns)
-        shape = (len(kept), width)
-        if seconds is not None and self._timed(len(kept), 0):
-            plain = sum(kept) / len(kept) * self.seconds(len(kept), 0)
-            self._gained = self.MEMORY * self._gained + (plain - seconds if width else 0.0)
-            self._spent = self.MEMORY * self._spent + seconds
+        shape = len(kept), width
         if shape not in self._seen:
             self._seen.add(shape)  # the first round of a shape also pays for building its kernels
         elif seconds is not None:
-            self._times.setdefault(shape, deque(maxlen=9)).append(seconds)
+            self._time(*shape, sum(kept) / len(kept), seconds)
+
+    def _time(self, rows: int, width: int, tokens: float, seconds: float) -> None:
+        """A round brought so many tokens a row, and took so long."""
+        times = self._times[rows, width]
+        if self._timed(rows, 0):
+            rounds = 1 if times else 2  # the shape's first one is reckoned with now
+            gained = tokens * self.seconds(rows, 0) - seconds if width else 0.0
+            self._gained = self.MEMORY * self._gained + rounds * gained
+            self._spent = self.MEMORY * self._spent + rounds * seconds
+        if width != self._chosen:
+            return
+        if self._timed(rows, width):
+            slower = seconds / self.seconds(rows, width)
+            known = len(times) / self.TIMES  # what surprises of a shape that is hardly known says little of the machine
+            self._pace *= 1 + self.PACE * known * (min(max(slower, 0.5), 2.0) - 1)
+        times.append(seconds / self._pace)
+        if len(times) >= self.SAMPLES:
+            self._medians[rows, width] = statistics.median(times)
 
     def expected_tokens(self, outlook: Sequence[int], width: int) -> float:
         """Tokens a row gains from a round of this width, mean over rows."""
@@ -192,10 +230,12 @@ class Auto:
         return sum(n * self._acceptance(o).expected_tokens(width) for o, n in counts.items()) / len(outlook)
 
     def seconds(self, rows: int, width: int) -> float:
-        """Time of a round: measured, or at least that of the next narrower shape that was."""
+        """Time of a round: measured, or at least that of the next narrower shape that was; no more than that of a
+        wider one, for one of the two was measured while the machine was slow."""
         for w in range(width, -1, -1):
-            if self._timed(rows, w):
-                return statistics.median(self._times[rows, w])
+            if (rows, w) in self._medians:
+                wider = (self._medians.get((rows, v), math.inf) for v in range(w, self._most + 1))
+                return min(wider) * self._pace
         return 0.0
 
     def _acceptance(self, outlook: int) -> Acceptance:
@@ -204,7 +244,11 @@ class Auto:
         return self._kept[outlook]
 
     def _timed(self, rows: int, width: int) -> bool:
-        return len(self._times.get((rows, width), ())) >= self.SAMPLES
+        return (rows, width) in self._medians
+
+    def _drafted(self, rows: int) -> bool:
+        """Whether any round with drafts has been timed for so many rows."""
+        return any(self._timed(rows, width) for width in range(1, self._most + 1))
 
     def _rate(self, outlook: Sequence[int], width: int) -> float:
         return self.expected_tokens(outlook, width) / self.seconds(len(outlook), width)
@@ -220,6 +264,8 @@ class Auto:
         """An untimed width that would win if it took no longer than the next narrower timed one; of those about as good
         the narrowest, which costs least if it does not win."""
         rows = len(outlook)
+        if not self._drafted(rows):
+            return None
         unknown = [w for w in range(1, self._most + 1) if not self._timed(rows, w) and self._affordable(rows, w)]
         rates = {w: self._rate(outlook, w) for w in unknown}
         wanted = max(self.GAIN * self._rate(outlook, self._width), max(rates.values(), default=0.0) / self.GAIN)
@@ -234,6 +280,13 @@ class Auto:
         widest = max(w for w in range(self._most + 1) if self._timed(rows, w))
         slope = (self.seconds(rows, widest) - self.seconds(rows, 0)) / max(widest, 1)
         return (self.SAMPLES + 1) * slope * width <= self._left(rows)
+
+    def _overdue(self) -> bool:
+        """Whether it is long since rounds of width 0 were seen, by which all the others are judged."""
+        self._unseen += 1
+        if self._unseen >= self._recheck + self.CHECK_ROUNDS:
+            self._unseen, self._recheck = 0, min(self.LAST_CHECK, 2 * self._recheck)
+        return self._unseen >= self._recheck
 
     def _probe(self) -> int:
         """Width of a round while drafting does not pay: 0, except for a narrow look at growing distances."""

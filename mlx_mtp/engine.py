@@ -62,7 +62,8 @@ class Engine:
         """profile: wait for every draft, to tell its time from the verifying pass's; costs a host wait a round."""
         self.target, self.cache, self.drafter, self.depth = target, cache, drafter, depth
         self.judge: Judge = verdict  # what decides which drafts a round keeps; benchmarks give another
-        self.scheduler = Scheduler(limits, cache.row_bytes, cache.back)
+        self.clock = time.perf_counter  # all that tells it time, in seconds; tests and benchmarks give another
+        self.scheduler = Scheduler(limits, lambda n: cache.row_bytes(n) + drafter.row_bytes(n), cache.back)
         self.host_reads = 0
         self.total = Stats()  # of all requests that have ended
         self.first_drafts = self.first_kept = 0  # of the first JUDGED rounds: drafts that were its drafter's own guess
@@ -101,7 +102,7 @@ class Engine:
         if row.index < 0:
             self.scheduler.waiting.remove(row)
         else:
-            self._end(row, time.perf_counter())
+            self._end(row, self.clock())
             self._drop_done()
             if not self.scheduler.rows:
                 self._last = None  # nothing may run for a while: the time until the next read is no round's
@@ -113,7 +114,7 @@ class Engine:
 
     def step(self) -> list[Event]:
         """Finish the pass under way, start the next, and return what the finished one brought."""
-        away_s = time.perf_counter() - self._left_s
+        away_s = self.clock() - self._left_s
         if self._running is None:
             built = self._held or self._build()
             if built is None:
@@ -134,7 +135,7 @@ class Engine:
         else:
             self._undo(ahead, undo)
         self._drop_done()
-        self._left_s = time.perf_counter()
+        self._left_s = self.clock()
         return events
 
     # building ---------------------------------------------------------------------------------------------------
@@ -175,7 +176,7 @@ class Engine:
 
     def _join(self, row: Row) -> None:
         prompt, most, n = len(row.request.prompt), row.request.max_tokens, row.prefilled
-        begin, row.begin = row.begin, None
+        begin, row.begin, row.started_s = row.begin, None, self.clock()
         self.cache.join(prompt + min(most, 256), begin and begin.cache, n, most=prompt + most)
         self.drafter.begin(row.index, n, begin and begin.drafter)
         self._history.join(row.request)
@@ -307,12 +308,12 @@ class Engine:
     def _dispatch(self, built: Pass) -> None:
         if built.guide is not None:
             built.guide.hint()
-        self._running, self._held, drafted_s, self._sent_s = built, None, 0.0, time.perf_counter()
+        self._running, self._held, drafted_s, self._sent_s = built, None, 0.0, self.clock()
         if built.draft is not None:
             mx.async_eval(built.draft)
         if self.profile and built.draft is not None:  # a second wait, only to tell drafting from verifying
             mx.eval(built.draft)
-            drafted_s = time.perf_counter() - self._sent_s
+            drafted_s = self.clock() - self._sent_s
         reads = self._tell(built.guide) if built.guide is not None else 0
         kept = [a for prefix in built.prefixes for a in prefix.arrays]  # first: done with before the next pass writes
         mx.async_eval(kept, built.out, self._state())
@@ -351,7 +352,7 @@ class Engine:
         """Wait for a pass, and turn what it brought into events. away_s: how long the caller had kept us waiting."""
         values = iter(cast(list[int], done.out.tolist()))
         self.host_reads += 1
-        now, columns = time.perf_counter(), done.width + 1
+        now, columns = self.clock(), done.width + 1
         self._work = self._work[0] + 1, self._work[1] + done.columns
         tokens = [list(islice(values, columns)) for _ in done.decoded]
         kept = list(islice(values, len(done.decoded)))

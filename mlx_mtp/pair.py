@@ -110,12 +110,11 @@ class Pair:
         """Forget all requests and all cached keys and values, and begin with a new engine over the same weights."""
         cache, most = Cache(self._model.specs, MAX_WIDTH, self._dtype), self._limits.kv_bytes
         self._depths: dict[int | str, Depth] = {}
-        self._most_tok = self._share_tok = self.context_tok
-        if most is not None:
-            self._most_tok = cache.positions_in(most)
-            self._share_tok = cache.positions_in(most // self._limits.max_rows)
         drafter = self._loaded.new_drafter(cache)
         self._engine = Engine(self._model, cache, drafter, depth_of(0), self._limits, self._profile)
+        scheduler, share = self._engine.scheduler, most and most // self._limits.max_rows
+        self._most_tok = scheduler.positions_in(most, self.context_tok)
+        self._share_tok = scheduler.positions_in(share, self.context_tok)
         self._inbox: dict[int, deque[Event]] = {}
 
     def profile(self) -> None:
@@ -231,12 +230,12 @@ class Pair:
     @property
     def room_tok(self) -> int:
         """The most positions one row can have: the context, or what the memory for keys and values holds."""
-        return min(self.context_tok, self._most_tok)
+        return self._most_tok
 
     @property
     def share_tok(self) -> int:
         """The positions that every row can have when as many rows run as may."""
-        return min(self.context_tok, self._share_tok)
+        return self._share_tok
 
     @property
     def idle(self) -> bool:
@@ -352,7 +351,7 @@ class _Run:
             stop = (stop,) if stop else ()
         if not isinstance(stop, (list, tuple)):
             raise RequestError(f"stop is a {type(stop).__name__}; expected a list of strings")
-        left = max(1, min(room, pair._most_tok) - len(ids))
+        left = max(1, pair._most_tok - len(ids))
         sampling = sampling or pair.default_sampling
         check_ids(sampling, pair._model.config.vocab_size)
         self.request = Request(ids, max_tokens or left, sampling, pair._eos, logprobs=logprobs)

@@ -6,7 +6,6 @@ Plain Python over live requests; nothing of the device.
 from __future__ import annotations
 
 import bisect
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -30,8 +29,9 @@ class Limits:
     that a prompt alone is always computed in the same pieces; 128 tokens took no longer a token than 512. Prompts with
     no more than that left go together, as many as the machine computes in `stall_s`.
     chunk_tok: the widest prompt chunk beside running rows. first_chunk_tok: there, until the machine's speed is known.
-    kv_bytes: what all keys and values may take, the rows' and those of kept prefixes; None is no limit. prefix_bytes:
-    of these, what prefixes may take while no row needs them. Less than a row's windows take keeps nothing.
+    kv_bytes: what all keys and values may take, the rows' with their drafter's own and those of kept prefixes; None is
+    no limit. prefix_bytes: of these, what prefixes may take while no row needs them. Less than a row's windows take
+    keeps nothing.
     """
 
     max_rows: int = 8
@@ -128,8 +128,8 @@ class Scheduler:
     """The queue of waiting requests and the dense list of live rows."""
 
     def __init__(self, limits: Limits, row_bytes: Callable[[int], int], back: int = 0) -> None:
-        """row_bytes: what a row of so many positions takes in the cache. back: how far behind the length of a prefix
-        inside a prompt a row may begin."""
+        """row_bytes: what a row of so many positions takes, its drafter's share included. back: how far behind the
+        length of a prefix inside a prompt a row may begin."""
         self.limits, self.back = limits, back
         self.prefixes = Prefixes(limits.prefix_bytes)
         self.waiting: list[Row] = []
@@ -147,6 +147,12 @@ class Scheduler:
                 f"{need / 1e9:.2f} GB of cache, and {limit / 1e9:.2f} GB is all there is; lower max_tokens"
             )
         self.waiting.append(row)
+
+    def positions_in(self, budget_bytes: int | None, most: int) -> int:
+        """How many positions, at most `most`, one row may have within a budget; 0 if it cannot begin."""
+        if budget_bytes is None:
+            return most
+        return bisect.bisect_right(range(1, most + 1), budget_bytes, key=self._row_bytes)
 
     def find(self, request: int) -> Row | None:
         """The waiting or live row of a request."""
@@ -174,7 +180,7 @@ class Scheduler:
 
     def _start(self, row: Row, prefix: Prefix | None, known: int) -> None:
         self.waiting.remove(row)
-        row.index, row.started_s = len(self.rows), time.perf_counter()
+        row.index = len(self.rows)
         self.rows.append(row)
         row.begin, row.prefilled, row.marked = prefix, known, known
         row.stats.cached_tokens = known

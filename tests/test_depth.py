@@ -71,16 +71,18 @@ def acceptance(text: str, tokens: int, seed: int = 1) -> list[int]:
     return out
 
 
-def simulate(depth: Depth, text: list[int], cost: Cost, rows: int) -> float:
-    """Seconds to write `text`, each row starting at another place of it; times are noisy, upwards."""
+def simulate(depth: Depth, text: list[int], cost: Cost, rows: int, pace: Callable[[int], float] = lambda n: 1) -> float:
+    """Seconds to write `text`, each row starting at another place of it; times are noisy, upwards.
+
+    pace: by how much the machine is slower at the n-th round."""
     rng, at, seconds = random.Random(0), [i * len(text) // rows for i in range(rows)], 0.0
-    written = 0
+    written = rounds = 0
     while written < len(text):
         width = depth.choose([USUAL] * rows)
         kept = [min(text[place % len(text)], width) + 1 for place in at]
         at = [place + k for place, k in zip(at, kept, strict=True)]
-        written += sum(kept)
-        took = cost(rows, width)
+        written, rounds = written + sum(kept), rounds + 1
+        took = cost(rows, width) * pace(rounds)
         seconds += took
         depth.record(width, kept, took * (1 + 0.05 * abs(rng.gauss(0, 1))), [USUAL] * rows)
     return seconds
@@ -114,6 +116,68 @@ def test_auto_loses_little_against_the_best_fixed_width_and_nothing_against_none
     worst = max(found, key=lambda k: found[k][1])
     assert regret < 0.05
     assert found[worst][1] < 0.03, (worst, found[worst])
+
+
+PACES: dict[str, Callable[[int], float]] = {
+    "slow half of the time": lambda n: 2.0 if n // 60 % 2 else 1.0,
+    "slow now and then": lambda n: 1.5 if n // 25 % 2 else 1.0,
+    "slower and slower": lambda n: 1 + n / 350,
+}
+
+
+@pytest.mark.parametrize("cost", ["dense, M5", "experts, M2 Pro"])
+@pytest.mark.parametrize("pace", PACES)
+def test_a_machine_whose_speed_changes_misleads_nobody(pace, cost):
+    """Widths that were timed while it was fast must not seem to pay when it is slow."""
+    for rows, text in ((1, "json"), (8, "random drafter")):
+        places = text_of(text, 700 * rows)
+        plain = simulate(Constant(0), places, COSTS[cost], rows, PACES[pace])
+        assert simulate(Auto(), places, COSTS[cost], rows, PACES[pace]) < 1.03 * plain, (rows, text)
+
+
+def simulate_crowd(chance: float, cost: Cost, sweeps: int, building_s: float = 0.0) -> float:
+    """How much longer `Auto` takes than width 0 while the batch grows to 8 rows and shrinks again, 12 rounds a size; as
+    a share. The first round of every shape also takes `building_s`, which is left out of the account."""
+    depth, rng, seconds, plain_s, seen = Auto(), random.Random(0), 0.0, 0.0, set()
+    for rows in [*range(1, 9), *range(7, 1, -1)] * sweeps:
+        for _ in range(12):
+            width = depth.choose([USUAL] * rows)
+            kept = [next(k for k in range(width + 1) if k == width or rng.random() > chance) + 1 for _ in range(rows)]
+            took = cost(rows, width)
+            seconds, plain_s = seconds + took, plain_s + sum(kept) / rows * cost(rows, 0)
+            noise, building = 1 + 0.05 * abs(rng.gauss(0, 1)), 0.0 if (rows, width) in seen else building_s
+            seen.add((rows, width))
+            depth.record(width, kept, took * noise + building, [USUAL] * rows)
+    return seconds / plain_s - 1
+
+
+def test_batches_that_grow_and_shrink_do_not_pay_for_a_useless_drafter_at_every_size():
+    assert simulate_crowd(0.0, COSTS["old chip"], sweeps=1) < 0.1
+    assert simulate_crowd(0.0, COSTS["old chip"], sweeps=8) < 0.03
+
+
+def test_building_the_kernels_of_a_shape_is_no_reason_not_to_draft():
+    assert simulate_crowd(0.7, COSTS["memory-bound"], sweeps=2, building_s=100.0) < -0.25
+
+
+def simulate_host(depth: Depth, text: list[int], cost: Cost, build: Cost) -> float:
+    """Seconds to write `text` where a round ends when it is computed and the next one is built, as in the engine."""
+    at, seconds, width = 0, 0.0, depth.choose([USUAL])
+    while at < len(text):
+        following = depth.choose([USUAL])
+        took = max(cost(1, width), build(1, following))
+        kept = min(text[at], width) + 1
+        depth.record(width, [kept], took, [USUAL])
+        at, seconds, width = at + kept, seconds + took, following
+    return seconds
+
+
+@pytest.mark.parametrize("text", ["json", "prose", "alternating"])
+def test_a_slow_host_misleads_nobody(text):
+    """Drafts are dear to build: a round of width 0 before one with drafts takes as long as building that."""
+    cost, build = linear(0.04, 0.04), linear(0.0, 0.8)
+    places = acceptance(text, 1500)
+    assert simulate_host(Auto(), places, cost, build) < 1.03 * simulate_host(Constant(0), places, cost, build)
 
 
 def simulate_outlook(depth: Depth, places: list[list[int]], cost: Cost, rows: int, tokens: int) -> float:
@@ -216,6 +280,9 @@ def test_constrained_rounds_are_learnt_apart_and_a_drafter_with_nothing_is_no_mo
         width = auto.choose([USUAL])
         auto.record(width, [1], 1.0 + width, [USUAL])
     assert auto.choose([USUAL]) == 0
+    for _ in range(Auto.SAMPLES):  # what a round without drafts takes
+        assert auto.choose([BOUND + USUAL]) == 0
+        auto.record(0, [1], 1.0, [BOUND + USUAL])
     assert auto.choose([BOUND + USUAL]) == Auto.FIRST
 
 

@@ -50,9 +50,9 @@ class Counted(DraftModel):
         super().__init__(models.target, cache)
         self.passes: list[tuple[int, int]] = []
 
-    def _run(self, rows: slice, tokens: mx.array, start: mx.array) -> mx.array:
+    def _run(self, rows: slice, tokens: mx.array, start: mx.array, ahead: int) -> mx.array:
         self.passes.append(tokens.shape)
-        return super()._run(rows, tokens, start)
+        return super()._run(rows, tokens, start, ahead)
 
 
 def counted(widths: list[int], rows: int, tokens: int) -> list[tuple[int, int]]:

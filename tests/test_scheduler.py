@@ -100,7 +100,11 @@ def test_memory_is_never_given_to_more_rows_than_the_limit_allows():
     models = smallest()
     wanted = [request(p, 6) for p in prompts(models, (3, 20, 7, 12, 4, 9))]
     engine = engine_of(models, "near", 2)
-    two = 2 * engine.cache.row_bytes(26)
+
+    def bytes_of(positions: int) -> int:
+        return engine.cache.row_bytes(positions) + engine.drafter.row_bytes(positions)
+
+    two = 2 * bytes_of(26)
     engine = engine_of(models, "near", 2, Limits(kv_bytes=two))
     for one in wanted:
         engine.submit(one)
@@ -108,7 +112,7 @@ def test_memory_is_never_given_to_more_rows_than_the_limit_allows():
     while not engine.idle:
         engine.step()
         live = engine.scheduler.rows
-        assert sum(engine.cache.row_bytes(len(r.request.prompt) + 6) for r in live) <= two
+        assert sum(bytes_of(len(r.request.prompt) + 6) for r in live) <= two
         most = max(most, len(live))
     assert most == 2
 

@@ -42,7 +42,11 @@ class Serve(Choice):
     ] = 64
     kv_gb: Annotated[
         float | None,
-        typer.Option(rich_help_panel=LIMIT, min=0.01, help="Memory for keys and values; unset = 85% less weights."),
+        typer.Option(
+            rich_help_panel=LIMIT,
+            min=0.01,
+            help="Memory for keys and values, a drafter's own included; unset = 85% less weights.",
+        ),
     ] = None
     prefix_gb: Annotated[
         float | None,

@@ -54,6 +54,10 @@ class Drafter(Protocol):
         """
         ...
 
+    def row_bytes(self, positions: int) -> int:
+        """The most memory of its own that a row which ends at `positions` takes here, beside the target's cache."""
+        ...
+
     def leave(self, row: int, last: int) -> None:
         """Row `row` is gone, and row `last` now carries its index."""
         ...

@@ -87,11 +87,16 @@ class DFlashDrafter:
         self._undrafted = self._undrafted or not fwd.drafted
 
     def begin(self, row: int, length: int, state: Snapshot | None) -> None:
-        self._cache.join(1, state, length if state else None)
+        self._cache.join(1, state, length if state else None, most=self._rows.most(row))
 
     def snapshot(self, row: int, length: int) -> Snapshot:
         self._store()
         return self._cache.snapshot(row, length)
+
+    def row_bytes(self, positions: int) -> int:
+        column = len(self.taps) * self._network.config.hidden_size * self._cache.dtype.size + 4
+        unstored = self._most * column + 4
+        return self._cache.row_bytes(self._rows.capacity(positions)) + unstored
 
     def leave(self, row: int, last: int) -> None:
         self._cache.leave(row)

@@ -51,12 +51,12 @@ class DraftModel:
         start = self._have[rows]  # a row that lacks less runs past its end, unseen
         at = mx.minimum(start[:, None] + mx.arange(columns), end[:, None])
         tokens = mx.where(at == end[:, None], bonus[:, None], self._texts.at(rows, at))
-        hidden = self._run(rows, tokens, start)
+        hidden = self._run(rows, tokens, start, 0)
         hidden = mx.take_along_axis(hidden, (end - start)[:, None, None], axis=1)
         drafted, logits = [], []
         for i in range(width):
             if i:
-                hidden = self._run(rows, drafted[-1][:, None], end + i)
+                hidden = self._run(rows, drafted[-1][:, None], end + i, i)
             scores, _ = sampler.offer(self._model.logits(hidden[:, 0]), None, drafted)
             token, kept = sampler.draw(scores, None, end + 1 + i, drafted)
             drafted.append(token)
@@ -89,7 +89,7 @@ class DraftModel:
                 columns = min(behind - 1, CHUNK_TOK)
                 start, end = self._have[here], self._texts.lengths(here)
                 at = mx.minimum(start[:, None] + mx.arange(columns), end[:, None])
-                self._run(here, self._texts.at(here, at), start)
+                self._run(here, self._texts.at(here, at), start, min(MAX_WIDTH - behind, -1))
                 self._has(here, mx.minimum(start + columns, end - 1))
                 behind -= columns
                 self._behind[here] = [behind] * len(members)
@@ -99,14 +99,15 @@ class DraftModel:
         have[rows] = positions
         self._have = have
 
-    def _run(self, rows: slice, tokens: mx.array, start: mx.array) -> mx.array:
-        """One pass over tokens [B, L] from position start [B] -> hidden [B, L, H]; nothing past it counts any more."""
+    def _run(self, rows: slice, tokens: mx.array, start: mx.array, ahead: int) -> mx.array:
+        """One pass over tokens [B, L] from position start [B], at most `ahead` past the target's length -> hidden
+        [B, L, H]; nothing past it counts any more."""
         columns = tokens.shape[1]
         lengths = mx.array(self._cache.lengths)
         lengths[rows] = start
         self._cache.lengths = lengths
         for row in range(rows.start, rows.stop):
-            self._cache.bounds[row] = self._target.bounds[row] + MAX_WIDTH
+            self._cache.bounds[row] = max(0, self._target.bounds[row] + ahead)
         hidden, _ = self._model.forward(tokens, self._cache.open(rows, columns))
         return hidden
 
@@ -114,13 +115,16 @@ class DraftModel:
 
     def begin(self, row: int, length: int, state: Any) -> None:
         cache, tokens, behind = state or (None, None, 0)
-        self._cache.join(max(length, 1), cache, length)
+        self._cache.join(max(length, 1), cache, length, most=self._target.most(row))
         self._texts.begin(row, length, tokens)
         self._behind.append(min(behind, length))
         self._have = mx.concatenate([self._have[:row], mx.array([length - self._behind[row]], mx.int32)])
 
     def snapshot(self, row: int, length: int) -> Any:
         return self._cache.snapshot(row, length), self._texts.snapshot(row, length), self._behind[row]
+
+    def row_bytes(self, positions: int) -> int:
+        return self._cache.row_bytes(self._target.capacity(positions)) + self._texts.row_bytes(positions)
 
     def leave(self, row: int, last: int) -> None:
         self._cache.leave(row)

@@ -69,6 +69,9 @@ class LookupDrafter:
     def snapshot(self, row: int, length: int) -> Any:
         return self._under.snapshot(row, length), self._texts.snapshot(row, length)
 
+    def row_bytes(self, positions: int) -> int:
+        return self._under.row_bytes(positions) + self._texts.row_bytes(positions)
+
     def leave(self, row: int, last: int) -> None:
         self._under.leave(row, last)
         self._texts.leave(row, last)

@@ -75,14 +75,20 @@ class MtpDrafter:
 
     def observe(self, fwd: Forward, kept: mx.array) -> None:
         skipped = fwd.tokens.shape[1] - fwd.hidden.shape[1]
-        if fwd.picked is None:
+        if fwd.hidden.shape[1] == 1:
+            picked = fwd.hidden
+        elif fwd.picked is None:
             column = mx.maximum(kept - 1 - skipped, 0)[:, None, None]
             picked = mx.take_along_axis(fwd.hidden, column, axis=1)
         else:
             picked = fwd.picked[:, None]
-        moved = (kept > 0)[:, None, None]
+        if fwd.still:
+            picked = mx.where((kept > 0)[:, None, None], picked, self._hidden[fwd.rows])
+        if picked.shape[0] == self._hidden.shape[0]:
+            self._hidden = picked
+            return
         hidden = mx.array(self._hidden)  # a new handle: `state` may hold the old one
-        hidden[fwd.rows] = mx.where(moved, picked, hidden[fwd.rows])
+        hidden[fwd.rows] = picked
         self._hidden = hidden
 
     def begin(self, row: int, length: int, state: None) -> None:
@@ -92,6 +98,9 @@ class MtpDrafter:
         return (
             None  # keys and values are the target's, and the next column, which always comes, brings its hidden state
         )
+
+    def row_bytes(self, positions: int) -> int:
+        return self._target.config.hidden_size * self._cache.dtype.size
 
     def leave(self, row: int, last: int) -> None:
         if row < last:

@@ -25,6 +25,9 @@ class PlainDrafter:
     def snapshot(self, row: int, length: int) -> None:
         return None
 
+    def row_bytes(self, positions: int) -> int:
+        return 0
+
     def leave(self, row: int, last: int) -> None:
         pass
 

@@ -50,6 +50,11 @@ class Texts:
         """[1, length] int32: a row's first tokens, copied."""
         return self.tokens[row : row + 1, :length] + 0  # mx.contiguous may be a view, which would hold the buffer
 
+    def row_bytes(self, positions: int) -> int:
+        """The most that a row which ends at `positions` takes; the longest row's length is every row's."""
+        most = self._cache.capacity(positions)
+        return 4 * (most + most // 4 + STEP_TOK)
+
     def leave(self, row: int, last: int) -> None:
         if row < last:
             tokens = mx.array(self.tokens)

@@ -1,0 +1,113 @@
+"""What the width policy costs in the real engine, by the clock of a machine whose costs are known.
+
+Drafts, acceptance and the engine's own timekeeping are real; only how long a pass takes is read from a table.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import mlx.core as mx
+import pytest
+from engines import Models, drafter_of, prompts, request, run, smallest, texts
+from test_depth import COSTS, STEPS, Cost
+
+from mlx_mtp.cache import Cache
+from mlx_mtp.depth import MAX_WIDTH, Auto, Constant, Depth
+from mlx_mtp.drafters.draft_model import DraftModel
+from mlx_mtp.engine import Engine, Pass
+from mlx_mtp.rows import GREEDY, Draft, Event, Request, Sampling
+from mlx_mtp.sampling import Sampler
+from mlx_mtp.scheduler import Limits
+
+MACHINES = {**COSTS, "steps": STEPS}
+STRETCH = 60  # tokens
+
+
+class Fickle(DraftModel):
+    """The target drafting for itself, which goes wrong in every other stretch of a text."""
+
+    def propose(self, rows: slice, bonus: mx.array, sampler: Sampler, width: int) -> Draft:
+        draft = super().propose(rows, bonus, sampler, width)
+        wrong = (self._target.lengths[rows] // STRETCH % 2 == 1)[:, None]
+        return Draft(mx.where(wrong, (draft.tokens + 1) % self._model.config.vocab_size, draft.tokens), draft.source)
+
+
+class OnMachine(Engine):
+    """An engine whose clock moves by what a pass costs, and by nothing else."""
+
+    def __init__(self, models: Models, kind: str, depth: Depth, cost: Cost, rows: int) -> None:
+        cache = Cache(models.target.specs, MAX_WIDTH, mx.float32)
+        drafter = Fickle(models.target, cache) if kind == "fickle" else drafter_of(models, kind, cache)
+        super().__init__(models.target, cache, drafter, depth, Limits(max_rows=rows))
+        self.now_s, self.cost = 0.0, cost
+        self.clock = lambda: self.now_s
+        self.passes: list[tuple[int, int]] = []  # (rows, width); a prompt chunk is a row of so many columns
+
+    def _read(self, done: Pass, away_s: float) -> list[Event]:
+        ran = [(len(done.decoded), done.width)] if done.decoded else []
+        ran += [(1, min(chunk.count - 1, 8)) for chunk in done.chunks]
+        self.passes += ran
+        self.now_s += sum(self.cost(*one) for one in ran)
+        return super()._read(done, away_s)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Texts of so many tokens, `rows` at once, `turns` times."""
+
+    rows: int
+    sampling: Sampling = GREEDY
+    tokens: int = 250
+    turns: int = 3
+
+    def requests(self, models: Models) -> list[Request]:
+        some = prompts(models, (9, 4, 20, 3, 12, 6, 5, 8) * 3)[: self.rows * self.turns]
+        return [request(p, self.tokens, self.sampling) for p in some]
+
+
+@cache
+def plainly(work: Work) -> tuple[list[tuple[int, int]], list[list[int]]]:
+    """The passes of plain decoding, which are the same whatever they cost, and its texts."""
+    engine = OnMachine(smallest(), "plain", Constant(0), lambda rows, width: 1.0, work.rows)
+    said = texts(run(engine, work.requests(smallest())))
+    return engine.passes, said
+
+
+def slowdown(kind: str, machine: str, work: Work) -> float:
+    """Time with the policy over time without a drafter, from the first round on."""
+    passes, truth = plainly(work)
+    engine = OnMachine(smallest(), kind, Auto(), MACHINES[machine], work.rows)
+    said = texts(run(engine, work.requests(smallest())))
+    assert said == truth or work.sampling == Sampling()
+    return engine.now_s / sum(engine.cost(*one) for one in passes)
+
+
+def test_a_random_drafter_costs_at_most_three_percent_where_columns_are_dear():
+    assert slowdown("rand", "old chip", Work(1)) < 1.03
+
+
+def test_copies_over_a_random_drafter_cost_at_most_three_percent():
+    assert slowdown("rand+lookup", "dense, M5", Work(1)) < 1.03
+
+
+def test_text_that_is_predictable_by_turns_is_never_slower_and_gains_behind_steps_in_the_cost():
+    assert slowdown("fickle", "experts, M2 Pro", Work(1)) < 1.03
+    assert slowdown("fickle", "steps", Work(1)) < 0.9
+
+
+KINDS = ("rand", "dflash", "near", "lookup", "rand+lookup", "near+lookup", "fickle")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [1, 4, 8])
+def test_no_kind_costs_more_than_three_percent_on_any_machine(kind, machine, rows):
+    assert slowdown(kind, machine, Work(rows)) < 1.03
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampling", [Sampling(seed=1), Sampling()], ids=["seeded", "unseeded"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_kind_costs_more_than_three_percent_where_columns_cost_most(kind, sampling):
+    assert slowdown(kind, "old chip", Work(2, sampling)) < 1.03
