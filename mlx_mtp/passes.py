@@ -20,7 +20,7 @@ class Pass:
     chunks: prompt chunks beside it. draft: evaluated first, so that the device starts on it while the rest is
     still being dispatched. guide: what constrains the round, None where nothing does. prefixes: to be kept when this
     has been dispatched. out: int32, everything the host will read: per decoded row its width + 1 tokens, then every
-    decoded row's kept count and, if `foreseen`, its outlook, then, if `weighed`, what was cut and why, then one number per
+    decoded row's kept count and, if `foreseen`, its outlook, then, if `weighed`, what was cut, then one number per
     chunk (the first token, where the prompt ends here), then the round's distinct experts summed over layers, where
     there are any (`counted`), then per row of `scored` as many tokens' log-probabilities as it has columns, with the
     `most` best. outlook: of the active rows, what was known when the width was chosen.
