@@ -32,6 +32,7 @@ import numpy as np
 from mlx_mtp import logprobs
 from mlx_mtp.accept import Judge, Verdict, verdict
 from mlx_mtp.cache import Cache
+from mlx_mtp.confidence import Confidence, Judged, lenders, pack
 from mlx_mtp.depth import MAX_WIDTH, Depth
 from mlx_mtp.drafters import Drafter
 from mlx_mtp.guide import Guide, Plan, beginning
@@ -62,6 +63,7 @@ class Engine:
         """profile: wait for every draft, to tell its time from the verifying pass's; costs a host wait a round."""
         self.target, self.cache, self.drafter, self.depth = target, cache, drafter, depth
         self.judge: Judge = verdict  # what decides which drafts a round keeps; benchmarks give another
+        self.confidence = Confidence.of(target)  # what decides which drafts a round tries; None: all of them
         self.clock = time.perf_counter  # all that tells it time, in seconds; tests and benchmarks give another
         self.scheduler = Scheduler(limits, lambda n: cache.row_bytes(n) + drafter.row_bytes(n), cache.back)
         self.host_reads = 0
@@ -155,14 +157,14 @@ class Engine:
         begun = _asking([c.row for c in chunks if c.last])
         most = max((r.request.logprobs or 0 for r in (*active, *begun)), default=0)
         most = min(most, self.target.config.vocab_size)
-        outs, scores, draft, guide, width, experts, foreseen = [], [], None, None, 0, [], False
+        outs, scores, draft, guide, width, experts, foreseen, weighed = [], [], None, None, 0, [], False, False
         if decoded:
             planned = self._width(active)
             guide = self._guide(decoded, active, planned)
             round_ = self._round(decoded, active, planned, guide, most)
             draft, experts, width = round_.draft, round_.experts, round_.judged.tokens.shape[1] - 1
-            outs += [round_.judged.tokens.reshape(-1), round_.judged.kept, *round_.outlook]
-            foreseen = bool(round_.outlook)
+            outs += [round_.judged.tokens.reshape(-1), round_.judged.kept, *round_.outlook, *round_.weighed]
+            foreseen, weighed = bool(round_.outlook), bool(round_.weighed)
             scores += round_.scores
         for group in groups:
             first, score = self._chunks(group, most)
@@ -171,8 +173,8 @@ class Engine:
         prefixes = [self._marked(c.row) for c in chunks if c.row.stops and c.row.stops[0] == c.row.prefilled]
         scored = [*((r, width + 1) for r in _asking(active)), *((r, 1) for r in begun)]
         out, known = mx.concatenate([*outs, *experts, *scores]), tuple(r.prospect for r in active)
-        counted = bool(experts)
-        return Pass(decoded, active, width, chunks, prefixes, draft, guide, out, known, foreseen, counted, scored, most)
+        flags = foreseen, weighed, bool(experts)
+        return Pass(decoded, active, width, chunks, prefixes, draft, guide, out, known, *flags, scored, most)
 
     def _join(self, row: Row) -> None:
         prompt, most, n = len(row.request.prompt), row.request.max_tokens, row.prefilled
@@ -191,11 +193,14 @@ class Engine:
         """Draft, verify, commit. most: log-probabilities of so many tokens go with each where they are asked for."""
         rows, wanted = slice(0, len(decoded)), _asking(active)
         asking = [i for i, r in enumerate(decoded) if r in wanted]
-        sampler, bonus = self._sampler(decoded, rows), self._bonus[rows]
+        cuts, bonus = self.confidence, self._bonus[rows]
+        sampler = self._sampler(decoded, rows, weighs=bool(width and cuts and guide is None and cuts.looks()))
         draft = self._draft(rows, bonus, sampler, width, guide)
+        draft = cuts.cut(draft) if cuts is not None else draft
         width = draft.width
         tokens = mx.concatenate([bonus[:, None], draft.tokens], axis=1)
         pass_ = self.cache.open(rows, width + 1)
+        pass_.lenders = lenders(draft)
         hidden, taps = self.target.forward(tokens, pass_, self.drafter.taps)
         logits = self.target.logits(hidden, capped=bool(asking) or not sampler.order_decides)
         if guide is not None:
@@ -217,7 +222,8 @@ class Engine:
         experts = [distinct_experts(pass_.routed)[None]] if pass_.routed else []
         scores = logprobs.packed_rows(logits, judged.tokens, asking, most)
         foreseen = [] if outlook is None else [outlook]
-        return Round(draft.tokens if width else None, Verdict(judged.tokens, kept), foreseen, experts, scores)
+        read = foreseen, pack(draft, judged.right), experts, scores
+        return Round(draft.tokens if width else None, Verdict(judged.tokens, kept), *read)
 
     def _guide(self, decoded: list[Row], active: list[Row], width: int) -> Guide | None:
         """What constrains a round; None where nothing does."""
@@ -291,13 +297,13 @@ class Engine:
         n = len(tokens)
         return Prefix(tokens, self.cache.snapshot(row.index, n), self.drafter.snapshot(row.index, n), back)
 
-    def _sampler(self, rows: list[Row], where: slice) -> Sampler:
+    def _sampler(self, rows: list[Row], where: slice, weighs: bool = False) -> Sampler:
         """The rows' settings as arrays, built once for a set of rows, with what their texts do to the next logits."""
-        key = tuple(r.id for r in rows)
+        key = weighs, *(r.id for r in rows)
         if key not in self._samplers:
             if len(self._samplers) > 64:
                 self._samplers.clear()
-            self._samplers[key] = Sampler([r.sampler for r in rows])
+            self._samplers[key] = Sampler([r.sampler for r in rows], weighs=weighs)
         return self._samplers[key].steered(self._history.processors(where))
 
     # running ----------------------------------------------------------------------------------------------------
@@ -359,6 +365,7 @@ class Engine:
         outlook = list(islice(values, len(done.decoded) if done.foreseen else 0))
         for row, value in zip(done.decoded, outlook, strict=False):
             row.outlook = value if row in done.active else row.outlook
+        weighed = Judged.unpack(values, len(done.decoded), done.width) if done.weighed else None
         firsts = list(islice(values, len(done.chunks)))
         experts = next(values) / len(self.target.layers) if done.counted else 0.0
         size = logprobs.packed_size(done.most)
@@ -372,7 +379,8 @@ class Engine:
                 row.stats.device_s += now - self._sent_s
                 row.stats.experts += experts
                 said = tokens[i][: kept[i]]
-                events.append(self._emit(row, said, done.width, now, _told(row, scores, said, done.most)))
+                tried = done.width, weighed.live[i] if weighed else done.width
+                events.append(self._emit(row, said, tried, now, _told(row, scores, said, done.most)))
         for chunk, first in zip(done.chunks, firsts, strict=True):
             row = chunk.row
             row.stats.host_reads += 1
@@ -381,13 +389,14 @@ class Engine:
                 row.stats.first_passes = self._work[0] - row.arrived[0]
                 row.stats.first_columns = self._work[1] - row.arrived[1]
                 events.append(self._emit(row, [first], None, now, _told(row, scores, [first], done.most)))
-        self._report(done, kept, now, away_s)
+        self._report(done, kept, weighed, experts, now, away_s)
         return events
 
     def _emit(
-        self, row: Row, tokens: list[int], width: int | None, now: float, scores: tuple[TokenLogprob, ...]
+        self, row: Row, tokens: list[int], tried: tuple[int, int] | None, now: float, scores: tuple[TokenLogprob, ...]
     ) -> Event:
-        """Append new text to a row; ends it at an end token or at its limit. width is None for the first token."""
+        """Append new text to a row; ends it at an end token or at its limit. tried: how many tokens were drafted, and
+        how many of them tried; None for the first token."""
         row.pending -= 1
         kept, request = len(tokens), row.request
         tokens = tokens[: request.max_tokens - len(row.tokens)]
@@ -399,8 +408,8 @@ class Engine:
             row.follower.advance(tokens)
         stats, reason = row.stats, None
         stats.generated_tokens = len(row.tokens)
-        if width is not None:
-            stats.count_round(width, kept, len(tokens))
+        if tried is not None:
+            stats.count_round(*tried, kept, len(tokens))
         failed = row.follower is not None and row.follower.failed
         if end is not None or failed or len(row.tokens) == request.max_tokens:
             reason = "stop" if end is not None else "length"
@@ -413,8 +422,10 @@ class Engine:
         row.stats.peak_memory_bytes = mx.get_peak_memory()
         self.total.add(row.stats)
 
-    def _report(self, done: Pass, kept: list[int], now: float, away_s: float) -> None:
-        """Tell the depth policy and the scheduler what a pass kept, and what it took if its time is its own."""
+    def _report(
+        self, done: Pass, kept: list[int], weighed: Judged | None, experts: float, now: float, away_s: float
+    ) -> None:
+        """Tell whoever decides what a pass kept, and what it took if its time is its own."""
         seconds = None if self._last is None or away_s > 0.2 * (now - self._last) else now - self._last
         self._last = now
         if done.chunks:
@@ -422,12 +433,16 @@ class Engine:
         elif seconds is not None:
             self.scheduler.timed_round(seconds)
         if done.decoded:
-            counts = [k for k, row in zip(kept, done.decoded, strict=True) if row in done.active]
+            alone_s, own = None if done.chunks else seconds, [i for i, r in enumerate(done.decoded) if r in done.active]
             if done.width and done.guide is not None and done.guide.certain:
                 return  # forced drafts say nothing about the drafter
-            self.depth.record(done.width, counts, None if done.chunks else seconds, done.outlook)
+            self.depth.record(done.width, [kept[i] for i in own], alone_s, done.outlook)
+            judged = None if weighed is None else weighed.of(own)
+            right = judged.right if judged is not None else [kept[i] - 1 for i in own]
+            if done.width and self.confidence is not None:
+                self.confidence.record(judged, (len(done.decoded), done.width), experts, alone_s)
             if done.width and self.first_drafts < JUDGED:
-                guessed = [k > 1 for k, outlook in zip(counts, done.outlook, strict=True) if outlook == USUAL]
+                guessed = [n > 0 for n, outlook in zip(right, done.outlook, strict=True) if outlook == USUAL]
                 self.first_drafts, self.first_kept = self.first_drafts + len(guessed), self.first_kept + sum(guessed)
 
     def _drop_done(self) -> None:

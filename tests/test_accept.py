@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from engines import Models, engine_of, full_pass, processed, prompts, request, run, smallest
 
+from mlx_mtp import confidence
 from mlx_mtp.accept import Verdict, matching, rejection, verdict
+from mlx_mtp.confidence import Confidence, Sizes
 from mlx_mtp.processors import History, Processors
 from mlx_mtp.rows import GREEDY, Candidates, Draft, Request, Sampling
 from mlx_mtp.sampling import RowSampler, Sampler
@@ -107,9 +109,9 @@ def clustered(z: mx.array, step: int) -> tuple[mx.array, mx.array]:
 def drawn_at_once(sampler: Sampler, count: int) -> Draft:
     """Drafts of `count` rows whose positions know nothing of each other, as a block drafter gives them."""
     block = mx.broadcast_to(mx.array(DRAFTER[VOCAB, VOCAB, :WIDTH]), (count, WIDTH, VOCAB))
-    tokens, kept = sampler.draw_all(block, mx.broadcast_to(11 + mx.arange(WIDTH), (count, WIDTH)))
-    assert kept is not None
-    return Draft(tokens, Candidates(kept, None))
+    draft = sampler.draw_all(block, mx.broadcast_to(11 + mx.arange(WIDTH), (count, WIDTH)))
+    assert draft.source is not None
+    return draft
 
 
 def drafted(sampler: Sampler, count: int, few: bool, certain: bool) -> Draft:
@@ -119,12 +121,13 @@ def drafted(sampler: Sampler, count: int, few: bool, certain: bool) -> Draft:
         z, which = after(DRAFTER, said), None
         if few:
             z, which = clustered(z, i)
-        token, kept = sampler.draw(z, which, mx.full((count,), 11 + i, mx.int32), [said[:, m] for m in range(i)])
+        drawn = sampler.draw(z, which, mx.full((count,), 11 + i, mx.int32), [said[:, m] for m in range(i)])
+        token = drawn.tokens
         if certain:
             best = mx.argmax(z, axis=-1, keepdims=True)
             token = best[:, 0] if which is None else mx.take_along_axis(which, best, axis=-1)[:, 0]
         said = mx.concatenate([said, token[:, None].astype(mx.int32)], axis=1)
-        logits.append(kept)
+        logits.append(drawn.logits)
         ids.append(which)
     if certain:
         return Draft(said)
@@ -256,7 +259,7 @@ def test_rejection_sampling_keeps_as_many_drafts_as_any_exact_rule_can():
 def test_a_draft_from_the_targets_own_distribution_is_always_kept():
     sampler = fresh(2000, 5)
     z = sampler.filter(mx.broadcast_to(mx.array(TARGET[0, 0, :4]), (2000, 4, VOCAB)))
-    tokens = mx.stack([sampler.draw(z[:, i], None, mx.full((2000,), i))[0] for i in range(3)], axis=1)
+    tokens = mx.stack([sampler.draw(z[:, i], None, mx.full((2000,), i)).tokens for i in range(3)], axis=1)
     position = mx.broadcast_to(mx.arange(4), (2000, 4))
     result = rejection(Draft(tokens, Candidates(z[:, :3], None)), z, position, sampler)
     assert mx.all(result.kept == 4).item()
@@ -276,7 +279,7 @@ def test_draft_test_and_replacement_use_noise_that_is_independent():
     sampler = fresh(SAMPLES, 7, Sampling())
     q, p = mx.array([0.0, 0.0, 0.0, 0.0]), mx.array([-9.0, 0.0, 0.0, 0.0])
     position = mx.full((SAMPLES,), 5, mx.int32)
-    token, _ = sampler.draw(mx.broadcast_to(q, (SAMPLES, 4)), None, position)
+    token = sampler.draw(mx.broadcast_to(q, (SAMPLES, 4)), None, position).tokens
     z = mx.broadcast_to(p, (SAMPLES, 2, 4))
     source = Candidates(mx.broadcast_to(q, (SAMPLES, 1, 4)), None)
     at = mx.stack([position, position + 1], axis=1)
@@ -284,6 +287,50 @@ def test_draft_test_and_replacement_use_noise_that_is_independent():
     rejected = np.array(token) == 0
     counts = np.bincount(np.array(result.tokens)[rejected, 0], minlength=4)[1:]
     assert fits(counts, np.full(3, 1 / 3))
+
+
+# cut drafts -------------------------------------------------------------------------------------------------
+
+
+def cut_by_distribution(draft: Draft, threshold: float) -> mx.array:
+    """How many drafts of each row live, [N] int32, by how peaked what they were drawn from is."""
+    assert draft.source is not None
+    sure = mx.full((len(draft.tokens), 1), confidence.REJECTING, mx.int32)
+    weighed = replace(draft, bins=confidence.bins(draft.source.logits, sure))
+    live = Confidence(Sizes(8, 2, 1, 1), threshold).cut(weighed).live
+    assert live is not None
+    return live
+
+
+def cut_by_draw(draft: Draft) -> mx.array:
+    """The same by the probability of the token that was drawn: what must not be done."""
+    assert draft.source is not None
+    q = mx.softmax(draft.source.logits, axis=-1)
+    chance = mx.take_along_axis(q, draft.tokens[..., None], axis=-1)[..., 0]
+    return mx.cumprod(chance > 0.3, axis=1).sum(axis=1).astype(mx.int32)
+
+
+@pytest.mark.parametrize("threshold", [0.15, 0.2])
+@pytest.mark.parametrize("few", [False, True], ids=["all_tokens", "few_tokens"])
+def test_a_cut_by_the_drafters_distribution_leaves_the_targets(few, threshold):
+    sampler = fresh(SAMPLES, 3)
+    draft = drafted(sampler, SAMPLES, few, False)
+    live = cut_by_distribution(draft, threshold)
+    assert sorted(np.bincount(np.array(live)))[-2] > 0.05 * SAMPLES, "every row is cut at the same place"
+    result = judged(replace(draft, live=live), sampler)
+    assert mx.all(result.kept <= live + 1).item()
+    counts, p = counts_of(continued(result, sampler)), joint()
+    assert fits(counts, p.ravel())
+    for depth in (1, 2):
+        axes = tuple(range(depth, 3))
+        assert fits(counts.reshape((VOCAB,) * 3).sum(axes).ravel(), p.sum(axes).ravel())
+
+
+def test_a_cut_that_knows_what_was_drawn_is_seen_to_be_biased():
+    sampler = fresh(SAMPLES, 3)
+    draft = drafted(sampler, SAMPLES, False, False)
+    result = judged(replace(draft, live=cut_by_draw(draft)), sampler)
+    assert not fits(counts_of(continued(result, sampler)), joint().ravel())
 
 
 # coupling and greedy ------------------------------------------------------------------------------------------

@@ -34,7 +34,8 @@ LAYERS = (
         "clusters",
     ),
     ("passes",),
-    ("scheduler", "pace", "prefixes", "depth", "drafters", "accept", "sampling", "processors", "logprobs", "guide"),
+    ("scheduler", "pace", "prefixes", "depth", "drafters", "accept", "sampling", "processors", "logprobs", "guide")
+    + ("confidence",),
     ("models",),
     ("cache", "kernels"),
     ("rows",),

@@ -130,8 +130,9 @@ def test_a_draft_is_drawn_from_processed_logits_and_reports_them():
     plain = Sampler(own)
     sampler = plain.steered(history.processors(slice(0, 1)))
     logits, position = mx.zeros((1, VOCAB)), mx.array([4])
-    token, kept = sampler.draw(logits, None, position, [mx.array([7]), mx.array([7])])
-    assert token.item() == 2
+    drawn = sampler.draw(logits, None, position, [mx.array([7]), mx.array([7])])
+    kept = drawn.logits
+    assert drawn.tokens.item() == 2 and kept is not None
     assert kept[0, 2].item() == 48 and kept[0, 7].item() == -4 and kept[0, 1].item() == 0
     assert not sampler.drafts_by_kernel and not sampler.order_decides
     assert plain.processors is None and plain.steered(None) is plain

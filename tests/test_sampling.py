@@ -137,7 +137,8 @@ def test_a_draw_is_from_the_candidates_and_reports_their_filtered_logits():
     logits = mx.array(random_logits(6, 400, 8))
     ids = mx.broadcast_to(mx.array([3, 39, 7, 20, 21, 0, 1, 30]), (400, 8))
     rows = [RowSampler(Sampling(top_k=3), i, False) for i in range(400)]
-    tokens, kept = Sampler(rows).draw(logits, ids, mx.zeros((400,), mx.int32))
+    drawn = Sampler(rows).draw(logits, ids, mx.zeros((400,), mx.int32))
+    tokens, kept = drawn.tokens, drawn.logits
     column = np.argmax(np.array(ids) == np.array(tokens)[:, None], axis=1)
     assert (np.isfinite(np.array(kept)).sum(1) == 3).all()
     assert np.isfinite(np.take_along_axis(np.array(kept), column[:, None], 1)).all()
@@ -164,7 +165,7 @@ def test_streams_of_an_unseeded_row_differ_and_a_seeded_row_has_one():
     logits = mx.zeros((2, 1000))
     sampler = Sampler([RowSampler(Sampling(), 5, False), RowSampler(Sampling(seed=5), 5, True)])
     position = mx.array([9, 9])
-    drafts, _ = sampler.draw(logits, None, position)
+    drafts = sampler.draw(logits, None, position).tokens
     chosen = sampler.choose(sampler.filter(logits[:, None]), position[:, None])[:, 0]
     assert drafts[0].item() != chosen[0].item()
     assert drafts[1].item() == chosen[1].item()

@@ -18,7 +18,7 @@ from mlx_mtp.drafters.kinds import Kind, Network
 from mlx_mtp.models.config import TextConfig
 from mlx_mtp.models.dflash import DFlash, DFlashConfig, is_dflash, read_dflash
 from mlx_mtp.models.gemma4 import Gemma4
-from mlx_mtp.rows import Candidates, Draft, Forward, PairingError
+from mlx_mtp.rows import Draft, Forward, PairingError
 from mlx_mtp.sampling import Sampler
 
 
@@ -65,8 +65,7 @@ class DFlashDrafter:
         hidden = self._network.denoise(block, pass_)[:, 1:]
         logits = self._target.logits(hidden, capped=config.softcap is not None and not sampler.greedy)
         position = pass_.start[:, None] + 1 + mx.arange(width)
-        tokens, kept = sampler.draw_all(logits, position)
-        return Draft(tokens, None if kept is None else Candidates(kept, None))
+        return sampler.draw_all(logits, position)
 
     def observe(self, fwd: Forward, kept: mx.array) -> None:
         tapped = mx.concatenate([fwd.taps[i] for i in self.taps], axis=-1)

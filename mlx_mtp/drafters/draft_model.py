@@ -22,8 +22,8 @@ from mlx_mtp.drafters.kinds import Kind, Network
 from mlx_mtp.drafters.texts import Texts
 from mlx_mtp.models.config import TARGET_TYPES, TextConfig, read_target
 from mlx_mtp.models.gemma4 import Gemma4
-from mlx_mtp.rows import Candidates, Draft, Forward, PairingError
-from mlx_mtp.sampling import Sampler
+from mlx_mtp.rows import Draft, Forward, PairingError
+from mlx_mtp.sampling import Drawn, Sampler
 
 CHUNK_TOK = 512  # as wide as it catches up in one pass
 
@@ -53,16 +53,15 @@ class DraftModel:
         tokens = mx.where(at == end[:, None], bonus[:, None], self._texts.at(rows, at))
         hidden = self._run(rows, tokens, start, 0)
         hidden = mx.take_along_axis(hidden, (end - start)[:, None, None], axis=1)
-        drafted, logits = [], []
+        drafted: list[mx.array] = []
+        steps: list[Drawn] = []
         for i in range(width):
             if i:
                 hidden = self._run(rows, drafted[-1][:, None], end + i, i)
             scores, _ = sampler.offer(self._model.logits(hidden[:, 0]), None, drafted)
-            token, kept = sampler.draw(scores, None, end + 1 + i, drafted)
-            drafted.append(token)
-            logits.append(kept)
-        source = Candidates(mx.stack(logits, axis=1), None) if sampler.keep_logits else None
-        return Draft(mx.stack(drafted, axis=1), source)
+            steps.append(sampler.draw(scores, None, end + 1 + i, drafted))
+            drafted.append(steps[-1].tokens)
+        return Drawn.draft(steps)
 
     def observe(self, fwd: Forward, kept: mx.array) -> None:
         self._texts.observe(fwd, kept)

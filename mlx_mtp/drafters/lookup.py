@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_mtp.cache import Cache
+from mlx_mtp.confidence import bins_of_match
 from mlx_mtp.drafters import Drafter
 from mlx_mtp.drafters.kinds import Kind
 from mlx_mtp.drafters.plain import PlainDrafter
@@ -45,11 +46,13 @@ class LookupDrafter:
         length, at = self._found[rows, 0], self._found[rows, 1][:, None]
         period = mx.maximum(self._texts.lengths(rows)[:, None] - at, 1)
         tokens = self._texts.at(rows, at + 1 + mx.arange(width) % period)
+        sure = bins_of_match(length, width) if sampler.weighs else None
         if not other.width:
-            return Draft(tokens)
+            return Draft(tokens, None, sure)
         looked = (length >= self._gate)[:, None]
         source = other.source and certain(other.source, tokens, looked)
-        return Draft(mx.where(looked, tokens, other.tokens), source)
+        sure = None if sure is None or other.bins is None else mx.where(looked, sure, other.bins)
+        return Draft(mx.where(looked, tokens, other.tokens), source, sure)
 
     def observe(self, fwd: Forward, kept: mx.array) -> mx.array:
         outlook = self._under.observe(fwd, kept)

@@ -8,13 +8,14 @@ import mlx.core as mx
 
 from mlx_mtp import kernels
 from mlx_mtp.cache import Cache
+from mlx_mtp.confidence import bins_of_odds
 from mlx_mtp.drafters.kinds import Kind, Network
-from mlx_mtp.kernels.head import head
+from mlx_mtp.kernels.head import head_odds
 from mlx_mtp.models.config import DRAFTER_TYPES, AssistantConfig, LayerConfig, TextConfig, read_assistant
 from mlx_mtp.models.gemma4 import Gemma4
 from mlx_mtp.models.gemma4_assistant import Assistant
-from mlx_mtp.rows import Candidates, Draft, Forward, PairingError
-from mlx_mtp.sampling import Sampler
+from mlx_mtp.rows import Draft, Forward, PairingError
+from mlx_mtp.sampling import Drawn, Sampler
 
 
 @dataclass(frozen=True)
@@ -48,22 +49,22 @@ class MtpDrafter:
         length = self._cache.lengths[rows]
         position, views = length + self._convention.position_offset, self._views(rows)
         token, hidden = bonus, self._hidden[rows]
-        tokens, logits, ids = [], [], []
+        steps: list[Drawn] = []
         for i in range(width):
             y, hidden = self._assistant.step(self._target.embed(token[:, None]), hidden, position, views)
-            if self._clusters is not None and sampler.drafts_by_kernel:
-                token = head(y, self._clusters, sampler.drafting(length + 1 + i))
-                tokens.append(token)
-                continue
-            scores, which = sampler.offer(*self._assistant.logits(y), tokens)
-            token, kept = sampler.draw(scores, which, length + 1 + i, tokens)
-            tokens.append(token)
-            logits.append(kept)
-            ids.append(which)
-        source = None
-        if sampler.keep_logits:
-            source = Candidates(mx.stack(logits, axis=1), None if ids[0] is None else mx.stack(ids, axis=1))
-        return Draft(mx.stack(tokens, axis=1), source)
+            steps.append(self._drawn(y, sampler, length + 1 + i, steps))
+            token = steps[-1].tokens
+        return Drawn.draft(steps)
+
+    def _drawn(self, y: mx.array, sampler: Sampler, position: mx.array, before: list[Drawn]) -> Drawn:
+        """A step's token from its hidden state y [B, h]."""
+        if self._clusters is not None and sampler.drafts_by_kernel:
+            found = head_odds(y, self._clusters, sampler.drafting(position))
+            sure = bins_of_odds(found.odds, sampler.kind[:, 0]) if sampler.weighs else None
+            return Drawn(found.token, bins=sure)
+        drafted = [step.tokens for step in before]
+        scores, which = sampler.offer(*self._assistant.logits(y), drafted)
+        return sampler.draw(scores, which, position, drafted)
 
     def _views(self, rows: slice):
         """(sliding, full) committed keys and values; the same in all steps of a round."""

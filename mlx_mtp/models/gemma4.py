@@ -154,11 +154,13 @@ class Block(nn.Module):
         columns = h.shape[0] // start.shape[0]
         return (self._fused_project if columns <= FUSED_COLUMNS else self._project)(h, start)
 
-    def finish(self, h: mx.array, a: mx.array, ple: mx.array | None, columns: int) -> tuple[mx.array, mx.array | None]:
+    def finish(
+        self, h: mx.array, a: mx.array, ple: mx.array | None, columns: int, lenders: mx.array | None = None
+    ) -> tuple[mx.array, mx.array | None]:
         """The half after attention a [N, heads * D]: h [N, H] -> [N, H], and the experts chosen [N, k] if there are
-        any; ple [N, d] is this layer's per-layer input, columns is L."""
+        any; ple [N, d] is this layer's per-layer input, columns is L, lenders as in `Pass`."""
         finish = self._fused_finish if columns <= FUSED_COLUMNS else self._finish
-        return finish(h, a, ple, self.layer_scalar)
+        return finish(h, a, ple, self.layer_scalar, lenders)
 
     def _project(self, h: mx.array, start: mx.array) -> tuple[mx.array, ...]:
         x = self.input_layernorm(h)
@@ -166,23 +168,28 @@ class Block(nn.Module):
         return (q, *self.self_attn.keys_values(x, start)) if self._owner else (q,)
 
     def _finish(
-        self, h: mx.array, a: mx.array, ple: mx.array | None, scalar: mx.array
+        self, h: mx.array, a: mx.array, ple: mx.array | None, scalar: mx.array, lenders: mx.array | None
     ) -> tuple[mx.array, mx.array | None]:
         # The scalar is an argument: one that is captured is compiled in, and every layer would get kernels of its own.
         h = h + self.post_attention_layernorm(self.self_attn.o_proj(a))
-        fed, chosen = self.feed_forward(h)
+        fed, chosen = self.feed_forward(h, lenders)
         h = h + self.post_feedforward_layernorm(fed)
         if ple is not None:
             gated = geglu(self.per_layer_input_gate(h), ple)
             h = h + self.post_per_layer_input_norm(self.per_layer_projection(gated))
         return h * scalar, chosen
 
-    def feed_forward(self, h: mx.array) -> tuple[mx.array, mx.array | None]:
-        """The dense branch, plus the routed experts where there are any: [N, H] -> [N, H], experts chosen [N, k]."""
+    def feed_forward(self, h: mx.array, lenders: mx.array | None = None) -> tuple[mx.array, mx.array | None]:
+        """The dense branch, plus the routed experts where there are any: [N, H] -> [N, H], experts chosen [N, k].
+
+        A column whose experts are another's (lenders [N]) has a result that means nothing, and is finite.
+        """
         dense = self.mlp(self.pre_feedforward_layernorm(h))
         if "experts" not in self:
             return dense, None
         chosen, weights = self.router(h)
+        if lenders is not None:
+            chosen = chosen[lenders]
         routed = self.experts(self.pre_feedforward_layernorm_2(h), chosen, weights)
         return self.post_feedforward_layernorm_1(dense) + self.post_feedforward_layernorm_2(routed), chosen
 
@@ -242,7 +249,7 @@ class Gemma4(nn.Module):
             if owned:
                 views[i] = pass_.store(self._slot[i], *owned)
             attended = views[layer.owner].attend(queries, last)
-            h, chosen = block.finish(h, attended, None if ple is None else ple[:, i], columns)
+            h, chosen = block.finish(h, attended, None if ple is None else ple[:, i], columns, pass_.lenders)
             if chosen is not None:
                 pass_.routed.append(chosen)
             if i in taps:
