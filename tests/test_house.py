@@ -36,7 +36,7 @@ LAYERS = (
     ("passes",),
     ("scheduler", "pace", "prefixes", "depth", "drafters", "accept", "sampling", "processors", "logprobs", "guide"),
     ("models",),
-    ("cache", "kernels"),
+    ("cache", "states", "buffers", "kernels"),
     ("rows",),
 )
 HEIGHT = {name: -depth for depth, layer in enumerate(LAYERS) for name in layer}
