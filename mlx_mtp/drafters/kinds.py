@@ -21,6 +21,7 @@ KINDS = (
     "mtp",
     "dflash",
     "draft_model",
+    "qwen_mtp",
     "lookup",
 )
 

@@ -19,7 +19,10 @@ from mlx_mtp.models.config import DRAFTER_TYPES, LayerConfig, read_target
 from mlx_mtp.rows import CheckpointError
 from mlx_mtp.states import StateSpec
 
-FAMILIES = ("gemma4",)
+FAMILIES = (
+    "gemma4",
+    "qwen3_5",
+)
 SKIPPED = re.compile(
     r"^(vision_tower|audio_tower|embed_vision|embed_audio|vision_embedder|multi_modal_projector|mtp|lm_head)\."
     r"|\brotary_emb\.|\.(input|output)_(min|max)$"
