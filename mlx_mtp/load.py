@@ -51,7 +51,7 @@ class LoadedTarget:
     """A target ready to run.
 
     name: as the user wrote it. sampling: defaults from its generation_config.json. eos: its end tokens.
-    base_model: it has no chat template, so it was not tuned for instructions. notes: for the user.
+    base_model: it has no chat template, so it was not tuned for instructions. family: its name. notes: for the user.
     """
 
     model: Target
@@ -62,6 +62,7 @@ class LoadedTarget:
     dtype: mx.Dtype
     weight_bytes: int
     base_model: bool
+    family: str
     notes: tuple[str, ...] = ()
 
 
@@ -139,7 +140,7 @@ def load_pair(
     draft_plan = opened and _plan_drafter(opened, dtype or target_plan.dtype, quantize)
     if opened and draft_plan:
         notes += _compare_sizes(draft_plan, target_plan)
-    loaded = _finish_target(target_plan, report)
+    loaded = _finish_target(target_plan, family, report)
     notes += loaded.notes
     finished = _finish_drafter(opened, draft_plan, clusters, report) if opened and draft_plan else None
     return LoadedPair(loaded, finished, (*notes, *(finished.notes if finished else ())), over)
@@ -153,7 +154,7 @@ def load_target(name: str, *, dtype: mx.Dtype | None = None, report: Report | No
     report: called with (stage, done bytes, total bytes). Raises DownloadError, CheckpointError, RequestError.
     """
     family, folder = _open_target(name, report)
-    return _finish_target(plan(folder, family.build, dtype), report)
+    return _finish_target(plan(folder, family.build, dtype), family, report)
 
 
 def load_drafter(
@@ -288,14 +289,23 @@ def _compare_sizes(drafter: Plan, target: Plan) -> list[str]:
 # weights --------------------------------------------------------------------------------------------------
 
 
-def _finish_target(made: Plan, report: Report | None) -> LoadedTarget:
+def _finish_target(made: Plan, family: Family, report: Report | None) -> LoadedTarget:
     folder = made.folder
     sampling, eos, notes = _defaults(folder)
     base_model = not _has_chat_template(folder.path)
     weight_bytes = read(made, report)
     use_kernels(made.model)
     return LoadedTarget(
-        cast(Target, made.model), folder.path, folder.name, sampling, eos, made.dtype, weight_bytes, base_model, notes
+        model=cast(Target, made.model),
+        path=folder.path,
+        name=folder.name,
+        sampling=sampling,
+        eos=eos,
+        dtype=made.dtype,
+        weight_bytes=weight_bytes,
+        base_model=base_model,
+        family=family.name,
+        notes=notes,
     )
 
 

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from checkpoints import FIXTURES, Checkpoint, Quant, quantised, read, write
 from engines import QWEN, Job, Models, engine_of, prompts, qwen, random_widths, request, run, solo, texts
+from servers import running
 
-from mlx_mtp.cache import Cache
+import mlx_mtp
+from mlx_mtp.cache import Cache, LayerSpec
 from mlx_mtp.depth import MAX_WIDTH
 from mlx_mtp.drafters.qwen_mtp import QwenMtpDrafter
 from mlx_mtp.load import load_drafter, load_pair, load_target
@@ -20,6 +22,7 @@ from mlx_mtp.models.qwen3_5_mtp import QwenMtp
 from mlx_mtp.rows import GREEDY, CheckpointError, Forward, PairingError, Sampling
 from mlx_mtp.sampling import RowSampler, Sampler
 from mlx_mtp.scheduler import Limits
+from mlx_mtp.states import StateSpec
 
 STEP = 2.0**-14  # the goldens are int32 multiples of it
 ONE = slice(0, 1)
@@ -356,3 +359,53 @@ def test_auto_takes_the_head_in_the_targets_own_files():
     pair = load_pair(str(QWEN), "auto+lookup", dtype=mx.float32)
     assert pair.drafter_name == f"{QWEN}+lookup" and pair.drafter.kind.name == "qwen_mtp" and not pair.notes
     assert load_drafter(str(QWEN), pair.target).kind.name == "qwen_mtp"
+
+
+# the whole of it --------------------------------------------------------------------------------------------
+
+
+def test_the_public_interface_generates_chats_and_shows_drafts():
+    pair, g = mlx_mtp.load(str(QWEN)), goldens()
+    text, known = g["text"].tolist(), int(g["known"][2])
+    assert pair.family == "qwen3_5" and pair.eos == {256, 258} and pair.context_tok == 1024
+    start = int(g["prompt_tok"])
+    assert pair.generate(text[:start], max_tokens=20)[0].tokens == text[start : start + 20]
+    tokens, logits = pair.draft(text[:known], 4)
+    np.testing.assert_array_equal(np.array(tokens[0]), g["draft_tokens"][2])
+    np.testing.assert_allclose(np.array(logits[0]), g["draft_logits"][2] * STEP, rtol=0, atol=3e-4)
+    rendered = pair.text.render([{"role": "user", "content": "Hé"}])
+    assert rendered.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert pair.text.decode(pair.text.encode(rendered)).count("Hé") == 1
+    (chatted,) = pair.generate([{"role": "user", "content": "Hé"}], max_tokens=6)
+    assert chatted.tokens == solo(qwen(), request(pair.text.encode(rendered), 6, eos=pair.eos))
+
+
+def test_the_memory_of_states_is_part_of_what_a_row_is_admitted_for():
+    specs, small = qwen().target.specs, Limits(kv_bytes=2**20)
+    states = sum(4 * np.prod(s.shape) for s in specs if isinstance(s, StateSpec))
+    rows = Cache(specs, MAX_WIDTH, mx.float32)
+    without = Cache(tuple(s for s in specs if isinstance(s, LayerSpec)), MAX_WIDTH, mx.float32)
+    assert rows.row_bytes(1) - without.row_bytes(1) > states
+    engine, ids = engine_of(qwen(), "head", 2, small), goldens()["text"].tolist()
+    most = small.kv_bytes // rows.row_bytes(40)
+    for _ in range(most + 3):
+        engine.submit(request(ids[:20], 20))
+    engine.step()
+    assert len(engine.scheduler.rows) == min(most, small.max_rows) < most + 3
+
+
+def test_a_server_leaves_text_whole_and_refuses_what_it_could_not_read():
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}}
+    with running((str(QWEN), "auto"), name="qwen") as live:
+        refused = live.chat("hello", tools=[tool], max_tokens=4)
+        assert refused.status_code == 400 and "notation that is not read here" in refused.json()["error"]["message"]
+        answer = live.chat("hello", max_tokens=12, temperature=0).json()["choices"][0]["message"]
+        rendered = live.pair.text.render([{"role": "user", "content": "hello"}], options={"enable_thinking": False})
+        told = solo(qwen(), request(live.pair.text.encode(rendered), 12, eos=live.pair.eos))
+        assert answer["content"] == live.pair.text.decode(told) and not answer.get("tool_calls")
+        both = live.chat("hello", response_format=schema, chat_template_kwargs={"enable_thinking": True}, max_tokens=4)
+        assert both.status_code == 400 and "thoughts in a notation" in both.json()["error"]["message"]
+        shown = live.client.post("/api/show", json={"model": "qwen"}).json()
+        assert shown["details"]["family"] == "qwen3_5" and shown["capabilities"] == ["completion"]
+        assert live.settled()

@@ -88,9 +88,13 @@ class Stored:
 
 @dataclass(frozen=True)
 class Family:
-    """Targets of one architecture. types: their model_types. read: (config.json, its path) -> config; raises
-    CheckpointError. build: config -> network, a Target. stored: of a config."""
+    """Targets of one architecture.
 
+    name: for people. types: their model_types. read: (config.json, its path) -> config; raises CheckpointError.
+    build: config -> network, a Target. stored: of a config.
+    """
+
+    name: str
     types: tuple[str, ...]
     read: Callable[[dict[str, Any], str], Any]
     build: Callable[[Any], nn.Module]

@@ -269,4 +269,4 @@ class Gemma4(nn.Module):
         return mx.tanh(logits / cap) * cap if cap and capped else logits
 
 
-FAMILY = Family(TARGET_TYPES, read_target, Gemma4, lambda config: Stored(layers=config.layers))
+FAMILY = Family("gemma4", TARGET_TYPES, read_target, Gemma4, lambda config: Stored(layers=config.layers))

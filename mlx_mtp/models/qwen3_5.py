@@ -379,4 +379,4 @@ def stored(config: QwenConfig) -> Stored:
     return Stored(skipped=re.compile(skipped), centred=centred)
 
 
-FAMILY = Family(types=(*TYPES, *MOE_TYPES), read=read_qwen, build=Qwen, stored=stored)
+FAMILY = Family(name="qwen3_5", types=(*TYPES, *MOE_TYPES), read=read_qwen, build=Qwen, stored=stored)
