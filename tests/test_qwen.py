@@ -240,6 +240,14 @@ def test_four_rows_have_the_texts_of_plain_decoding_at_every_width(kind, width):
         assert texts(run(engine_of(models, kind, width, limits), jobs)) == [solo(models, r) for r in wanted]
 
 
+@pytest.mark.parametrize("lengths", [(30, 28, 27, 26), (9, 8, 9, 8), (24, 24, 24, 24)])
+def test_prompts_that_go_together_are_each_taken_in_as_if_alone(lengths):
+    """Of passes wider than a round states keep everything, so that no shorter prompt may be padded to its neighbour."""
+    models = qwen()
+    wanted = [request(p, 6) for p in prompts(models, lengths)]
+    assert texts(run(engine_of(models, "head", 2), wanted)) == [solo(models, r) for r in wanted]
+
+
 def test_rows_that_end_are_cancelled_and_leave_room_do_not_disturb_the_others():
     models = qwen()
     first, *rest = (request(p, n) for p, n in zip(prompts(models, (30, 4, 7, 12)), (14, 5, 9, 20), strict=True))
