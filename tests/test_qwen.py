@@ -217,12 +217,17 @@ def test_a_head_of_another_size_is_refused(tmp_path: Path):
 # texts ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["lookup", "head", "head+lookup"])
-@pytest.mark.parametrize("rows", [1, 4, 8])
+EVERY_KIND = [(kind, rows) for kind in ("lookup", "head", "head+lookup") for rows in (1, 4, 8)]
+QUICK = [case for case in EVERY_KIND if case[1] == 1] + [("head+lookup", 4), ("head", 8)]
+
+
+@pytest.mark.parametrize(
+    "kind, rows", [case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in EVERY_KIND]
+)
 def test_rows_have_the_texts_of_plain_decoding_at_changing_widths(kind, rows):
     """Greedy and seeded rows that join one after another, of texts that repeat themselves."""
     models = qwen()
-    wanted = [request(p * 3, 16, (GREEDY, SEEDED)[i % 2]) for i, p in enumerate(prompts(models, (3, 6, 9, 4) * 2))]
+    wanted = [request(p * 3, 12, (GREEDY, SEEDED)[i % 2]) for i, p in enumerate(prompts(models, (3, 6, 9, 4) * 2))]
     jobs = [Job(r, i) for i, r in enumerate(wanted[:rows])]
     engine = engine_of(models, kind, random_widths(rows), SMALL_CHUNKS)
     assert texts(run(engine, jobs)) == [solo(models, r) for r in wanted[:rows]]
@@ -261,7 +266,7 @@ def test_rows_that_end_are_cancelled_and_leave_room_do_not_disturb_the_others():
 # prefixes ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["plain", "head", "lookup"])
+@pytest.mark.parametrize("kind", ["plain", "head", pytest.param("lookup", marks=pytest.mark.slow)])
 def test_what_a_turn_has_computed_is_not_computed_again(kind):
     """Two conversations at once, so that rows run on behind their ends; then both go on."""
     models, engine = qwen(), engine_of(qwen(), kind, 3, KEEPING)
