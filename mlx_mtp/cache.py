@@ -8,6 +8,7 @@ while the drafter still sees n-1-W, so S >= W + K + 2 loses nothing. A row that 
 and a snapshot of it must hold all the same: S leaves room for two of the widest rounds. A snapshot of a row that has
 run past it by one round at most can be continued from up to one round earlier, too.
 Full layers have one buffer a row, [1, H, T, D], grown in steps: lengths differ a hundredfold between rows.
+Recurrent layers have a state a row, which stays behind the row's length (states.py).
 
 MLX updates a buffer in place only while nothing in flight reads it, so a caller dispatches a pass only after the one
 before it has finished (the engine does; measured there). Host code knows an upper bound of every length; the exact
@@ -23,8 +24,10 @@ from weakref import WeakSet
 import mlx.core as mx
 
 from mlx_mtp import kernels
+from mlx_mtp.buffers import copy, fit_rows, put, round_up
 from mlx_mtp.kernels import attend
 from mlx_mtp.kernels.attend import EVERYTHING, Attention
+from mlx_mtp.states import Held, Replay, Scan, States, StateSpec
 
 GROW_TOK = 256  # full buffers grow in multiples of this many positions
 VIEW_TOK = 64  # views are cut to a multiple of this, so that few different shapes occur
@@ -92,7 +95,7 @@ class Trunk:
 
     def trim(self) -> None:
         """Give back what no snapshot reaches any more, where that is half of it: what is left has to be copied."""
-        reach = _round_up(max((s.length for s in self.snapshots), default=0), GROW_TOK)
+        reach = round_up(max((s.length for s in self.snapshots), default=0), GROW_TOK)
         if reach and any(2 * reach <= k.shape[2] for k, _ in self.buffers.values()):
             self.buffers = {i: (_fit_tokens(k, reach), _fit_tokens(v, reach)) for i, (k, v) in self.buffers.items()}
             mx.async_eval(self.buffers)
@@ -103,14 +106,21 @@ class Snapshot:
     """A row as it was at `length` positions: enough to begin another row there.
 
     ring: of sliding layers, the slots in use, [1, H, S', D] keys and values by layer. trunk: has the full layers.
+    held: of recurrent layers.
     """
 
     length: int
     ring: dict[int, tuple[mx.array, mx.array]]
     trunk: Trunk
+    held: Held | None = None
 
     def __post_init__(self) -> None:
         self.trunk.snapshots.add(self)
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """What belongs to this snapshot alone."""
+        return [*(a for pair in self.ring.values() for a in pair), *(self.held.arrays if self.held else ())]
 
     def move(self, trunk: Trunk) -> None:
         """Another trunk has the same first positions."""
@@ -144,9 +154,12 @@ class View:
 class Cache:
     """Keys and values of all rows. Rows 0 .. len(bounds)-1 are live and dense."""
 
-    def __init__(self, specs: tuple[LayerSpec, ...], max_width: int, dtype: mx.Dtype) -> None:
-        """specs: the layers that own keys and values, in order. max_width: widest round that will be asked for."""
-        self.specs, self.dtype, self.max_width = specs, dtype, max_width
+    def __init__(self, specs: tuple[LayerSpec | StateSpec, ...], max_width: int, dtype: mx.Dtype) -> None:
+        """specs: the layers that own keys and values, in order, and the recurrent ones, each kind numbered by itself.
+        max_width: widest round that will be asked for."""
+        self.specs = tuple(s for s in specs if isinstance(s, LayerSpec))
+        self.dtype, self.max_width = dtype, max_width
+        self.states = States(tuple(s for s in specs if isinstance(s, StateSpec)), max_width, dtype)
         self.lengths = mx.zeros((0,), dtype=mx.int32)  # [R], R >= live rows
         self.bounds: list[int] = []  # per live row: no position at or past this has been written
         self._whole = kernels.usable("attend")  # whether parts carry what the kernel needs
@@ -154,30 +167,30 @@ class Cache:
         self._most: list[int] = []  # per live row: a full buffer grows no further unless it has to
         self._ring: dict[int, tuple[mx.array, mx.array]] = {}
         self._full: dict[int, list[tuple[mx.array, mx.array]]] = {
-            i: [] for i, s in enumerate(specs) if s.window is None
+            i: [] for i, s in enumerate(self.specs) if s.window is None
         }
 
     def ring_size(self, window: int) -> int:
         """Slots of a sliding layer's ring: the drafter's window (W + 1) and two of the widest rounds."""
-        return _round_up(window + 1 + 2 * (self.max_width + 1), 8)
+        return round_up(window + 1 + 2 * (self.max_width + 1), 8)
 
     @property
     def back(self) -> int:
         """How many positions before a snapshot's length a row may begin, if the row it was taken of had not run past
         that length by more than one of the widest rounds."""
-        return self.max_width + 1
+        return 0 if self.states.specs else self.max_width + 1
 
     def capacity(self, positions: int) -> int:
         """The most positions that the buffers of a row which ends at `positions` may hold: it may run two of the
         widest rounds further, as rings do."""
-        return _round_up(positions + 2 * (self.max_width + 1), GROW_TOK)
+        return round_up(positions + 2 * (self.max_width + 1), GROW_TOK)
 
     def row_bytes(self, positions: int) -> int:
         """The most that a row which ends at `positions` takes: its rings, and its own buffers as they are allocated."""
         full = self.capacity(max(positions, 1))
         slots = (self.ring_size(s.window) if s.window else full for s in self.specs)
         sizes = (2 * n * s.kv_heads * s.head_dim for n, s in zip(slots, self.specs, strict=True))
-        return sum(sizes) * self.dtype.size
+        return sum(sizes) * self.dtype.size + self.states.row_bytes
 
     def most(self, row: int) -> int:
         """The most positions that a live row's buffers may hold; other caches that follow it need no more."""
@@ -197,10 +210,11 @@ class Cache:
         if row == self.lengths.shape[0]:
             self._resize(row + 1)
         start = 0 if snapshot is None else snapshot.length if length is None else length
-        self.lengths = _put(self.lengths, row, start)
+        self.lengths = put(self.lengths, row, start)
         self.bounds.append(start)
         self._most.append(2**31 if most is None else self.capacity(most))
-        room = min(_round_up(max(reserve, start, 1), GROW_TOK), self._most[row])
+        self.states.join(None if snapshot is None else snapshot.held)
+        room = min(round_up(max(reserve, start, 1), GROW_TOK), self._most[row])
         if snapshot is None:
             self._trunks.append(Trunk())
             for i, buffers in self._full.items():
@@ -232,23 +246,24 @@ class Cache:
             buffers.append((_fit_tokens(k, room), _fit_tokens(v, room)))
         for i, (k, v) in snapshot.ring.items():
             where, (into_k, into_v) = (slice(row, row + 1), slice(None), slice(0, k.shape[2])), self._ring[i]
-            self._ring[i] = (_put(into_k, where, k), _put(into_v, where, v))
+            self._ring[i] = (put(into_k, where, k), put(into_v, where, v))
 
     def snapshot(self, row: int, length: int) -> Snapshot:
         """Keep a row's first `length` positions, which it may have run past by two of the widest rounds. Copies the
         slots in use of its rings, unevaluated; the full layers stay where they are."""
         cut = (slice(row, row + 1), slice(None), slice(0, length))
-        ring = {i: (_copy(k[cut]), _copy(v[cut])) for i, (k, v) in self._ring.items()}
-        return Snapshot(length, ring, self._trunks[row])
+        ring = {i: (copy(k[cut]), copy(v[cut])) for i, (k, v) in self._ring.items()}
+        return Snapshot(length, ring, self._trunks[row], self.states.hold(row))
 
     def leave(self, row: int) -> None:
         """Free a row, except for what its snapshots need; the last live row moves into its place."""
         last = len(self.bounds) - 1
         self._trunks[row].buffers = {i: buffers[row] for i, buffers in self._full.items()}
+        self.states.leave(row)
         if row != last:
-            self.lengths = _put(self.lengths, row, self.lengths[last])
+            self.lengths = put(self.lengths, row, self.lengths[last])
             for i, (k, v) in self._ring.items():
-                self._ring[i] = (_put(k, row, k[last]), _put(v, row, v[last]))
+                self._ring[i] = (put(k, row, k[last]), put(v, row, v[last]))
         tables: list[list[Any]] = [self.bounds, self._most, self._trunks, *self._full.values()]
         for per_row in tables:
             per_row[row] = per_row[last]
@@ -257,7 +272,7 @@ class Cache:
 
     def _resize(self, rows: int) -> None:
         have = self.lengths.shape[0]
-        self.lengths = _fit_rows(self.lengths, rows) if rows else mx.zeros((0,), dtype=mx.int32)
+        self.lengths = fit_rows(self.lengths, rows) if rows else mx.zeros((0,), dtype=mx.int32)
         for i, spec in enumerate(self.specs):
             if spec.window is None:
                 continue
@@ -266,7 +281,7 @@ class Cache:
                 self._ring[i] = (mx.zeros(shape, self.dtype), mx.zeros(shape, self.dtype))
             elif have != rows:
                 k, v = self._ring[i]
-                self._ring[i] = (_fit_rows(k, rows), _fit_rows(v, rows))
+                self._ring[i] = (fit_rows(k, rows), fit_rows(v, rows))
 
     # passes -----------------------------------------------------------------------------------------------------
 
@@ -276,13 +291,15 @@ class Cache:
 
     def commit(self, rows: slice, kept: mx.array, columns: int) -> None:
         """Advance the rows by kept [B] int32 of the `columns` columns just written."""
-        self.lengths = _put(self.lengths, rows, self.lengths[rows] + kept)
+        self.lengths = put(self.lengths, rows, self.lengths[rows] + kept)
         for row in range(rows.start, rows.stop):
             self.bounds[row] += columns
 
     def spare(self, row: int, columns: int) -> bool:
         """Whether a row may be given so many columns and keep any number of them: none would overwrite what it has,
         and its buffers would grow to no more than `row_bytes` says."""
+        if self.states.specs and columns > self.states.widest:
+            return False  # states take all of so wide a pass in
         slots = (self.ring_size(s.window) for s in self.specs if s.window)
         return self.bounds[row] + columns <= min((self._most[row], *slots))
 
@@ -311,12 +328,14 @@ class Cache:
     def state(self) -> tuple:
         """All arrays, to evaluate them, or to undo lazily built passes with `restore`. Holding the result across a
         dispatch makes MLX copy every buffer, so drop it first."""
-        return self.lengths, dict(self._ring), {i: list(buffers) for i, buffers in self._full.items()}
+        full = {i: list(buffers) for i, buffers in self._full.items()}
+        return self.lengths, dict(self._ring), full, self.states.state()
 
     def restore(self, state: tuple) -> None:
         """Forget all passes opened since `state` was taken; they must not have been dispatched. Bounds are the
         caller's to settle."""
-        self.lengths, self._ring, self._full = state
+        self.lengths, self._ring, self._full, states = state
+        self.states.restore(states)
 
     def whole_ring(self, layer: int, rows: slice, start: mx.array, window: int) -> Whole | None:
         """A sliding layer for the kernel, with the first query at start [B]."""
@@ -333,14 +352,14 @@ class Cache:
         """(keys, values, positions [B, S']) of the ring where `last` [B, 1] is the newest position stored."""
         keys, values = self._ring[layer]
         size = keys.shape[2]
-        used = min(size, _round_up(max(self.bounds[rows]) + columns, VIEW_TOK))
+        used = min(size, round_up(max(self.bounds[rows]) + columns, VIEW_TOK))
         slots = mx.arange(used)
         at = last - (last - slots) % size
         return keys[rows, :, :used], values[rows, :, :used], at
 
     def _full_view(self, layer: int, row: int, columns: int) -> tuple[mx.array, mx.array]:
         keys, values = self._full[layer][row]
-        used = min(keys.shape[2], _round_up(max(1, self.bounds[row] + columns), VIEW_TOK))
+        used = min(keys.shape[2], round_up(max(1, self.bounds[row] + columns), VIEW_TOK))
         return keys[:, :, :used], values[:, :, :used]
 
 
@@ -356,6 +375,11 @@ class Pass:
         self.lenders: mx.array | None = None  # [N]: the column whose experts each column takes; None: its own
         self._masks: dict[tuple, mx.array] = {}
         self._slots: dict[int | tuple, tuple] = {}
+        self._replay = Replay(cache.states, rows, columns, self.start)
+
+    def recur(self, layer: int, inputs: mx.array, scan: Scan) -> mx.array:
+        """Run the new columns' inputs [B, L, F] through a recurrent layer; all of a cache take part in a pass."""
+        return self._replay.run(layer, inputs, scan)
 
     def store(self, layer: int, keys: mx.array, values: mx.array, *, causal: bool = True) -> View:
         """Write [B, H, L, D] keys and values of the new columns; returns what the queries of this pass see.
@@ -398,8 +422,8 @@ class Pass:
         rows, slots = self._slots[size]
         where = (rows, slice(None), slots)
         self.cache._ring[layer] = (
-            _put(k, where, keys[:, :, self.columns - last :].transpose(0, 2, 1, 3)),
-            _put(v, where, values[:, :, self.columns - last :].transpose(0, 2, 1, 3)),
+            put(k, where, keys[:, :, self.columns - last :].transpose(0, 2, 1, 3)),
+            put(v, where, values[:, :, self.columns - last :].transpose(0, 2, 1, 3)),
         )
 
     def _put_all(self, ring: mx.array, new: mx.array) -> mx.array:
@@ -417,7 +441,7 @@ class Pass:
             need = self.cache.bounds[row] + self.columns
             if need > k.shape[2]:
                 grown = min(k.shape[2] + k.shape[2] // 4, self.cache._most[row])
-                room = _round_up(max(need, grown), GROW_TOK)
+                room = round_up(max(need, grown), GROW_TOK)
                 k, v = _fit_tokens(k, room), _fit_tokens(v, room)
             at = self.start[b : b + 1]
             k = mx.slice_update(k, keys[b : b + 1], at, axes=(2,))
@@ -444,31 +468,6 @@ class Pass:
         return self._masks[key]
 
 
-def _put(x: mx.array, where, value) -> mx.array:
-    """x with x[where] = value. Indexed assignment changes the handle it is called on; handles here are shared with
-    `state`, so it gets one of its own (no copy: the buffer is written in place when nothing else refers to it)."""
-    x = mx.array(x)
-    x[where] = value
-    return x
-
-
-def _round_up(n: int, step: int) -> int:
-    return -(-n // step) * step
-
-
-def _fit_rows(x: mx.array, rows: int) -> mx.array:
-    """x with its first axis cut or zero-padded to `rows`."""
-    if x.shape[0] >= rows:
-        return mx.contiguous(x[:rows])
-    return mx.concatenate([x, mx.zeros((rows - x.shape[0], *x.shape[1:]), x.dtype)])
-
-
-def _copy(x: mx.array) -> mx.array:
-    """x in a buffer of its own, to the bit. (`mx.contiguous` keeps a buffer that is up to 16 KiB larger, and a whole
-    one that a pass could then no longer write in place.)"""
-    return x * mx.array(1, x.dtype)
-
-
 def _first_tokens(pair: tuple[mx.array, mx.array], count: int) -> tuple[mx.array, mx.array]:
     """The first `count` positions of keys and values [1, H, T, D]; to be copied before they are used."""
     return pair[0][:, :, :count], pair[1][:, :, :count]
@@ -479,6 +478,6 @@ def _fit_tokens(x: mx.array, room: int) -> mx.array:
     if x.shape[2] == room:
         return x
     if x.shape[2] > room:
-        return _copy(x[:, :, :room])
+        return copy(x[:, :, :room])
     pad = mx.zeros((*x.shape[:2], room - x.shape[2], x.shape[3]), x.dtype)
     return mx.concatenate([x, pad], axis=2)

@@ -29,11 +29,13 @@ from itertools import islice
 from typing import cast
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_mtp import kernels
-from mlx_mtp.models.gemma4 import Gemma4
+from mlx_mtp.models.config import TextConfig
+from mlx_mtp.models.families import Target
 from mlx_mtp.rows import Draft
 
 # A bin is a whole step of log-odds, the first and the last open. Rows that draw otherwise have bins of their own.
@@ -203,12 +205,12 @@ class Sizes:
     other_bytes: int
 
     @staticmethod
-    def of(target: Gemma4) -> Sizes | None:
+    def of(target: Target) -> Sizes | None:
         """Of a loaded model; None where it has no experts."""
-        moe = target.config.moe
-        if moe is None:
+        config = target.config
+        if not isinstance(config, TextConfig) or config.moe is None:
             return None
-        arrays = cast(list[tuple[str, mx.array]], tree_flatten(target.parameters()))
+        moe, arrays = config.moe, cast(list[tuple[str, mx.array]], tree_flatten(cast(nn.Module, target).parameters()))
         routed = sum(a.nbytes for name, a in arrays if ".experts." in name)
         rest = sum(a.nbytes for name, a in arrays if ".experts." not in name)
         return Sizes(moe.experts, moe.top_k, routed // moe.experts, rest)
@@ -254,7 +256,7 @@ class Confidence:
         return max(t for t in self.THRESHOLDS if t <= worth)
 
     @staticmethod
-    def of(target: Gemma4) -> Confidence | None:
+    def of(target: Target) -> Confidence | None:
         """For a target; None where no column could save anything: without experts all columns cost the same, and MLX's
         own products read an expert anew for every column that takes it, so that to share one saves nothing."""
         sizes = Sizes.of(target)

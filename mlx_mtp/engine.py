@@ -37,7 +37,7 @@ from mlx_mtp.depth import MAX_WIDTH, Depth
 from mlx_mtp.drafters import Drafter
 from mlx_mtp.guide import Guide, Plan, beginning
 from mlx_mtp.models.experts import distinct_experts
-from mlx_mtp.models.gemma4 import Gemma4
+from mlx_mtp.models.families import Target
 from mlx_mtp.passes import Pass, Round
 from mlx_mtp.prefixes import Prefix
 from mlx_mtp.processors import History, check_ids
@@ -53,7 +53,7 @@ class Engine:
 
     def __init__(
         self,
-        target: Gemma4,
+        target: Target,
         cache: Cache,
         drafter: Drafter,
         depth: Depth,

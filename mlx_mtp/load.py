@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,17 +18,17 @@ from mlx_mtp import clusters as clustering
 from mlx_mtp import hub
 from mlx_mtp.cache import Cache
 from mlx_mtp.drafters import Drafter
-from mlx_mtp.drafters.kinds import Kind, Network, Parts, kind_of, split_name
+from mlx_mtp.drafters.kinds import Kind, Network, Parts, kind_of, kinds, split_name
 from mlx_mtp.drafters.plain import PlainDrafter
 from mlx_mtp.few_rows import use_kernels
 from mlx_mtp.kernels.matrix import Matrix
-from mlx_mtp.models.config import AssistantConfig, TextConfig, read_target
-from mlx_mtp.models.gemma4 import Gemma4
+from mlx_mtp.models.config import AssistantConfig
+from mlx_mtp.models.families import Family, Target, family_of
 from mlx_mtp.models.gemma4_assistant import Assistant
 from mlx_mtp.pairs import check_pair, find_drafter
 from mlx_mtp.rows import CheckpointError, DownloadError, RequestError, Sampling
 from mlx_mtp.tensors import read_headers, read_json
-from mlx_mtp.weights import Folder, Plan, Report, plan, read
+from mlx_mtp.weights import Folder, Plan, Report, bare, plan, read
 
 __all__ = [
     "LoadedDrafter",
@@ -51,10 +51,10 @@ class LoadedTarget:
     """A target ready to run.
 
     name: as the user wrote it. sampling: defaults from its generation_config.json. eos: its end tokens.
-    base_model: it has no chat template, so it was not tuned for instructions. notes: for the user.
+    base_model: it has no chat template, so it was not tuned for instructions. family: its name. notes: for the user.
     """
 
-    model: Gemma4
+    model: Target
     path: Path
     name: str
     sampling: Sampling
@@ -62,6 +62,7 @@ class LoadedTarget:
     dtype: mx.Dtype
     weight_bytes: int
     base_model: bool
+    family: str
     notes: tuple[str, ...] = ()
 
 
@@ -124,22 +125,22 @@ def load_pair(
     alone or over another ("auto+lookup"). Others as in load_drafter.
     Raises DownloadError, CheckpointError, PairingError, RequestError.
     """
-    folder = _open_target(target, report)
+    family, folder = _open_target(target, report)
     base, over = split_name(drafter or "none")
     for name, value, what in (("quantize", quantize, "quantise"), ("clusters", clusters, "cluster")):
         if base is None and value is not None:
             raise RequestError(f"{name} is {value!r}, but there is no drafter to {what}; name one, or leave it out")
-    opened, notes = _find_drafter(base, target, report)
+    opened, notes = _find_drafter(base, folder, report)
     if opened is not None:
         names = (target, opened.folder.name)
         base_model = not _has_chat_template(folder.path)
         notes += check_pair(opened.network, folder.config, opened.folder.config, names, base_model)
         _check_clusters(opened, clusters)
-    target_plan = plan(folder, Gemma4, dtype)
+    target_plan = plan(folder, family.build, dtype)
     draft_plan = opened and _plan_drafter(opened, dtype or target_plan.dtype, quantize)
     if opened and draft_plan:
         notes += _compare_sizes(draft_plan, target_plan)
-    loaded = _finish_target(target_plan, report)
+    loaded = _finish_target(target_plan, family, report)
     notes += loaded.notes
     finished = _finish_drafter(opened, draft_plan, clusters, report) if opened and draft_plan else None
     return LoadedPair(loaded, finished, (*notes, *(finished.notes if finished else ())), over)
@@ -152,7 +153,8 @@ def load_target(name: str, *, dtype: mx.Dtype | None = None, report: Report | No
     CPU, which multiplies experts in no other and sums quantised products in the input's type.
     report: called with (stage, done bytes, total bytes). Raises DownloadError, CheckpointError, RequestError.
     """
-    return _finish_target(plan(_open_target(name, report), Gemma4, dtype), report)
+    family, folder = _open_target(name, report)
+    return _finish_target(plan(folder, family.build, dtype), family, report)
 
 
 def load_drafter(
@@ -191,17 +193,36 @@ class Opened:
     folder: Folder
 
 
-def _open_target(name: str, report: Report | None) -> Folder:
+def _open_target(name: str, report: Report | None) -> tuple[Family, Folder]:
     path, raw, where = _open(name, report)
-    config: TextConfig = read_target(raw, where)
-    return Folder(name, path, raw, config, config.layers)
+    family = family_of(raw, where)
+    config = family.read(raw, where)
+    return family, Folder(name, path, raw, config, family.stored(config))
 
 
 def _open_drafter(name: str, report: Report | None) -> Opened:
     path, raw, where = _open(name, report)
-    kind, network = kind_of(raw, where)
-    config = network.read(raw, where)
-    return Opened(kind, network, Folder(name, path, raw, config, network.layers(config), network.nested))
+    return _opened(*kind_of(raw, where), name, path, raw)
+
+
+def _opened(kind: Kind, network: Network, name: str, path: Path, raw: dict[str, Any]) -> Opened:
+    config = network.read(raw, str(path / "config.json"))
+    return Opened(kind, network, Folder(name, path, raw, config, network.stored(config)))
+
+
+def _inside(target: Folder) -> tuple[Opened | None, list[str]]:
+    """The drafter in a target's own files, if there is one; a note where there should be one and is none."""
+    for kind in kinds():
+        if kind.network is None or not kind.network.inside(target.raw):
+            continue
+        opened = _opened(kind, kind.network, target.name, target.path, target.raw)
+        if any(not opened.folder.stored.skipped.search(bare(name)) for name in read_headers(target.path)):
+            return opened, []
+        return None, [
+            f"{target.name} should bring a drafter along, but its files hold none (conversions to MLX leave it out); "
+            "decoding plainly (name a copy that has it with --drafter)"
+        ]
+    return None, []
 
 
 def _open(name: str, report: Report | None) -> tuple[Path, dict[str, Any], str]:
@@ -221,15 +242,18 @@ def _open(name: str, report: Report | None) -> tuple[Path, dict[str, Any], str]:
     return path, raw, str(file)
 
 
-def _find_drafter(drafter: str | None, target: str, report: Report | None) -> tuple[Opened | None, list[str]]:
+def _find_drafter(drafter: str | None, target: Folder, report: Report | None) -> tuple[Opened | None, list[str]]:
     """The drafter and notes; "auto" makes a note of it where there is none to be had."""
     if drafter is None:
         return None, []
     if drafter != "auto":
         return _open_drafter(drafter, report), []
-    found = find_drafter(target)
+    opened, notes = _inside(target)
+    if opened or notes:
+        return opened, notes
+    found = find_drafter(target.name)
     if found is None:
-        return None, [f"no drafter is known for {target}; decoding plainly (name one with --drafter)"]
+        return None, [f"no drafter is known for {target.name}; decoding plainly (name one with --drafter)"]
     try:
         return _open_drafter(found, report), []
     except DownloadError as error:
@@ -265,15 +289,23 @@ def _compare_sizes(drafter: Plan, target: Plan) -> list[str]:
 # weights --------------------------------------------------------------------------------------------------
 
 
-def _finish_target(made: Plan, report: Report | None) -> LoadedTarget:
+def _finish_target(made: Plan, family: Family, report: Report | None) -> LoadedTarget:
     folder = made.folder
     sampling, eos, notes = _defaults(folder)
     base_model = not _has_chat_template(folder.path)
     weight_bytes = read(made, report)
-    assert isinstance(made.model, Gemma4)
     use_kernels(made.model)
     return LoadedTarget(
-        made.model, folder.path, folder.name, sampling, eos, made.dtype, weight_bytes, base_model, notes
+        model=cast(Target, made.model),
+        path=folder.path,
+        name=folder.name,
+        sampling=sampling,
+        eos=eos,
+        dtype=made.dtype,
+        weight_bytes=weight_bytes,
+        base_model=base_model,
+        family=family.name,
+        notes=notes,
     )
 
 

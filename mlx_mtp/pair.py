@@ -99,7 +99,7 @@ class Pair:
     def __init__(self, loaded: LoadedPair, text: Text, limits: Limits | None = None) -> None:
         target = loaded.target
         self.text, self.warnings, self.default_sampling = text, loaded.notes, target.sampling
-        self.target_name, self.drafter_name = target.name, loaded.drafter_name
+        self.target_name, self.drafter_name, self.family = target.name, loaded.drafter_name, target.family
         self.context_tok = target.model.config.max_positions
         self._model, self._dtype, self._eos = target.model, target.dtype, target.eos
         self._loaded = loaded
@@ -290,8 +290,8 @@ class Pair:
         cache.commit(rows, kept, ids.shape[1])
         for row in range(ids.shape[0]):
             drafter.begin(row, 0, None)
-        drafter.observe(Forward(rows, ids, hidden, taps, 0), kept)
         bonus = mx.argmax(self._model.logits(hidden[:, -1]), axis=-1).astype(mx.int32)
+        drafter.observe(Forward(rows, ids, hidden, taps, 0, newest=bonus), kept)
         sampler = Sampler([RowSampler.of(GREEDY)] * ids.shape[0], keep_logits=True)
         draft = drafter.propose(rows, bonus, sampler, width)
         assert draft.source is not None

@@ -13,6 +13,7 @@ from typing import Any
 
 from mlx_mtp.drafters.kinds import Network
 from mlx_mtp.models.config import TextConfig
+from mlx_mtp.models.families import TargetConfig
 
 # Bytes a parameter takes: bf16, and affine quantisation in groups of 64 with a 16-bit scale and bias each.
 BYTES_PER_PARAMETER = {16: 2.0, 8: 8.5 / 8, 4: 4.5 / 8}
@@ -150,7 +151,7 @@ def _beside(folder: Path) -> str | None:
 
 
 def check_pair(
-    kind: Network, target: TextConfig, config: Any, names: tuple[str, str], base_model: bool = False
+    kind: Network, target: TargetConfig, config: Any, names: tuple[str, str], base_model: bool = False
 ) -> list[str]:
     """Raise PairingError unless a drafter of this kind and config can run on the target; returns warnings.
 
@@ -165,7 +166,7 @@ def check_pair(
     return notes
 
 
-def poor_acceptance(kept: int, judged: int, target: TextConfig, names: tuple[str, str]) -> str | None:
+def poor_acceptance(kept: int, judged: int, target: TargetConfig, names: tuple[str, str]) -> str | None:
     """A warning if so few of a drafter's first tokens were kept that it can hardly have been made for its target.
 
     judged: rounds with a draft; kept: those whose first token was kept. names: (target, drafter).
@@ -182,10 +183,11 @@ def poor_acceptance(kept: int, judged: int, target: TextConfig, names: tuple[str
     )
 
 
-def _advice(target: TextConfig, name: str) -> str:
+def _advice(target: TargetConfig, name: str) -> str:
     """Which drafter to use instead, by the target's name, or by its hidden size where that says nothing."""
     drafter = find_drafter(name)
-    pair = next((p for p in KNOWN if p.hidden_size == target.hidden_size), None)
+    gemma = isinstance(target, TextConfig)
+    pair = next((p for p in KNOWN if gemma and p.hidden_size == target.hidden_size), None)
     if drafter is None and pair is not None:
         name, drafter = pair.target, pair.drafter
     if drafter is None:

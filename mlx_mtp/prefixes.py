@@ -146,7 +146,7 @@ def arrays_of(state: Any) -> Iterator[mx.array]:
     """All arrays in a tree of arrays and snapshots, trunks left out."""
     for _, leaf in tree_flatten(state):
         if isinstance(leaf, Snapshot):
-            yield from (a for pair in leaf.ring.values() for a in pair)
+            yield from leaf.arrays
         elif isinstance(leaf, mx.array):
             yield leaf
 

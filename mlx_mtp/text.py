@@ -61,6 +61,12 @@ class Text:
         return self._template_source is not None
 
     @property
+    def segmented(self) -> bool:
+        """Whether thoughts and calls of tools are marked as Gemma 4 marks them, by the checkpoint's template; one
+        without any is taken for Gemma's."""
+        return self._template_source is None or "<|turn>" in self._template_source
+
+    @property
     def vocab_size(self) -> int:
         """Number of tokens, added ones included."""
         return self._tokenizer.get_vocab_size(with_added_tokens=True)

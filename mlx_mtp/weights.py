@@ -18,7 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_mtp.models.config import LayerConfig
+from mlx_mtp.models.families import Stored
 from mlx_mtp.quantized import Packable, packed_module, quantize_now, recognise
 from mlx_mtp.rows import CheckpointError, RequestError
 from mlx_mtp.tensors import FLOATS, Tensor, one_line, read_headers
@@ -27,37 +27,31 @@ Report = Callable[[str, int, int], None]  # (stage, done bytes, total bytes)
 
 DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 EVAL_BYTES = 512 * 2**20  # read in steps of this many bytes, which bounds what a cast holds twice
-SKIPPED = re.compile(
-    r"^(vision_tower|audio_tower|embed_vision|embed_audio|vision_embedder|multi_modal_projector|mtp|lm_head)\."
-    r"|\brotary_emb\.|\.(input|output)_(min|max)$"
-)
 OWN_KEYS = re.compile(r"(?:^|\.)layers\.(\d+)\.self_attn\.(?:k_proj|v_proj|k_norm|v_norm)\.")
 FUSED = re.compile(r"^(.*\.experts)\.gate_up_proj(?:\.(weight|scales|biases))?$")
-WHOLE = re.compile(r"\.(layer_scalar|global_scale)$")  # written as a scalar by some, as one element by others
+# Written with another number of axes of one element by some than by others.
+WHOLE = re.compile(r"\.(layer_scalar|global_scale|conv1d\.weight)$")
+FLOAT32 = re.compile(r"\.(global_scale|A_log)$")  # in every model
 
 
 @dataclass(frozen=True)
 class Folder:
-    """A checkpoint whose config has been read, and nothing else. raw: config.json as it stands.
-
-    layers: those that may borrow another's keys and values, so that stored tensors have no use. nested: names may
-    carry the prefixes of a whole model.
-    """
+    """A checkpoint whose config has been read, and nothing else. raw: config.json as it stands."""
 
     name: str
     path: Path
     raw: dict[str, Any]
     config: Any
-    layers: tuple[LayerConfig, ...]
-    nested: bool = True
+    stored: Stored
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a parameter comes from: a stored tensor, and which half of its rows if two share it."""
+    """Where a parameter comes from: a stored tensor, which half of its rows if two share it, and what to add."""
 
     tensor: Tensor
     half: int | None = None
+    add: float = 0.0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -152,21 +146,22 @@ def on_cpu() -> bool:
 
 def _sources(folder: Folder) -> dict[str, Source]:
     """Parameter name -> where it is stored, for every tensor that belongs to the network."""
-    layers, sources = folder.layers, {}
-    for stored, tensor in read_headers(folder.path).items():
-        name = _bare(stored) if folder.nested else stored
+    how, sources, headers = folder.stored, {}, read_headers(folder.path)
+    centred = how.centred({name: tensor.shape for name, tensor in headers.items()})
+    for stored, tensor in headers.items():
+        name = bare(stored) if how.nested else stored
         keys = OWN_KEYS.search(name)
-        if SKIPPED.search(name) or (keys and _borrows(layers, int(keys[1]))):
+        if how.skipped.search(name) or (keys and _borrows(how.layers, int(keys[1]))):
             continue
         for parameter, half in _parameters(name):
             if parameter in sources:
                 other = sources[parameter].tensor.name
                 raise CheckpointError(f"{folder.path}: {other} and {stored} are both {parameter}; use another copy")
-            sources[parameter] = Source(tensor, half)
+            sources[parameter] = Source(tensor, half, 1.0 if centred and centred.search(parameter) else 0.0)
     return sources
 
 
-def _bare(name: str) -> str:
+def bare(name: str) -> str:
     """A stored name without the prefixes of the Hugging Face, text-only and MLX layouts."""
     for prefix in ("model.", "language_model.", "model."):
         name = name.removeprefix(prefix)
@@ -281,7 +276,10 @@ def _lazy(plan: Plan) -> dict[str, mx.array]:
         if source.half is not None:
             rows = value.shape[-2]
             array = mx.contiguous(array[..., source.half * rows : (source.half + 1) * rows, :])
-        weights[name] = _cast(name, array.reshape(value.shape), plan.dtype)
+        array = array.reshape(value.shape)
+        if source.add:  # before it is rounded
+            array = array.astype(mx.float32) + source.add
+        weights[name] = _cast(name, array, plan.dtype)
     return weights
 
 
@@ -296,7 +294,7 @@ def _arrays(file: Path) -> dict[str, mx.array]:
 def _cast(name: str, array: mx.array, dtype: mx.Dtype) -> mx.array:
     if name.endswith(".token_ordering"):
         return array.astype(mx.int32)
-    if name.endswith(".global_scale"):
+    if FLOAT32.search(name):
         return array.astype(mx.float32)
     return array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array
 

@@ -26,11 +26,14 @@ from mlx_mtp.drafters.draft_model import DraftModel
 from mlx_mtp.drafters.lookup import LookupDrafter
 from mlx_mtp.drafters.mtp import Convention, MtpDrafter
 from mlx_mtp.drafters.plain import PlainDrafter
+from mlx_mtp.drafters.qwen_mtp import QwenMtpDrafter
 from mlx_mtp.engine import Engine
-from mlx_mtp.load import LoadedTarget, load_drafter, load_target
+from mlx_mtp.load import LoadedTarget, load_drafter, load_pair, load_target
 from mlx_mtp.models.dflash import DFlash, DFlashConfig, DFlashLayer
+from mlx_mtp.models.families import Target
 from mlx_mtp.models.gemma4 import Gemma4
 from mlx_mtp.models.gemma4_assistant import Assistant
+from mlx_mtp.models.qwen3_5_mtp import QwenMtp
 from mlx_mtp.rows import (
     GREEDY,
     Event,
@@ -42,6 +45,7 @@ from mlx_mtp.rows import (
 )
 from mlx_mtp.scheduler import Limits
 
+QWEN = FIXTURES.parent.parent / "qwen"
 SHAPES = ("edge", "dense", "moe", "unified")
 
 # models -----------------------------------------------------------------------------------------------------
@@ -49,7 +53,8 @@ SHAPES = ("edge", "dense", "moe", "unified")
 
 @dataclass(frozen=True)
 class Models:
-    """A target with the drafters that tests run it with: "rand" and "fit" assistants, "near" a disturbed copy.
+    """A target with the drafters that tests run it with: "rand" and "fit" assistants, "near" a disturbed copy, or its
+    own MTP head.
 
     Compared by identity, so that results may be kept for each.
     """
@@ -57,7 +62,8 @@ class Models:
     name: str
     loaded: LoadedTarget
     assistants: dict[str, Assistant]
-    near: Gemma4
+    near: Gemma4 | None = None
+    head: QwenMtp | None = None
 
     def __hash__(self) -> int:
         return id(self)
@@ -66,7 +72,7 @@ class Models:
         return self is other
 
     @property
-    def target(self) -> Gemma4:
+    def target(self) -> Target:
         return self.loaded.model
 
     @property
@@ -108,6 +114,13 @@ def fixture(shape: str) -> Models:
     names = {"rand": "assistant", "fit": "assistant_fit"}
     assistants = {k: load_drafter(str(folder / v), loaded).model for k, v in names.items()}
     return Models(shape, loaded, assistants, disturbed(folder / "target", 0.03))
+
+
+@cache
+def qwen(name: str = "qwen", folder: Path | None = None) -> Models:
+    """The Qwen 3.5 fixture with its head, in float32, or another copy of it."""
+    pair = load_pair(str(folder or QWEN), dtype=mx.float32)
+    return Models(name, pair.target, {}, head=pair.drafter.model)
 
 
 @cache
@@ -190,12 +203,14 @@ def random_dflash(models: Models) -> DFlash:
 
 
 def drafter_of(models: Models, kind: str, rows: Cache, convention: Convention | None = None) -> Drafter:
-    """A drafter by name: one of DRAFTERS; "rand" and "fit" are MTP drafters, "near" and "self" whole models, and
-    "dflash" has random weights."""
+    """A drafter by name: one of DRAFTERS; "rand" and "fit" are MTP drafters, "near" and "self" whole models,
+    "dflash" has random weights, and "head" is the target's own."""
     if kind.endswith("lookup"):
         return LookupDrafter(drafter_of(models, kind.rpartition("+")[0] or "plain", rows, convention), rows)
     if kind == "plain":
         return PlainDrafter()
+    if kind == "head":
+        return QwenMtpDrafter(models.target, models.head, rows)
     if kind == "dflash":
         return DFlashDrafter(models.target, random_dflash(models), rows)
     if kind in ("near", "self"):

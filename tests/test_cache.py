@@ -292,7 +292,7 @@ def test_a_buffer_grows_no_further_than_admission_counts():
 
 def taken(cache: Cache) -> int:
     """Bytes of a cache's keys and values."""
-    _, ring, full = cache.state()
+    _, ring, full, _ = cache.state()
     return sum(a.nbytes for p in (*ring.values(), *(p for rows in full.values() for p in rows)) for a in p)
 
 
@@ -421,7 +421,7 @@ def beyond_its_buffers(length: int, rows: int) -> int:
     for _ in range(8):  # the rest of the prompts, whose ends are kept, and some rounds
         engine.step()
     assert len(engine.scheduler.prefixes) == 2 * rows and all(r.stats.cached_tokens for r in engine.scheduler.rows)
-    _, ring, full = engine.cache.state()
+    _, ring, full, _ = engine.cache.state()
     held = [*ring.values(), *(pair for buffers in full.values() for pair in buffers)]
     kept = engine.scheduler.prefixes.nbytes
     return mx.get_peak_memory() - base - sum(a.nbytes for pair in held for a in pair) - kept

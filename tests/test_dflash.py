@@ -360,7 +360,7 @@ def beyond_its_buffers(length: int) -> tuple[int, int]:
         engine.step()
     peak, held, full = mx.get_peak_memory(), 0, 0
     for each in (rows, drafter._cache):
-        _, ring, buffers = each.state()
+        _, ring, buffers, _ = each.state()
         full = sum(a.nbytes for pair in buffers[1] for a in pair)
         held += sum(a.nbytes for pair in ring.values() for a in pair)
         held += sum(a.nbytes for per_row in buffers.values() for pair in per_row for a in pair)

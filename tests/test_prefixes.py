@@ -525,7 +525,7 @@ def checked(kept: Engine) -> Engine:
 def check_bytes(kept: Engine) -> None:
     """No row takes more than it was admitted with, prefixes take what they say, and both together what they may."""
     cache, scheduler = kept.cache, kept.scheduler
-    _, ring, full = cache.state()
+    _, ring, full, _ = cache.state()
     rows = sum(a.nbytes for pair in ring.values() for a in pair)
     rows += sum(a.nbytes for buffers in full.values() for pair in buffers for a in pair)
     reserved = sum(cache.row_bytes(len(r.prompt) + r.request.max_tokens) for r in scheduler.rows)

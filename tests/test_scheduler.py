@@ -130,7 +130,7 @@ def test_a_rows_cost_is_what_the_cache_takes_for_it():
 
 def arrays(engine: Engine) -> list[mx.array]:
     """The keys and values of a cache."""
-    _, ring, full = engine.cache.state()
+    _, ring, full, _ = engine.cache.state()
     return [a for pair in ring.values() for a in pair] + [a for rows in full.values() for p in rows for a in p]
 
 

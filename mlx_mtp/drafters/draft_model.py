@@ -21,7 +21,8 @@ from mlx_mtp.depth import MAX_WIDTH
 from mlx_mtp.drafters.kinds import Kind, Network
 from mlx_mtp.drafters.texts import Texts
 from mlx_mtp.models.config import TARGET_TYPES, TextConfig, read_target
-from mlx_mtp.models.gemma4 import Gemma4
+from mlx_mtp.models.families import TargetConfig
+from mlx_mtp.models.gemma4 import FAMILY, Gemma4
 from mlx_mtp.rows import Draft, Forward, PairingError
 from mlx_mtp.sampling import Drawn, Sampler
 
@@ -145,7 +146,7 @@ class DraftModel:
 # pairing ----------------------------------------------------------------------------------------------------
 
 
-def check(target: TextConfig, config: TextConfig, advice: str) -> list[str]:
+def check(target: TargetConfig, config: TextConfig, advice: str) -> list[str]:
     """Raise PairingError unless both have the same vocabulary and the drafter's context reaches as far."""
     if config.vocab_size != target.vocab_size:
         raise PairingError(
@@ -168,7 +169,6 @@ KIND = Kind(
         read=read_target,
         build=Gemma4,
         check=check,
-        layers=lambda config: config.layers,
-        nested=True,
+        stored=FAMILY.stored,
     ),
 )

@@ -14,14 +14,14 @@ import mlx.nn as nn
 
 from mlx_mtp.cache import Cache
 from mlx_mtp.drafters import Drafter
-from mlx_mtp.models.config import LayerConfig, TextConfig
-from mlx_mtp.models.gemma4 import Gemma4
+from mlx_mtp.models.families import Stored, Target, TargetConfig
 from mlx_mtp.rows import CheckpointError
 
 KINDS = (
     "mtp",
     "dflash",
     "draft_model",
+    "qwen_mtp",
     "lookup",
 )
 
@@ -34,7 +34,7 @@ class Parts:
     under: the drafter that drafts where this one has nothing to say.
     """
 
-    target: Gemma4
+    target: Target
     cache: Cache
     network: Any
     under: Drafter
@@ -47,16 +47,15 @@ class Network:
     recognise: whether a config.json is one of its own. read: (config.json, its path) -> config; raises
     CheckpointError. build: config -> network, whose parameters are named as stored.
     check: (target, config, advice) -> warnings for the user; raises PairingError, whose line ends in the advice.
-    layers: of a config, those that may borrow another's keys and values, so that stored tensors have no use.
-    nested: stored names may carry the prefixes of a whole model (`model.language_model.`).
+    stored: of a config. inside: whether a target with such a config.json should hold one in its own files.
     """
 
     recognise: Callable[[dict[str, Any]], bool]
     read: Callable[[dict[str, Any], str], Any]
     build: Callable[[Any], nn.Module]
-    check: Callable[[TextConfig, Any, str], list[str]]
-    layers: Callable[[Any], tuple[LayerConfig, ...]] = lambda config: ()
-    nested: bool = False
+    check: Callable[[TargetConfig, Any, str], list[str]]
+    stored: Callable[[Any], Stored]
+    inside: Callable[[dict[str, Any]], bool] = lambda config: False
 
 
 @dataclass(frozen=True)

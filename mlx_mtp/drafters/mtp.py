@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import mlx.core as mx
 
@@ -12,6 +13,7 @@ from mlx_mtp.confidence import bins_of_odds
 from mlx_mtp.drafters.kinds import Kind, Network
 from mlx_mtp.kernels.head import head_odds
 from mlx_mtp.models.config import DRAFTER_TYPES, AssistantConfig, LayerConfig, TextConfig, read_assistant
+from mlx_mtp.models.families import Stored, TargetConfig
 from mlx_mtp.models.gemma4 import Gemma4
 from mlx_mtp.models.gemma4_assistant import Assistant
 from mlx_mtp.rows import Draft, Forward, PairingError
@@ -120,8 +122,10 @@ class MtpDrafter:
 # pairing ----------------------------------------------------------------------------------------------------
 
 
-def check(target: TextConfig, config: AssistantConfig, advice: str) -> list[str]:
+def check(target: TargetConfig, config: AssistantConfig, advice: str) -> list[str]:
     """Raise PairingError unless every size that the drafter shares with its target is the target's."""
+    if not isinstance(target, TextConfig):
+        raise PairingError(f"drafter reads the keys and values of a Gemma 4 target, and this is none; {advice}")
     if config.backbone_size != target.hidden_size:
         raise PairingError(
             f"drafter expects hidden size {config.backbone_size}, target has {target.hidden_size}; {advice}"
@@ -160,12 +164,12 @@ def _check_layer(index: int, layer: LayerConfig, owner: LayerConfig, advice: str
 
 KIND = Kind(
     "mtp",
-    lambda parts: MtpDrafter(parts.target, parts.network, parts.cache),
+    lambda parts: MtpDrafter(cast(Gemma4, parts.target), parts.network, parts.cache),
     Network(
         recognise=lambda config: config.get("model_type") in DRAFTER_TYPES,
         read=read_assistant,
         build=Assistant,
         check=check,
-        layers=lambda config: config.text.layers,
+        stored=lambda config: Stored(nested=False, layers=config.text.layers),
     ),
 )

@@ -14,8 +14,9 @@ import mlx.nn as nn
 
 from mlx_mtp.cache import LayerSpec, Pass
 from mlx_mtp.kernels.gate_up import geglu
-from mlx_mtp.models.config import LayerConfig, MoeConfig, TextConfig
+from mlx_mtp.models.config import TARGET_TYPES, LayerConfig, MoeConfig, TextConfig, read_target
 from mlx_mtp.models.experts import Experts
+from mlx_mtp.models.families import Family, Stored
 
 # Passes of up to this many columns run the halves of a layer compiled: half the operations to build and, on a CPU,
 # 0.55 of the time. Wider ones are prompt chunks, of which every length would be traced anew.
@@ -273,3 +274,6 @@ class Gemma4(nn.Module):
         logits = self.embed_tokens.as_linear(hidden).astype(mx.float32)
         cap = self.config.softcap
         return mx.tanh(logits / cap) * cap if cap and capped else logits
+
+
+FAMILY = Family("gemma4", TARGET_TYPES, read_target, Gemma4, lambda config: Stored(layers=config.layers))

@@ -99,7 +99,12 @@ async def constraint_of(service: Service, prompt: Prompt, must: Must, thinking: 
         if must.named and must.choice not in {tool.name for tool in must.tools}:
             raise invalid(f"tool_choice names {must.choice[:100]!r}, which is none of the tools", "tool_choice")
     text = service.model.text
-    inside = Segmenter(text, prompt.tokens).thinking
+    if thinking and not text.segmented:
+        raise invalid(
+            "this checkpoint writes its thoughts in a notation that is not read here, so that a schema would hold for "
+            "them too; send the request without thinking, or without a schema"
+        )
+    inside = text.segmented and Segmenter(text, prompt.tokens).thinking
     thought: Thought = "open" if inside else "may" if thinking else "none"
     return await service.constraint(lambda grammars: must.compile(grammars, thought))
 

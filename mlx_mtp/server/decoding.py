@@ -42,7 +42,7 @@ class Decoder:
     def __init__(self, text: Text, job: Job) -> None:
         self._text, self._one_call = text, job.one_call
         self._parser: Plain | Segmenter = Plain(text, job.stop)
-        if job.splits:
+        if job.splits and text.segmented:
             self._parser = Segmenter(text, job.prompt, job.stop, job.tools)
         self._guard = LoopGuard(job.loops) if job.loops is not None else None
         self._hurry_s, self._first_s = job.hurry_s, 0.0

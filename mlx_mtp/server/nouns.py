@@ -50,9 +50,10 @@ class Settings:
 class Job:
     """One text to generate.
 
-    splits: whether thoughts, answer and tool calls are told apart; if not, all text is answer. tools: the JSON schema
-    of each tool's parameters by its name, to read calls with. one_call: end the text after its first tool call.
-    stop: strings that end the answer. logprobs: how many alternatives a token, None for none at all.
+    splits: whether thoughts, answer and tool calls are told apart, where they come in a notation that is read here; if
+    not, all text is answer. tools: the JSON schema of each tool's parameters by its name, to read calls with.
+    one_call: end the text after its first tool call. stop: strings that end the answer. logprobs: how many alternatives
+    a token, None for none at all.
     ends: whether the checkpoint's end tokens end the text. constraint: what the text must be.
     loops: when it has run into a loop, and is ended. hurry_s: this long after its first token it ends with its line.
     """

@@ -136,7 +136,7 @@ def router(service: Service) -> APIRouter:
     async def tags() -> Response:
         name = service.settings.name
         card = {"name": name, "model": name, "modified_at": _time(service.created), "size": 0, "digest": ""}
-        return Json({"models": [{**card, "details": _details()}]})
+        return Json({"models": [{**card, "details": _details(service)}]})
 
     @routes.post("/show")
     async def show(request: Request) -> Response:
@@ -190,20 +190,22 @@ def _bare(service: Service, name: str) -> str:
     return service.settings.name if name == f"{service.settings.name}:latest" else name
 
 
-def _details() -> dict[str, Any]:
-    family = {"format": "mlx", "family": "gemma4", "families": ["gemma4"]}
+def _details(service: Service) -> dict[str, Any]:
+    name = service.model.family
+    family = {"format": "mlx", "family": name, "families": [name]}
     return {"parent_model": "", **family, "parameter_size": "", "quantization_level": ""}
 
 
 def _shown(service: Service) -> dict[str, Any]:
-    known = service.model.text.template_variables if service.model.text.has_template else frozenset()
+    text, family = service.model.text, service.model.family
+    known = text.template_variables if text.has_template and text.segmented else frozenset()
     can = [word for word, name in (("tools", "tools"), ("thinking", "enable_thinking")) if name in known]
     return {
         "modelfile": "",
         "parameters": "",
         "template": "",
-        "details": _details(),
-        "model_info": {"general.architecture": "gemma4", "gemma4.context_length": service.model.room_tok},
+        "details": _details(service),
+        "model_info": {"general.architecture": family, f"{family}.context_length": service.model.room_tok},
         "capabilities": ["completion", *can],
         "modified_at": _time(service.created),
     }

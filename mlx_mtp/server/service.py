@@ -64,6 +64,12 @@ class Service:
         of its own, of which no cached part could be used.
         """
         text = self.model.text
+        if options.get("tools") and not text.segmented:
+            raise invalid(
+                "this checkpoint writes calls of tools in a notation that is not read here (Gemma 4's is); send the "
+                "request without tools",
+                "tools",
+            )
         if "tools" in options:
             options = {**options, "tools": sorted(options["tools"], key=lambda tool: tool["function"]["name"])}
         return await self._prepare(lambda: text.chat(messages, options=options), "messages")

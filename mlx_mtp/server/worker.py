@@ -41,6 +41,7 @@ class Model:
     room_tok: int
     share_tok: int
     drafter: str | None
+    family: str
 
 
 class Generation:
@@ -216,6 +217,7 @@ class Worker:
             pair.room_tok,
             pair.share_tok,
             pair.drafter_name,
+            pair.family,
         )
         self.state = "ready"
         while True:

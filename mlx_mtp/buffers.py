@@ -1,0 +1,31 @@
+"""Device buffers that change by others taking their place: put into, cut, padded, copied. Knows not what is in them."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+
+def put(x: mx.array, where, value) -> mx.array:
+    """x with x[where] = value. Indexed assignment changes the handle it is called on; handles here are shared with
+    those who may want the old array back, so it gets one of its own (no copy: the buffer is written in place when
+    nothing else refers to it)."""
+    x = mx.array(x)
+    x[where] = value
+    return x
+
+
+def round_up(n: int, step: int) -> int:
+    return -(-n // step) * step
+
+
+def fit_rows(x: mx.array, rows: int) -> mx.array:
+    """x with its first axis cut or zero-padded to `rows`."""
+    if x.shape[0] >= rows:
+        return mx.contiguous(x[:rows])
+    return mx.concatenate([x, mx.zeros((rows - x.shape[0], *x.shape[1:]), x.dtype)])
+
+
+def copy(x: mx.array) -> mx.array:
+    """x in a buffer of its own, to the bit. (`mx.contiguous` keeps a buffer that is up to 16 KiB larger, and a whole
+    one that a pass could then no longer write in place.)"""
+    return x * mx.array(1, x.dtype)

@@ -1,0 +1,122 @@
+"""A drafter's own cache of what passes have shown it ("features"), stored when the next draft needs it.
+
+Not when it is observed: MLX's GPU backends hold on to what a queued draft reads, and copy a buffer that is written
+meanwhile (read in their source, not measured; a CPU copies nothing either way). Rounds without drafts leave their
+columns to be stored together, so that while nothing is drafted the drafter's weights are read once in 16 rounds.
+Knows nothing of what features are, nor how a draft is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_mtp.cache import Cache, LayerSpec, Pass, Snapshot
+from mlx_mtp.rows import Forward
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a pass showed of every row: features [R, L, F], of which the first kept [R] columns became true."""
+
+    features: mx.array
+    kept: mx.array
+
+    def rows(self, order: list[int]) -> Seen:
+        index = mx.array(order, mx.int32)
+        return Seen(self.features[index], self.kept[index])
+
+    def padded(self, rows: int) -> Seen:
+        """With rows that have seen nothing behind the others."""
+        return Seen(_padded(self.features, rows), _padded(self.kept, rows))
+
+
+class FeatureDrafter:
+    """The half of a drafter that keeps, in layers of its own, what every row's positions have shown."""
+
+    def __init__(
+        self, specs: tuple[LayerSpec, ...], size: int, remember: Callable[[mx.array, Pass], None], target_cache: Cache
+    ) -> None:
+        """remember: store features [B, L, size] of a pass's columns in all layers. target_cache: of which only the
+        bounds of the rows' lengths are read."""
+        self._remember, self._rows, self._size = remember, target_cache, size
+        self._most = target_cache.max_width + 1
+        # Twice as wide: a row's ring also holds a block or rejected columns behind what its snapshots may be old.
+        self._cache = Cache(specs, 2 * self._most, target_cache.dtype)
+        self._seen: list[Seen] = []  # not stored yet, oldest first
+        self._undrafted = False  # whether one of them was no round with drafts
+
+    def _see(self, fwd: Forward, kept: mx.array, features: mx.array) -> None:
+        """A pass has shown features [B, L, F], of which kept [B] columns became true."""
+        columns = features.shape[1]
+        if columns > 1 and not fwd.drafted:  # a prompt chunk
+            if self._undrafted:
+                self._store()
+            self._remember(features, self._open(fwd.rows, columns))
+            self._cache.commit(fwd.rows, kept, columns)
+            return
+        if columns + sum(seen.features.shape[1] for seen in self._seen) > self._most:
+            self._store()
+        before = fwd.rows.start
+        if before:  # one token of a prompt
+            features = mx.concatenate([mx.zeros((before, *features.shape[1:]), features.dtype), features])
+            kept = mx.concatenate([mx.zeros((before,), kept.dtype), kept])
+        self._seen.append(Seen(features, kept))
+        self._undrafted = self._undrafted or not fwd.drafted
+
+    def _store(self) -> None:
+        """Write down what was seen and is not stored yet, all of it in one pass."""
+        if not self._seen:
+            return
+        seen = [s.padded(len(self._cache.bounds)) for s in self._seen]
+        features = mx.concatenate([s.features for s in seen], axis=1)
+        true = [mx.arange(s.features.shape[1]) < s.kept[:, None] for s in seen]
+        rows, columns = slice(0, features.shape[0]), features.shape[1]
+        if len(true) > 1:  # what is true of a row comes first, in its order
+            place = mx.arange(columns) + mx.where(mx.concatenate(true, axis=1), 0, columns)
+            features = mx.take_along_axis(features, mx.argsort(place, axis=1)[..., None], axis=1)
+        self._remember(features, self._open(rows, columns))
+        self._cache.commit(rows, sum((s.kept for s in seen[1:]), seen[0].kept), columns)
+        self._seen, self._undrafted = [], False
+
+    def _open(self, rows: slice, columns: int, ahead: int = 0) -> Pass:
+        """A pass over the drafter's own cache, which may begin up to `ahead` positions behind the target's rows. Those
+        are as long, and their bounds are settled."""
+        for row in range(rows.start, rows.stop):
+            self._cache.bounds[row] = self._rows.bounds[row] + ahead
+        return self._cache.open(rows, columns)
+
+    def begin(self, row: int, length: int, state: Snapshot | None) -> None:
+        self._cache.join(1, state, length if state else None, most=self._rows.most(row))
+
+    def snapshot(self, row: int, length: int) -> Snapshot:
+        self._store()
+        return self._cache.snapshot(row, length)
+
+    def row_bytes(self, positions: int) -> int:
+        unstored = self._most * (self._size * self._cache.dtype.size + 4) + 4
+        return self._cache.row_bytes(self._rows.capacity(positions)) + unstored
+
+    def leave(self, row: int, last: int) -> None:
+        self._cache.leave(row)
+        order = list(range(last))
+        if row != last:
+            order[row] = last
+        self._seen = [seen.padded(last + 1).rows(order) for seen in self._seen] if order else []
+
+    def state(self) -> Any:
+        return self._cache.state(), [(seen.features, seen.kept) for seen in self._seen], self._undrafted
+
+    def restore(self, state: Any) -> None:
+        cache, seen, self._undrafted = state
+        self._cache.restore(cache)
+        self._seen = [Seen(*pair) for pair in seen]
+
+
+def _padded(x: mx.array, rows: int) -> mx.array:
+    """x with its first axis zero-padded to `rows`."""
+    missing = rows - x.shape[0]
+    return mx.concatenate([x, mx.zeros((missing, *x.shape[1:]), x.dtype)]) if missing else x

@@ -1,0 +1,187 @@
+"""A recurrent layer gives what it gives of the committed text alone, however rows were drafted, moved or copied."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlx_mtp.cache import Cache, Snapshot, Trunk
+from mlx_mtp.states import Held, StateSpec
+
+WIDEST, TAPS, PRIME = 3, 3, 4093
+SPEC = StateSpec((1, 2), 1, TAPS)
+
+
+def mixed(x: list[float]) -> float:
+    """What a column's last TAPS inputs come to."""
+    return x[-1] + 3 * x[-2] + 7 * x[-3]
+
+
+def scan(state: mx.array, inputs: mx.array, counts: mx.array | None) -> tuple[mx.array, mx.array]:
+    """Folds every number into the state so that all of them, and their order, show in it; exact in float32."""
+    x, out = inputs[..., 0], []
+    for t in range(x.shape[1] - TAPS + 1):
+        brought = x[:, t + 2] + 3 * x[:, t + 1] + 7 * x[:, t]
+        new = mx.remainder(31 * state + brought[:, None, None], PRIME)
+        out.append(new[:, 0])
+        state = new if counts is None else mx.where(counts[:, t, None, None], new, state)
+    return mx.stack(out, axis=1), state
+
+
+def folded(ids: list[int]) -> float:
+    """The state after a text, as defined."""
+    state, padded = 0.0, [0.0] * (TAPS - 1) + [float(i) for i in ids]
+    for t in range(len(ids)):
+        state = (31 * state + mixed(padded[t : t + TAPS])) % PRIME
+    return state
+
+
+class Rows:
+    """A cache with one recurrent layer beside a plain list of what every row was told."""
+
+    def __init__(self) -> None:
+        self.cache = Cache((SPEC,), WIDEST, mx.float32)
+        self.rows: list[list[int]] = []
+        self.kept: list[tuple[Held, list[int]]] = []
+        self._next = 1
+
+    def join(self, which: int | None = None) -> None:
+        snapshot, ids = None, []
+        if which is not None:
+            held, ids = self.kept[which % len(self.kept)]
+            snapshot = Snapshot(len(ids), {}, Trunk(), held)
+        assert self.cache.join(1, snapshot) == len(self.rows)
+        self.rows.append(list(ids))
+
+    def keep(self, row: int, length: int | None = None) -> None:
+        """Hold a row as it was at a length, by default its own."""
+        length = len(self.rows[row]) if length is None else length
+        held = self.cache.snapshot(row, length).held
+        assert held is not None
+        self.kept.append((held, self.rows[row][:length]))
+
+    def write(self, first: int, kept: list[int], columns: int) -> None:
+        """A pass over rows from `first` on, and its commit; checks what every column of it gives."""
+        rows = slice(first, first + len(kept))
+        ids = np.arange(self._next, self._next + len(kept) * columns).reshape(len(kept), columns)
+        self._next = (self._next + ids.size) % 1000
+        pass_ = self.cache.open(rows, columns)
+        got = np.array(pass_.recur(0, mx.array(ids[..., None].astype(np.float32)), scan))
+        for b in range(len(kept)):
+            there = [folded(self.rows[first + b] + ids[b, : c + 1].tolist()) for c in range(columns)]
+            assert got[b, :, 0].tolist() == there
+        self.cache.commit(rows, mx.array(kept, mx.int32), columns)
+        for b, count in enumerate(kept):
+            self.rows[first + b] += ids[b, :count].tolist()
+
+    def leave(self, row: int) -> None:
+        self.cache.leave(row)
+        last = self.rows.pop()
+        if row < len(self.rows):
+            self.rows[row] = last
+
+
+deeds = st.lists(
+    st.tuples(
+        st.sampled_from(["join", "round", "round", "round", "chunk", "leave", "keep", "again", "end", "undo"]),
+        st.integers(0, 7),
+        st.integers(1, 9),
+        st.lists(st.integers(0, WIDEST + 1), min_size=8, max_size=8),
+    ),
+    max_size=20,
+)
+
+
+def follow(plan: list) -> None:
+    rows = Rows()
+    rows.join()
+    for deed, which, count, kept in plan:
+        live = len(rows.rows)
+        row = which % live if live else 0
+        columns = count % (WIDEST + 1) + 1
+        some = [min(k, columns) for k in kept[:live]]
+        if deed == "join" and live < 6:
+            rows.join()
+        elif deed == "round" and live:
+            rows.write(0, some[: row + 1], columns)
+        elif deed == "chunk" and live:
+            rows.write(row, [count], count)
+        elif deed == "leave" and live:
+            rows.leave(row)
+        elif deed == "keep" and live and rows.rows[row]:
+            rows.keep(row)
+        elif deed == "again" and rows.kept and live < 6:
+            rows.join(which)
+        elif deed == "end" and live:  # in the midst of a round, with another one on its way
+            begun = len(rows.rows[row])
+            some[row] = max(1, some[row])
+            rows.write(0, some, columns)
+            rows.write(0, [min(k, 2) for k in kept[:live]], 2)
+            rows.keep(row, begun + 1 + which % some[row])
+        elif deed == "undo" and live:
+            state, bounds, told = rows.cache.state(), list(rows.cache.bounds), [list(r) for r in rows.rows]
+            rows.write(0, some, columns)
+            rows.cache.restore(state)
+            rows.cache.bounds, rows.rows = bounds, told
+
+
+@given(deeds)
+@settings(max_examples=50)
+def test_columns_give_what_the_committed_text_gives_whatever_happened(plan):
+    follow(plan)
+
+
+@pytest.mark.slow
+@given(deeds)
+@settings(max_examples=2000)
+def test_columns_give_what_the_committed_text_gives_in_thousands_of_histories(plan):
+    follow(plan)
+
+
+def test_the_ring_of_inputs_wraps_many_times():
+    rows = Rows()
+    rows.join()
+    rows.join()
+    for i in range(30):
+        rows.write(0, [i % (WIDEST + 2), (i * 7) % (WIDEST + 2)], WIDEST + 1)
+    assert min(map(len, rows.rows)) > 2 * rows.cache.states.ring_size(SPEC)
+
+
+def test_what_is_held_is_not_changed_by_what_its_row_or_its_heirs_do():
+    rows = Rows()
+    rows.join()
+    rows.write(0, [11], 11)
+    rows.write(0, [2], 4)
+    rows.keep(0)
+    rows.write(0, [40], 40)
+    for _ in range(2):
+        rows.join(0)
+        rows.write(len(rows.rows) - 1, [3], 3)
+    rows.join(0)
+    rows.write(0, [1, 2, 3, 1], 4)
+
+
+def test_a_row_takes_what_admission_counts():
+    rows = Rows()
+    for _ in range(3):
+        rows.join()
+    states, rings, *_ = rows.cache.states.state()
+    assert sum(a.nbytes for a in (*states, *rings)) == 3 * rows.cache.row_bytes(1)
+
+
+def test_passes_run_as_many_columns_as_may_have_been_kept_of_the_last_two():
+    """The work of a pass follows its width and the last passes', not the widest that there could be."""
+    rows, ran = Rows(), []
+
+    def counting(state, inputs, counts):
+        ran.append(inputs.shape[1] - TAPS + 1)
+        return scan(state, inputs, counts)
+
+    rows.join()
+    for columns in (20, 1, 1, 4, 2, 1):
+        pass_ = rows.cache.open(slice(0, 1), columns)
+        pass_.recur(0, mx.zeros((1, columns, 1)), counting)
+        rows.cache.commit(slice(0, 1), mx.array([columns]), columns)
+        ran.append(0)
+    assert ran == [20, 0, 1, 0, 1, 1, 0, 1, 1, 4, 0, 1, 4, 2, 0, 4, 2, 1, 0]
