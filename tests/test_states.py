@@ -127,7 +127,7 @@ def follow(plan: list) -> None:
 
 
 @given(deeds)
-@settings(max_examples=50)
+@settings(max_examples=40)
 def test_columns_give_what_the_committed_text_gives_whatever_happened(plan):
     follow(plan)
 
