@@ -385,8 +385,9 @@ def test_prefixes_make_way_for_rows_and_the_one_that_a_row_continues_goes_last()
 
 def test_prefixes_are_gone_before_a_row_that_needs_their_memory_begins():
     models = smallest()
-    cache, (first, second) = engine(models).cache, prompts(models, (300, 400))
-    kept = checked(engine(models, kv_bytes=cache.row_bytes(500), spacing=Spacing()))
+    other, (first, second) = engine(models), prompts(models, (300, 400))
+    room = other.cache.row_bytes(500) + other.drafter.row_bytes(500)
+    kept = checked(engine(models, kv_bytes=room, spacing=Spacing()))
     run(kept, [request(first, 5)])
     assert len(kept.scheduler.prefixes) == 2
     kept.submit(request(second, 90))
@@ -396,8 +397,9 @@ def test_prefixes_are_gone_before_a_row_that_needs_their_memory_begins():
 
 def test_a_request_that_needs_all_memory_still_continues_what_was_kept():
     models = smallest()
-    cache, (prompt,) = engine(models).cache, prompts(models, (300,))
-    kept = checked(engine(models, kv_bytes=cache.row_bytes(400), spacing=Spacing()))
+    other, (prompt,) = engine(models), prompts(models, (300,))
+    room = other.cache.row_bytes(400) + other.drafter.row_bytes(400)
+    kept = checked(engine(models, kv_bytes=room, spacing=Spacing()))
     (outcome,) = run(kept, [request(prompt, 5)])
     wanted = request((*prompt, *outcome.tokens, 9), 90)
     (outcome,) = run(kept, [wanted])
@@ -416,7 +418,7 @@ def test_nothing_is_left_once_the_store_is_cleared(no_spare_buffers):
     models = smallest()
     jobs = [Job(one, i // 2, 9 + i if i % 3 == 0 else None) for i, one in enumerate(pool(models))]
     run(engine(models, "near"), jobs)  # compiles what stays
-    kept = engine(models, "near", prefix_bytes=200_000)
+    kept = engine(models, "near", prefix_bytes=400_000)
     before = in_use()
     run(kept, jobs)
     assert kept.scheduler.prefixes.nbytes > 30_000
