@@ -106,8 +106,6 @@ class Engine:
         else:
             self._end(row, self.clock())
             self._drop_done()
-            if not self.scheduler.rows:
-                self._last = None  # nothing may run for a while: the time until the next read is no round's
         return row.stats
 
     @property
