@@ -3,17 +3,19 @@
     python bench/never_slower.py --json out.json
 
 For every kind of drafter (two of them with random weights), kind of prompt and batch, on the embedded target, in one
-process: first a run of each side that is not timed, then `--repeats` pairs in the order A B, B A, .. on the same
-requests. The plain side has no drafter at all, so what a drafter costs that is not asked counts too. Code and edits
-are written greedily, chats drawn at temperature 1 with a seed, so that both sides write the same text.
+process: two engines take turns, a round each, so that what slows the machine down slows both; whichever has had less
+time is next. Both run the same requests again and again. First `--seconds` of each side that do not count, in which the
+policy may still be learning; then `--repeats` times as many. The plain side has no drafter at all, so what a drafter
+costs that is not asked counts too. Code and edits are written greedily, chats drawn at temperature 1 with a seed, so
+that both sides write the same text.
 
 --cpu-time takes the process's own processor time, for the figures and as the policy's clock: for a machine that others
 use too. It counts twice what runs at the same time.
 
-rate: tokens over seconds from when every row has its first token to when the first row ends. ratio: of the two rates
-within a pair; median, least and most. A policy keeps what it learnt from cell to cell, as in a process that serves.
-drafting, probing: share of its time in rounds with drafts, and in those to find something out. Ends with 1 if a median
-ratio is below `--least`.
+rate: tokens of rounds over their seconds, from when every row has its first token to when the first row ends. ratio: of
+the two rates within a repeat; median, least and most. A policy keeps what it learnt from cell to cell, as in a process
+that serves. drafting, probing: share of its time in rounds with drafts, and in those to find something out. Ends with 1
+if a median ratio is below `--least`.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ from mlx_mtp.drafters.plain import PlainDrafter  # noqa: E402
 from mlx_mtp.engine import Engine  # noqa: E402
 from mlx_mtp.load import LoadedDrafter, LoadedTarget, load_drafter, load_target  # noqa: E402
 from mlx_mtp.provenance import provenance  # noqa: E402
-from mlx_mtp.rows import Request  # noqa: E402
+from mlx_mtp.rows import Event, Request  # noqa: E402
 from mlx_mtp.scheduler import Limits  # noqa: E402
 from mlx_mtp.text import Text  # noqa: E402
 
@@ -147,11 +149,9 @@ def shuffle(drafter: LoadedDrafter, key: int) -> None:
     mx.eval(drafter.model.parameters())
 
 
-def engine_of(target: LoadedTarget, make: Make, depth: Depth, clock: Clock = time.perf_counter) -> Engine:
+def engine_of(target: LoadedTarget, make: Make, depth: Depth) -> Engine:
     cache = Cache(target.model.specs, MAX_WIDTH, target.dtype)
-    engine = Engine(target.model, cache, make(cache), depth, Limits(prefix_bytes=PREFIX_BYTES))
-    engine.clock = clock
-    return engine
+    return Engine(target.model, cache, make(cache), depth, Limits(prefix_bytes=PREFIX_BYTES))
 
 
 def requests(target: LoadedTarget, tokens: int) -> dict[str, list[Request]]:
@@ -169,35 +169,74 @@ def requests(target: LoadedTarget, tokens: int) -> dict[str, list[Request]]:
     return {kind: [Request(ids, tokens, sampling) for ids in every] for kind, (every, sampling) in kinds.items()}
 
 
-def tok_s(engine: Engine, wanted: Sequence[Request]) -> float:
-    """Run requests to their end, end tokens off; the rate at which tokens came while all of them ran."""
-    begun, count, since, until = set(), 0, 0.0, 0.0
-    for request in wanted:
-        engine.submit(request)
-    while not engine.idle:
-        events, now = engine.step(), engine.clock()
-        if since and not until:
-            count += sum(len(event.tokens) for event in events)
-            until = now if any(event.finish_reason for event in events) else 0.0
-        begun |= {event.request for event in events}
-        if not since and len(begun) == len(wanted):
-            since = now
-    return count / (until - since)
+class Side:
+    """An engine that runs the same requests again and again, end tokens off, and knows only the time of its own steps:
+    a step of it and a step of another can take turns, and what slows the machine down slows both."""
+
+    def __init__(self, engine: Engine, clock: Clock) -> None:
+        self.engine, self._clock = engine, clock
+        self._wanted: Sequence[Request] = ()
+        self._spent_s, self._since = 0.0, 0.0
+        self._steps = False
+        self.tokens, self.seconds = 0, 0.0
+        engine.clock = self._own
+
+    def _own(self) -> float:
+        return self._spent_s + (self._clock() - self._since if self._steps else 0.0)
+
+    def _step(self) -> tuple[list[Event], float]:
+        self._since, self._steps = self._clock(), True
+        events = self.engine.step()
+        self._steps = False
+        took = self._clock() - self._since
+        self._spent_s += took
+        return events, took
+
+    def drain(self) -> None:
+        """Run to the end; it does not count."""
+        while not self.engine.idle:
+            self._step()
+
+    def begin(self, wanted: Sequence[Request]) -> None:
+        """End what runs, and run new requests until every row has its first token; nothing of that counts."""
+        self.drain()
+        self._wanted, begun = wanted, set()
+        for request in wanted:
+            self.engine.submit(request)
+        while len(begun) < len(wanted):
+            begun |= {event.request for event in self._step()[0]}
+
+    def round(self) -> None:
+        """A step that counts. When a row has come to its end, all begin again."""
+        events, took = self._step()
+        self.tokens, self.seconds = self.tokens + sum(len(event.tokens) for event in events), self.seconds + took
+        if any(event.finish_reason for event in events):
+            self.begin(self._wanted)
+
+    def rate(self) -> float:
+        """Tokens a second since this was asked last."""
+        rate = self.tokens / self.seconds if self.seconds else 0.0
+        self.tokens, self.seconds = 0, 0.0
+        return rate
 
 
-def measure(cell: Cell, plain: Engine, auto: Engine, wanted: Sequence[Request], repeats: int) -> None:
+def measure(cell: Cell, plain: Side, auto: Side, wanted: Sequence[Request], args: argparse.Namespace) -> None:
     """Fill in a cell."""
-    policy = auto.depth
+    policy = auto.engine.depth
     assert isinstance(policy, Watched)
-    for repeat in range(-1, repeats):
-        policy.finding.clear()  # a round that nobody needed was undone
-        pair = [(plain, cell.plain_tok_s), (auto, cell.auto_tok_s)]
-        for engine, into in pair if repeat % 2 else reversed(pair):
-            into.append(tok_s(engine, wanted))
-        if repeat < 0:
+    auto.drain()
+    policy.finding.clear()  # a round that nobody needed was undone
+    for side in (plain, auto):
+        side.begin(wanted)
+    for repeat in range(args.repeats + 1):
+        while min(plain.seconds, auto.seconds) < args.seconds:
+            min(plain, auto, key=lambda side: side.seconds).round()
+        if not repeat:
             policy.shares()
-            cell.plain_tok_s.clear()
-            cell.auto_tok_s.clear()
+        rates = plain.rate(), auto.rate()
+        if repeat:
+            cell.plain_tok_s.append(rates[0])
+            cell.auto_tok_s.append(rates[1])
     cell.drafting, cell.probing = policy.shares()
 
 
@@ -205,8 +244,9 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--drafter", nargs="+", help="of those that are named in the table; all if unset")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 8])
-    parser.add_argument("--tokens", type=int, default=40, help="of every row")
-    parser.add_argument("--repeats", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=64, help="of every row")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=0.5, help="of each side in a repeat")
     parser.add_argument("--least", type=float, default=0.97, help="the least ratio that passes")
     parser.add_argument("--cpu-time", action="store_true", help="by the process's processor time")
     parser.add_argument("--json", type=Path)
@@ -218,16 +258,16 @@ def main() -> None:
     target = load_target(str(DATA / "target"), dtype=mx.float32)
     wanted, cells = requests(target, args.tokens), []
     clock = time.process_time if args.cpu_time else time.perf_counter
-    plain = engine_of(target, lambda cache: PlainDrafter(), Constant(0), clock)
+    plain = Side(engine_of(target, lambda cache: PlainDrafter(), Constant(0)), clock)
     print("| drafter | prompts | rows | auto / width 0 | plain tok/s | auto tok/s | drafting | probing |")
     print("|---" * 8 + "|", flush=True)
     for name, make in makers(target).items():
         if args.drafter and name not in args.drafter:
             continue
-        auto = engine_of(target, make, Watched(), clock)
+        auto = Side(engine_of(target, make, Watched()), clock)
         for rows, kind in itertools.product(args.batch, wanted):
             cells.append(Cell(name, kind, rows))
-            measure(cells[-1], plain, auto, wanted[kind][:rows], args.repeats)
+            measure(cells[-1], plain, auto, wanted[kind][:rows], args)
             print(cells[-1].line(), flush=True)
     if args.json:
         found = {"provenance": provenance(sys.argv, __version__), "cells": [asdict(cell) for cell in cells]}

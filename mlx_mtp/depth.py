@@ -88,9 +88,11 @@ class Acceptance:
         self._prior = self.HOPELESS if outlook % BOUND == NOTHING else self.PRIOR
         self._hits, self._tries = [0.0] * most, [0.0] * most
         self._slow, self._rounds = [self._prior] * most, [0] * most
+        self._expected: list[float] = []  # tokens by width; none: to be reckoned anew
 
     def record(self, width: int, kept: Sequence[int]) -> None:
         """A round in which these rows kept so many columns of width + 1."""
+        self._expected = []
         self._hits = [x * self.FADE for x in self._hits]
         self._tries = [x * self.FADE for x in self._tries]
         for i in range(min(width, len(self._hits))):
@@ -106,15 +108,21 @@ class Acceptance:
 
     def expected_tokens(self, width: int) -> float:
         """Tokens a row gains from a round of this width."""
-        total, alive, last, level = 1.0, 1.0, self._prior, 1.0
-        for i in range(width):
+        if not self._expected:
+            self._expected = self._expect()
+        return self._expected[min(width, len(self._hits))]
+
+    def _expect(self) -> list[float]:
+        """`expected_tokens` of all widths."""
+        totals, alive, last, level = [1.0], 1.0, self._prior, 1.0
+        for i in range(len(self._hits)):
             # Positions rise and fall together: what the slow mean says is scaled by how the position before fares.
             prior = min(0.97, self._slow[i] * level) if self._rounds[i] else last
             last = (self._hits[i] + self.PRIOR_WEIGHT * prior) / (self._tries[i] + self.PRIOR_WEIGHT)
             level = last / max(self._slow[i], 0.02) if self._rounds[i] else level
             alive *= last
-            total += alive
-        return total
+            totals.append(totals[-1] + alive)
+        return totals
 
 
 class Auto:
@@ -151,6 +159,7 @@ class Auto:
         self._kept: dict[int, Acceptance] = {}  # by outlook
         self._times: defaultdict[tuple[int, int], deque[float]] = defaultdict(lambda: deque(maxlen=self.TIMES))
         self._medians: dict[tuple[int, int], float] = {}  # of the shapes that have been timed
+        self._speeds: dict[int, list[float]] = {}  # what `seconds` says at pace 1, by rows
         self._seen: set[tuple[int, int]] = set()
         self._recheck, self._unseen = self.FIRST_CHECK, 0
         self._pace = 1.0  # by how much rounds take longer now than at first; `_times` are over it
@@ -223,6 +232,7 @@ class Auto:
         times.append(seconds / self._pace)
         if len(times) >= self.SAMPLES:
             self._medians[rows, width] = statistics.median(times)
+            self._speeds.pop(rows, None)
 
     def expected_tokens(self, outlook: Sequence[int], width: int) -> float:
         """Tokens a row gains from a round of this width, mean over rows."""
@@ -232,11 +242,14 @@ class Auto:
     def seconds(self, rows: int, width: int) -> float:
         """Time of a round: measured, or at least that of the next narrower shape that was; no more than that of a
         wider one, for one of the two was measured while the machine was slow."""
-        for w in range(width, -1, -1):
-            if (rows, w) in self._medians:
-                wider = (self._medians.get((rows, v), math.inf) for v in range(w, self._most + 1))
-                return min(wider) * self._pace
-        return 0.0
+        if rows not in self._speeds:
+            known = [self._medians.get((rows, w)) for w in range(self._most + 1)]
+            least, narrower = math.inf, 0.0
+            floors = [least := min(least, known[w] or least) for w in range(self._most, -1, -1)][::-1]
+            self._speeds[rows] = [
+                narrower := narrower if one is None else floor for one, floor in zip(known, floors, strict=True)
+            ]
+        return self._speeds[rows][width] * self._pace
 
     def _acceptance(self, outlook: int) -> Acceptance:
         if outlook not in self._kept:
@@ -264,9 +277,10 @@ class Auto:
         """An untimed width that would win if it took no longer than the next narrower timed one; of those about as good
         the narrowest, which costs least if it does not win."""
         rows = len(outlook)
-        if not self._drafted(rows):
+        unknown = [w for w in range(1, self._most + 1) if not self._timed(rows, w)]
+        if not unknown or not self._drafted(rows):
             return None
-        unknown = [w for w in range(1, self._most + 1) if not self._timed(rows, w) and self._affordable(rows, w)]
+        unknown = [w for w in unknown if self._affordable(rows, w)]
         rates = {w: self._rate(outlook, w) for w in unknown}
         wanted = max(self.GAIN * self._rate(outlook, self._width), max(rates.values(), default=0.0) / self.GAIN)
         return next((w for w, rate in rates.items() if rate >= wanted), None)
