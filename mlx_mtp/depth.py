@@ -151,6 +151,7 @@ class Auto:
     PAUSE = 6  # rounds between two shapes that are tried for their time
     FIRST_PROBE, LAST_PROBE, PROBE_WIDTH, PROBE_ROUNDS = 24, 768, 1, 2
     FIRST_CHECK, LAST_CHECK, CHECK_ROUNDS = 8, 128, 2  # rounds with drafts before some without
+    SURPRISE = 0.15  # share by which those may be off before the next ones come soon
     drafts = True
 
     def __init__(self, most: int = 8) -> None:
@@ -227,6 +228,8 @@ class Auto:
             return
         if self._timed(rows, width):
             slower = seconds / self.seconds(rows, width)
+            if not width and self._width and abs(slower - 1) > self.SURPRISE:
+                self._recheck = self.FIRST_CHECK  # all is judged by a wrong measure, so soon again
             known = len(times) / self.TIMES  # what surprises of a shape that is hardly known says little of the machine
             self._pace *= 1 + self.PACE * known * (min(max(slower, 0.5), 2.0) - 1)
         times.append(seconds / self._pace)
