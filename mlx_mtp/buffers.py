@@ -20,7 +20,9 @@ def round_up(n: int, step: int) -> int:
 
 def fit_rows(x: mx.array, rows: int) -> mx.array:
     """x with its first axis cut or zero-padded to `rows`."""
-    if x.shape[0] >= rows:
+    if x.shape[0] == rows:
+        return x
+    if x.shape[0] > rows:
         return mx.contiguous(x[:rows])
     return mx.concatenate([x, mx.zeros((rows - x.shape[0], *x.shape[1:]), x.dtype)])
 

@@ -31,6 +31,7 @@ import numpy as np
 
 from mlx_mtp import logprobs
 from mlx_mtp.accept import Judge, Verdict, verdict
+from mlx_mtp.buffers import put
 from mlx_mtp.cache import Cache
 from mlx_mtp.confidence import Confidence, Judged, lenders, pack
 from mlx_mtp.depth import MAX_WIDTH, Depth
@@ -124,9 +125,7 @@ class Engine:
         assert running is not None
         ahead = None if running.chunks else self._build()
         events = self._read(running, away_s)
-        # Now it is known what constraints force. Prompt chunks are not undone for that.
-        fits = ahead is not None and (ahead.guide is None or ahead.guide.fits() or ahead.chunks)
-        if ahead is not None and fits and any(not r.done for r in ahead.rows):
+        if ahead is not None and ahead.wanted():
             del undo  # MLX copies a buffer that is still referred to instead of writing into it
             if self.hands_over_first:
                 self._running, self._held = None, ahead
@@ -279,9 +278,7 @@ class Engine:
         last = mx.array([c.last for c in chunks])
         self._history.add(rows, judged.tokens, judged.kept * last)
         newest = mx.where(last, judged.tokens[:, 0], newest)
-        bonus = mx.array(self._bonus)
-        bonus[rows] = mx.where(last, newest, bonus[rows])
-        self._bonus = bonus
+        self._bonus = put(self._bonus, rows, mx.where(last, newest, self._bonus[rows]))
         where = [b for b, row in enumerate(members) if row in asking]
         return newest, logprobs.packed_rows(logits, judged.tokens, where, most)
 

@@ -45,6 +45,12 @@ class Pass:
     def rows(self) -> list[Row]:
         return [*self.active, *(c.row for c in self.chunks)]
 
+    def wanted(self) -> bool:
+        """Whether it is still to run, now that what came before it has been read: constraints force nothing else, and
+        some row needs it. Prompt chunks are not undone for a constraint."""
+        fits = self.guide is None or self.guide.fits() or bool(self.chunks)
+        return fits and any(not r.done for r in self.rows)
+
     @property
     def columns(self) -> int:
         return len(self.decoded) * (self.width + 1) + sum(c.count for c in self.chunks)

@@ -16,6 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_mtp.buffers import put
 from mlx_mtp.cache import Cache
 from mlx_mtp.depth import MAX_WIDTH
 from mlx_mtp.drafters.kinds import Kind, Network
@@ -95,17 +96,13 @@ class DraftModel:
                 self._behind[here] = [behind] * len(members)
 
     def _has(self, rows: slice, positions: mx.array) -> None:
-        have = mx.array(self._have)  # a new handle: `state` may hold the old one
-        have[rows] = positions
-        self._have = have
+        self._have = put(self._have, rows, positions)
 
     def _run(self, rows: slice, tokens: mx.array, start: mx.array, ahead: int) -> mx.array:
         """One pass over tokens [B, L] from position start [B], at most `ahead` past the target's length -> hidden
         [B, L, H]; nothing past it counts any more."""
         columns = tokens.shape[1]
-        lengths = mx.array(self._cache.lengths)
-        lengths[rows] = start
-        self._cache.lengths = lengths
+        self._cache.lengths = put(self._cache.lengths, rows, start)
         for row in range(rows.start, rows.stop):
             self._cache.bounds[row] = max(0, self._target.bounds[row] + ahead)
         hidden, _ = self._model.forward(tokens, self._cache.open(rows, columns))

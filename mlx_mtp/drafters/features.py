@@ -14,6 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_mtp.buffers import fit_rows
 from mlx_mtp.cache import Cache, LayerSpec, Pass, Snapshot
 from mlx_mtp.rows import Forward
 
@@ -31,7 +32,7 @@ class Seen:
 
     def padded(self, rows: int) -> Seen:
         """With rows that have seen nothing behind the others."""
-        return Seen(_padded(self.features, rows), _padded(self.kept, rows))
+        return Seen(fit_rows(self.features, rows), fit_rows(self.kept, rows))
 
 
 class FeatureDrafter:
@@ -114,9 +115,3 @@ class FeatureDrafter:
         cache, seen, self._undrafted = state
         self._cache.restore(cache)
         self._seen = [Seen(*pair) for pair in seen]
-
-
-def _padded(x: mx.array, rows: int) -> mx.array:
-    """x with its first axis zero-padded to `rows`."""
-    missing = rows - x.shape[0]
-    return mx.concatenate([x, mx.zeros((missing, *x.shape[1:]), x.dtype)]) if missing else x

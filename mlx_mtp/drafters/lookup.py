@@ -11,6 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_mtp.buffers import put
 from mlx_mtp.cache import Cache
 from mlx_mtp.confidence import bins_of_match
 from mlx_mtp.drafters import Drafter
@@ -57,9 +58,9 @@ class LookupDrafter:
     def observe(self, fwd: Forward, kept: mx.array) -> mx.array:
         outlook = self._under.observe(fwd, kept)
         self._texts.observe(fwd, kept)
-        found = mx.array(self._found)
-        found[fwd.rows] = longest_match(self._texts.tokens[fwd.rows], self._texts.lengths(fwd.rows))
-        self._found, length = found, found[fwd.rows, 0]
+        match = longest_match(self._texts.tokens[fwd.rows], self._texts.lengths(fwd.rows))
+        self._found = put(self._found, fwd.rows, match)
+        length = self._found[fwd.rows, 0]
         without = mx.array(self._without, mx.int32) if outlook is None else outlook
         return mx.where(length >= self._gate, mx.where(length >= SURE, USUAL + 2, USUAL + 1), without)
 
@@ -78,8 +79,7 @@ class LookupDrafter:
     def leave(self, row: int, last: int) -> None:
         self._under.leave(row, last)
         self._texts.leave(row, last)
-        found = mx.array(self._found)
-        found[row] = found[last]
+        found = put(self._found, row, self._found[last])
         self._found = found[:last] if last else mx.zeros((0, 2), mx.int32)
 
     def state(self) -> Any:

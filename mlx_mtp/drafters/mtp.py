@@ -8,6 +8,7 @@ from typing import cast
 import mlx.core as mx
 
 from mlx_mtp import kernels
+from mlx_mtp.buffers import put
 from mlx_mtp.cache import Cache
 from mlx_mtp.confidence import bins_of_odds
 from mlx_mtp.drafters.kinds import Kind, Network
@@ -90,26 +91,21 @@ class MtpDrafter:
         if picked.shape[0] == self._hidden.shape[0]:
             self._hidden = picked
             return
-        hidden = mx.array(self._hidden)  # a new handle: `state` may hold the old one
-        hidden[fwd.rows] = picked
-        self._hidden = hidden
+        self._hidden = put(self._hidden, fwd.rows, picked)
 
     def begin(self, row: int, length: int, state: None) -> None:
         self._hidden = mx.concatenate([self._hidden, mx.zeros((1, *self._hidden.shape[1:]), self._hidden.dtype)])
 
     def snapshot(self, row: int, length: int) -> None:
-        return (
-            None  # keys and values are the target's, and the next column, which always comes, brings its hidden state
-        )
+        # Keys and values are the target's, and the next column, which always comes, brings its hidden state.
+        return None
 
     def row_bytes(self, positions: int) -> int:
         return self._target.config.hidden_size * self._cache.dtype.size
 
     def leave(self, row: int, last: int) -> None:
         if row < last:
-            hidden = mx.array(self._hidden)
-            hidden[row] = hidden[last]
-            self._hidden = hidden
+            self._hidden = put(self._hidden, row, self._hidden[last])
         self._hidden = self._hidden[:last]
 
     def state(self) -> mx.array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from mlx_mtp.buffers import put, round_up
 from mlx_mtp.cache import Cache
 from mlx_mtp.rows import Forward
 
@@ -28,11 +29,10 @@ class Texts:
         columns, rows = fwd.tokens.shape[1], fwd.rows
         self._fit(max(self._cache.bounds[rows]) + columns + 1)
         row, end = mx.arange(rows.start, rows.stop), self.lengths(rows)
-        tokens = mx.array(self.tokens)  # a new handle: `state` may hold the old one
-        tokens[row[:, None], (end - kept)[:, None] + mx.arange(columns)] = fwd.tokens
+        where = row[:, None], (end - kept)[:, None] + mx.arange(columns)
+        self.tokens = put(self.tokens, where, fwd.tokens)
         if fwd.newest is not None:
-            tokens[row, end] = fwd.newest
-        self.tokens = tokens
+            self.tokens = put(self.tokens, (row, end), fwd.newest)
 
     def at(self, rows: slice, positions: mx.array) -> mx.array:
         """Tokens at positions [B, L] -> [B, L]."""
@@ -57,15 +57,13 @@ class Texts:
 
     def leave(self, row: int, last: int) -> None:
         if row < last:
-            tokens = mx.array(self.tokens)
-            tokens[row] = tokens[last]
-            self.tokens = tokens
+            self.tokens = put(self.tokens, row, self.tokens[last])
         # A cut of an array holds the whole of it.
         self.tokens = self.tokens[:last] if last else mx.zeros((0, STEP_TOK), mx.int32)
 
     def _fit(self, positions: int) -> None:
         have = self.tokens.shape[1]
         if positions > have:
-            room = -(-max(positions, have + have // 4) // STEP_TOK) * STEP_TOK
+            room = round_up(max(positions, have + have // 4), STEP_TOK)
             pad = mx.zeros((self.tokens.shape[0], room - have), mx.int32)
             self.tokens = mx.concatenate([self.tokens, pad], axis=1)
