@@ -26,7 +26,7 @@ from mlx_mtp.models.config import AssistantConfig
 from mlx_mtp.models.families import Family, Target, family_of
 from mlx_mtp.models.gemma4_assistant import Assistant
 from mlx_mtp.pairs import check_pair, find_drafter
-from mlx_mtp.rows import CheckpointError, DownloadError, RequestError, Sampling
+from mlx_mtp.rows import CheckpointError, DownloadError, PairingError, RequestError, Sampling
 from mlx_mtp.tensors import read_headers, read_json
 from mlx_mtp.weights import Folder, Plan, Report, bare, plan, read
 
@@ -40,6 +40,7 @@ __all__ = [
     "load_drafter",
     "load_pair",
     "load_target",
+    "own_drafter",
 ]
 
 # Keys of generation_config.json that would change the text and are not supported: their neutral values.
@@ -210,19 +211,30 @@ def _opened(kind: Kind, network: Network, name: str, path: Path, raw: dict[str, 
     return Opened(kind, network, Folder(name, path, raw, config, network.stored(config)))
 
 
-def _inside(target: Folder) -> tuple[Opened | None, list[str]]:
-    """The drafter in a target's own files, if there is one; a note where there should be one and is none."""
+def own_drafter(target: str) -> str | None:
+    """`target`, a folder or hub id, if its own files hold its drafter; None if another is to be looked for.
+
+    Raises PairingError where its files should hold one and do not, and otherwise as load_pair.
+    """
+    _, folder = _open_target(target, None)
+    opened, lacking = _inside(folder)
+    if lacking:
+        raise PairingError(f"{lacking}; name a copy that has it with --drafter")
+    return target if opened else None
+
+
+def _inside(target: Folder) -> tuple[Opened | None, str | None]:
+    """The drafter in a target's own files, if there is one; what to say where there should be one and is none."""
     for kind in kinds():
         if kind.network is None or not kind.network.inside(target.raw):
             continue
         opened = _opened(kind, kind.network, target.name, target.path, target.raw)
         if any(not opened.folder.stored.skipped.search(bare(name)) for name in read_headers(target.path)):
-            return opened, []
-        return None, [
-            f"{target.name} should bring a drafter along, but its files hold none (conversions to MLX leave it out); "
-            "decoding plainly (name a copy that has it with --drafter)"
-        ]
-    return None, []
+            return opened, None
+        return None, (
+            f"{target.name} should bring a drafter along, but its files hold none (conversions to MLX leave it out)"
+        )
+    return None, None
 
 
 def _open(name: str, report: Report | None) -> tuple[Path, dict[str, Any], str]:
@@ -248,9 +260,11 @@ def _find_drafter(drafter: str | None, target: Folder, report: Report | None) ->
         return None, []
     if drafter != "auto":
         return _open_drafter(drafter, report), []
-    opened, notes = _inside(target)
-    if opened or notes:
-        return opened, notes
+    opened, lacking = _inside(target)
+    if lacking:
+        return None, [f"{lacking}; decoding plainly (name a copy that has it with --drafter)"]
+    if opened:
+        return opened, []
     found = find_drafter(target.name)
     if found is None:
         return None, [f"no drafter is known for {target.name}; decoding plainly (name one with --drafter)"]

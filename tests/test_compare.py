@@ -3,10 +3,12 @@
 import json
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from checkpoints import read, write
 
 from mlx_mtp.cli import main
 from mlx_mtp.compare.cases import KINDS, Case, cases_of, prompts_of
@@ -21,6 +23,7 @@ from mlx_mtp.load import load_pair
 from mlx_mtp.text import Text
 
 TINY = Path(__file__).parent.parent / "mlx_mtp" / "data" / "tiny"
+QWEN = Path(__file__).parent / "fixtures" / "qwen"
 PROMPT = tuple(range(3, 23))
 
 
@@ -239,6 +242,46 @@ def test_the_command_compares_with_mlx_lm_token_for_token(capsys, tmp_path, monk
         assert t["figures"][0]["tokens_per_round"] > 1 and t["figures"][0]["per_round"]["reads"] == 1
     assert "mlx-vlm is not installed" in err and found["machine"]["mlx-lm"]
     assert len(csv.read_text().splitlines()) == 1 + 3
+
+
+def compare_qwen(folder: Path, capsys, *options: str) -> tuple[dict, str]:
+    """What the command finds with a Qwen 3.5 checkpoint, and what it says on stderr."""
+    asked = ["--kind", "chat", "--batch", "1", "--width", "3", "-n", "6", "--repeats", "1", "--groups", "1", *options]
+    assert main(["compare", "-m", str(folder), *asked, "--no-preload", "--json"]) == 0
+    out, err = capsys.readouterr()
+    return json.loads(out), err
+
+
+def test_the_head_in_a_targets_own_files_drafts_beside_mlx_lm(capsys, monkeypatch):
+    pytest.importorskip("mlx_lm")
+    monkeypatch.setattr("mlx_mtp.cli.compare.find_spec", lambda name: None if name == "mlx_vlm" else name)
+    (found,) = compare_qwen(QWEN, capsys)[0]["tables"]
+    assert [f["name"] for f in found["figures"]] == ["mlx-mtp width 3", "mlx-mtp width 0", "mlx-lm plain"]
+    assert all(f["differs"] == [] and f["stable"] for f in found["figures"])
+    assert len(found["figures"][0]["kept_by_position"]) == 3
+
+
+@pytest.mark.slow
+def test_a_runtime_that_cannot_load_a_checkpoint_is_left_out_in_one_line(capsys, monkeypatch, tmp_path):
+    """Nothing here is called mlx_vlm, so that its process fails whether it is installed or not."""
+    pytest.importorskip("mlx_lm")
+    (tmp_path / "mlx_vlm.py").write_text("raise ValueError('missing:\\n  this\\n' + 'and that, ' * 99)")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).parent.parent}")
+    monkeypatch.setattr("mlx_mtp.cli.compare.find_spec", lambda name: name)
+    found, err = compare_qwen(QWEN, capsys)
+    assert [f["name"] for f in found["tables"][0]["figures"]][-1] == "mlx-lm plain"
+    (line,) = [line for line in err.splitlines() if "left out" in line]
+    assert "mlx-vlm: ValueError: missing: this and that" in line and len(line) < 300
+
+
+def test_a_copy_without_the_head_is_refused_before_a_process_is_started(capsys, tmp_path):
+    whole = read(QWEN)
+    without = {name: value for name, value in whole.tensors.items() if not name.startswith("mtp.")}
+    folder = write(replace(whole, tensors=without), tmp_path / "headless")
+    assert main(["compare", "-m", str(folder), "--no-preload"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert "its files hold none" in err and "name a copy that has it with --drafter" in err
 
 
 @pytest.mark.parametrize(

@@ -127,12 +127,13 @@ def _contenders(options: Compare) -> tuple[list[Load], list[Contender]]:
     from mlx_mtp.compare.driver import BASELINE, PLAIN, Contender
     from mlx_mtp.compare.worker import Load
     from mlx_mtp.doctor import on_gpu
+    from mlx_mtp.load import own_drafter
     from mlx_mtp.pairs import find_drafter
 
     embedded = str(resources.files("mlx_mtp") / "data" / "tiny" / "target")
     name = embedded if options.model == EMBEDDED else options.model
     target = str(hub.resolve(name))
-    drafter = find_drafter(name) if options.drafter == "auto" else options.drafter
+    drafter = options.drafter if options.drafter != "auto" else own_drafter(target) or find_drafter(name)
     if drafter is None:
         raise RequestError(f"no drafter is known for {options.model}; name one with --drafter")
     drafter = str(hub.resolve(drafter))

@@ -21,6 +21,7 @@ from mlx_mtp.rows import MlxMtpError, RequestError
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 RUNTIMES = ("mlx-mtp", "mlx-lm", "mlx-vlm")
+MOST_SAID = 160  # characters of an error that is no line of ours
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,12 @@ def answer(held: Held, job: dict[str, Any]) -> dict[str, Any]:
     return run(mode, prompts, job["tokens"]).to_json()
 
 
+def _line(error: Exception) -> str:
+    """The beginning of what it says, in one line: some runtimes list every weight that they miss."""
+    said = " ".join(str(error).split())
+    return said if len(said) <= MOST_SAID else f"{said[:MOST_SAID]} ..."
+
+
 def main() -> None:
     """Speak the protocol. The file descriptor of stdout is kept for it alone; prints of others go to stderr."""
     replies = os.fdopen(os.dup(1), "w", buffering=1)
@@ -117,7 +124,7 @@ def main() -> None:
     except MlxMtpError as error:
         replies.write(json.dumps({"error": str(error)}) + "\n")
     except Exception as error:  # whatever a runtime does: the parent says which one, and goes on without it
-        replies.write(json.dumps({"error": f"{type(error).__name__}: {error}"}) + "\n")
+        replies.write(json.dumps({"error": f"{type(error).__name__}: {_line(error)}"}) + "\n")
         raise
 
 
