@@ -174,11 +174,18 @@ class Cache:
         """Slots of a sliding layer's ring: the drafter's window (W + 1) and two of the widest rounds."""
         return round_up(window + 1 + 2 * (self.max_width + 1), 8)
 
-    @property
-    def back(self) -> int:
+    def back(self, columns: int) -> int:
         """How many positions before a snapshot's length a row may begin, if the row it was taken of had not run past
-        that length by more than one of the widest rounds."""
-        return 0 if self.states.specs else self.max_width + 1
+        that length by more than one of the widest rounds. columns: that count of the row's last pass; a recurrent
+        layer's state is kept as it was before them, unless the pass was wider than a round."""
+        if not self.states.specs:
+            return self.max_width + 1
+        return columns if columns <= self.states.widest else 0
+
+    @property
+    def tail(self) -> int:
+        """How many last tokens of a prompt have to go in a pass of their own for `back` to be as many."""
+        return self.states.widest if self.states.specs else 0
 
     def capacity(self, positions: int) -> int:
         """The most positions that the buffers of a row which ends at `positions` may hold: it may run two of the

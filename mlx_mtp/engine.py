@@ -66,7 +66,9 @@ class Engine:
         self.judge: Judge = verdict  # what decides which drafts a round keeps; benchmarks give another
         self.confidence = Confidence.of(target)  # what decides which drafts a round tries; None: all of them
         self.clock = time.perf_counter  # all that tells it time, in seconds; tests and benchmarks give another
-        self.scheduler = Scheduler(limits, lambda n: cache.row_bytes(n) + drafter.row_bytes(n), cache.back)
+        self.scheduler = Scheduler(
+            limits, lambda n: cache.row_bytes(n) + drafter.row_bytes(n), cache.back(0), cache.tail
+        )
         self.host_reads = 0
         self.total = Stats()  # of all requests that have ended
         self.first_drafts = self.first_kept = 0  # of the first JUDGED rounds: drafts that were its drafter's own guess
@@ -167,7 +169,7 @@ class Engine:
             first, score = self._chunks(group, most)
             outs.append(first)
             scores += score
-        prefixes = [self._marked(c.row) for c in chunks if c.row.stops and c.row.stops[0] == c.row.prefilled]
+        prefixes = [self._marked(c) for c in chunks if c.row.stops and c.row.stops[0] == c.row.prefilled]
         scored = [*((r, width + 1) for r in _asking(active)), *((r, 1) for r in begun)]
         out, known = mx.concatenate([*outs, *experts, *scores]), tuple(r.prospect for r in active)
         flags = foreseen, weighed, bool(experts)
@@ -282,11 +284,13 @@ class Engine:
         where = [b for b, row in enumerate(members) if row in asking]
         return newest, logprobs.packed_rows(logits, judged.tokens, where, most)
 
-    def _marked(self, row: Row) -> Prefix:
-        """What a row has computed of its prompt, after all passes that are built: nothing else writes to it then."""
+    def _marked(self, chunk: Chunk) -> Prefix:
+        """What a row has computed of its prompt, after all passes that are built, of which the last over it is this
+        chunk's: nothing else writes to it then."""
+        row = chunk.row
         row.marked = row.stops.pop(0)
         own = row.marked - row.stats.cached_tokens  # nobody knows how far the row that it continues had run on
-        return self._prefix(row, row.prompt[: row.marked], min(own, self.cache.back))
+        return self._prefix(row, row.prompt[: row.marked], min(own, self.cache.back(chunk.count)))
 
     def _prefix(self, row: Row, tokens: np.ndarray, back: int) -> Prefix:
         n = len(tokens)

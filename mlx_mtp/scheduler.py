@@ -51,8 +51,9 @@ class Row:
     prefilled: prompt tokens in the cache or on their way. tokens: what the host has read so far.
     pending: rounds dispatched or built whose verdict the host has not read.
     begin: the kept beginning of its prompt, if any, until it joins. stops: lengths of the prompt at which a prefix
-    will be kept, ascending; no chunk runs past the next. marked: the last length at which one was. awaits: while it
-    waits, how much of its prompt another row is about to compute. outlook: the last that was read of its drafter's.
+    will be kept, ascending; no chunk runs past the next. tail: how many last tokens of its prompt no chunk has with
+    others before them. marked: the last length at which a prefix was kept. awaits: while it waits, how much of its
+    prompt another row is about to compute. outlook: the last that was read of its drafter's.
     follower: where its text stands in the request's constraint, as far as the host has read it. arrived: passes that
     the engine had read when the request came, and the columns in them.
     """
@@ -68,6 +69,7 @@ class Row:
     done: bool = False
     begin: Prefix | None = None
     stops: list[int] = field(default_factory=list)
+    tail: int = 0
     marked: int = 0
     awaits: int = 0
     outlook: int = USUAL
@@ -92,7 +94,8 @@ class Row:
     @property
     def reach(self) -> int:
         """Of these, how many the next chunk may have."""
-        return min(self.left, self.stops[0] - self.prefilled) if self.stops else self.left
+        most = self.left - self.tail if self.left > self.tail else self.left
+        return min(most, self.stops[0] - self.prefilled) if self.stops else most
 
     @property
     def committed(self) -> int:
@@ -127,10 +130,10 @@ class Chunk:
 class Scheduler:
     """The queue of waiting requests and the dense list of live rows."""
 
-    def __init__(self, limits: Limits, row_bytes: Callable[[int], int], back: int = 0) -> None:
-        """row_bytes: what a row of so many positions takes, its drafter's share included. back: how far behind the
-        length of a prefix inside a prompt a row may begin."""
-        self.limits, self.back = limits, back
+    def __init__(self, limits: Limits, row_bytes: Callable[[int], int], back: int = 0, tail: int = 0) -> None:
+        """row_bytes: what a row of so many positions takes, its drafter's share included. back: how far before the
+        length of a prefix inside a prompt a row may begin. tail: of prompts that are kept; see `Row`."""
+        self.limits, self.back, self._tail = limits, back, tail
         self.prefixes = Prefixes(limits.prefix_bytes)
         self.waiting: list[Row] = []
         self.rows: list[Row] = []
@@ -185,7 +188,7 @@ class Scheduler:
         row.begin, row.prefilled, row.marked = prefix, known, known
         row.stats.cached_tokens = known
         if self.keeps:
-            row.stops = self.limits.spacing.stops(known, len(row.prompt))
+            row.stops, row.tail = self.limits.spacing.stops(known, len(row.prompt)), self._tail
 
     @property
     def keeps(self) -> bool:

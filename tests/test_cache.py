@@ -72,7 +72,7 @@ class Rows:
     def again(self, which: int, back: int) -> None:
         """Join as in a snapshot, or a few positions earlier."""
         snapshot, told = self.kept[which % len(self.kept)]
-        count = max(told.begin, len(told.ids) - min(back, self.cache.back))
+        count = max(told.begin, len(told.ids) - min(back, self.cache.back(0)))
         self.join(snapshot, told.ids[:count])
 
     def forget(self, which: int) -> None:

@@ -19,15 +19,18 @@ from mlx_mtp.drafters.qwen_mtp import QwenMtpDrafter
 from mlx_mtp.load import load_drafter, load_pair, load_target
 from mlx_mtp.models.qwen3_5 import read_qwen
 from mlx_mtp.models.qwen3_5_mtp import QwenMtp
+from mlx_mtp.prefixes import shared
 from mlx_mtp.rows import GREEDY, CheckpointError, Forward, PairingError, Sampling
 from mlx_mtp.sampling import RowSampler, Sampler
 from mlx_mtp.scheduler import Limits
 from mlx_mtp.states import StateSpec
+from mlx_mtp.text import Text
 
 STEP = 2.0**-14  # the goldens are int32 multiples of it
 ONE = slice(0, 1)
 SEEDED = Sampling(temperature=0.8, top_k=40, seed=7)
 SMALL_CHUNKS = Limits(alone_tok=11, chunk_tok=11, first_chunk_tok=5)
+THOUGHT_TOK = 6  # of the empty thought that its template begins an answer with, and leaves out afterwards
 KEEPING = Limits(alone_tok=24, chunk_tok=24, first_chunk_tok=24, prefix_bytes=2**30)
 
 
@@ -279,6 +282,24 @@ def test_what_a_turn_has_computed_is_not_computed_again(kind):
     assert [o.stats.cached_tokens for o in outcomes] == [
         len(r.prompt) + len(t) - 1 for r, t in zip(first, said, strict=True)
     ]
+
+
+def test_a_turn_of_a_chat_computes_only_what_the_turn_before_had_not():
+    """Though the template drops from what has been said the thought that the turn before was made to begin with."""
+    models, engine, text = qwen(), engine_of(qwen(), "head", 3, replace(KEEPING, alone_tok=128)), Text.from_dir(QWEN)
+    chats: list[list[dict]] = [[], []]
+    before: list[tuple[int, ...]] = [(), ()]
+    for turn in range(3):
+        for number, chat in enumerate(chats):
+            chat.append({"role": "user", "content": f"Question {turn}, of {'wider ' * (3 + 4 * number)}rings?"})
+        wanted = [request(text.encode(text.render(chat)), 9) for chat in chats]
+        outcomes = run(engine, wanted)
+        assert texts(outcomes) == [solo(models, r) for r in wanted]
+        for chat, old, r, o in zip(chats, before, wanted, outcomes, strict=True):
+            same = shared(np.array(old), np.array(r.prompt))
+            assert o.stats.cached_tokens == same == max(0, len(old) - THOUGHT_TOK)
+            chat.append({"role": "assistant", "content": f"Answer {turn}."})
+        before = [r.prompt for r in wanted]
 
 
 def test_prompts_that_begin_alike_share_what_is_computed_of_it():

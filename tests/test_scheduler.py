@@ -143,6 +143,14 @@ def test_while_nobody_decodes_a_prompt_enters_in_the_widest_chunks():
     assert [feed(made) for _ in range(4)] == [{0: 32}, {0: 32}, {0: 6}, {}]
 
 
+@pytest.mark.parametrize(("prompt", "sent"), [(9, [9]), (10, [10]), (11, [1, 10]), (95, [64, 21, 10])])
+def test_the_tail_of_a_prompt_that_is_kept_is_a_chunk_of_its_own(prompt, sent):
+    made = Scheduler(Limits(alone_tok=64, prefix_bytes=1), lambda positions: 1, tail=10)
+    made.submit(row(0, prompt))
+    made.admit()
+    assert [feed(made)[0] for _ in sent] == sent and made.rows[0].left == 0
+
+
 def test_beside_running_rows_a_chunk_is_small_until_the_speed_is_known():
     made = scheduler(row(0, 3), row(1, 500), alone_tok=256, chunk_tok=256, first_chunk_tok=48, max_rows=1)
     made.admit()

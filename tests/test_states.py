@@ -162,6 +162,21 @@ def test_what_is_held_is_not_changed_by_what_its_row_or_its_heirs_do():
     rows.write(0, [1, 2, 3, 1], 4)
 
 
+@pytest.mark.parametrize("columns", range(1, WIDEST + 3))
+def test_a_row_may_begin_as_far_before_a_prompts_end_as_its_last_pass_was_wide(columns):
+    rows = Rows()
+    rows.join()
+    rows.write(0, [9], 9)
+    rows.write(0, [columns], columns)
+    back = rows.cache.back(columns)
+    assert back == (columns if columns <= rows.cache.tail else 0)
+    held, ids = rows.cache.states.hold(0), list(rows.rows[0])
+    for count in range(len(ids) - back, len(ids) + 1):
+        rows.kept.append((held, ids[:count]))
+        rows.join(-1)
+        rows.write(len(rows.rows) - 1, [2], 2)
+
+
 def test_a_row_takes_what_admission_counts():
     rows = Rows()
     for _ in range(3):
