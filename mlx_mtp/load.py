@@ -25,7 +25,7 @@ from mlx_mtp.kernels.matrix import Matrix
 from mlx_mtp.models.config import AssistantConfig
 from mlx_mtp.models.families import Family, Target, family_of
 from mlx_mtp.models.gemma4_assistant import Assistant
-from mlx_mtp.pairs import check_pair, find_drafter
+from mlx_mtp.pairs import check_pair, find_drafter, whole_copy
 from mlx_mtp.rows import CheckpointError, DownloadError, PairingError, RequestError, Sampling
 from mlx_mtp.tensors import read_headers, read_json
 from mlx_mtp.weights import Folder, Plan, Report, bare, plan, read
@@ -219,7 +219,7 @@ def own_drafter(target: str) -> str | None:
     _, folder = _open_target(target, None)
     opened, lacking = _inside(folder)
     if lacking:
-        raise PairingError(f"{lacking}; name a copy that has it with --drafter")
+        raise PairingError(f"{lacking}; {_elsewhere(target)}")
     return target if opened else None
 
 
@@ -235,6 +235,12 @@ def _inside(target: Folder) -> tuple[Opened | None, str | None]:
             f"{target.name} should bring a drafter along, but its files hold none (conversions to MLX leave it out)"
         )
     return None, None
+
+
+def _elsewhere(target: str) -> str:
+    """Where to find the drafter that a target's files lack."""
+    whole = whole_copy(target)
+    return "name a copy that has it with --drafter" + (f", such as {whole}" if whole else "")
 
 
 def _open(name: str, report: Report | None) -> tuple[Path, dict[str, Any], str]:
@@ -262,7 +268,7 @@ def _find_drafter(drafter: str | None, target: Folder, report: Report | None) ->
         return _open_drafter(drafter, report), []
     opened, lacking = _inside(target)
     if lacking:
-        return None, [f"{lacking}; decoding plainly (name a copy that has it with --drafter)"]
+        return None, [f"{lacking}; decoding plainly ({_elsewhere(target.name)})"]
     if opened:
         return opened, []
     found = find_drafter(target.name)

@@ -1,4 +1,4 @@
-"""Which drafter belongs to which Gemma 4 target, what they weigh, and whether two configs fit each other.
+"""Which drafter belongs to which target, what they weigh, and whether two configs fit each other.
 
 Reads no weights and asks no network. Parameter counts are of the text stacks alone.
 """
@@ -27,7 +27,8 @@ class KnownPair:
     """A published target and its drafter.
 
     params, drafter_params: all parameters. read, drafter_read: those one pass over one token touches (active
-    experts, one row of the per-layer table, the scored clusters), on which decoding speed depends.
+    experts, one row of the per-layer table, the scored clusters, an output head that is the target's), on which
+    decoding speed depends.
     """
 
     size: str
@@ -50,6 +51,11 @@ class KnownPair:
         """A published 4-bit target."""
         return f"mlx-community/gemma-4-{self.size.lower()}-it-4bit"
 
+    @property
+    def kind(self) -> str:
+        """Of the drafter."""
+        return "mtp"
+
     def weight_bytes(self, bits: int) -> int:
         """Bytes of target and drafter at 16, 8 or 4 bits a weight."""
         return int((self.params + self.drafter_params) * BYTES_PER_PARAMETER[bits])
@@ -61,6 +67,27 @@ class KnownPair:
     def drafter_read_bytes(self, bits: int) -> int:
         """Bytes of the drafter's weights that one step reads, at 16, 8 or 4 bits."""
         return int(self.drafter_read * BYTES_PER_PARAMETER[bits])
+
+
+class NativePair(KnownPair):
+    """A published target whose own files hold its drafter. Copies in MLX's format leave it out, so that they take it
+    out of the whole repository."""
+
+    @property
+    def target(self) -> str:
+        return f"Qwen/{self.size}"
+
+    @property
+    def drafter(self) -> str:
+        return self.target
+
+    @property
+    def quantised(self) -> str:
+        return f"mlx-community/{self.size}-4bit"
+
+    @property
+    def kind(self) -> str:
+        return "qwen_mtp"
 
 
 @dataclass(frozen=True)
@@ -95,6 +122,13 @@ KNOWN = (
     KnownPair("26B-A4B", 2816, 25.23e9, 3.82e9, 419.7e6, 419.7e6),
     KnownPair("31B", 5376, 30.70e9, 30.70e9, 469.5e6, 469.5e6),
 )
+NATIVE = (
+    NativePair("Qwen3.5-0.8B", 1024, 0.752e9, 0.752e9, 20.45e6, 274.7e6),
+    NativePair("Qwen3.5-2B", 2048, 1.882e9, 1.882e9, 60.8e6, 569.4e6),
+    NativePair("Qwen3.5-4B", 2560, 4.206e9, 4.206e9, 120.6e6, 756.3e6),
+    NativePair("Qwen3.5-9B", 4096, 8.954e9, 7.937e9, 243.3e6, 1260.4e6),
+    NativePair("Qwen3.5-27B", 5120, 26.896e9, 25.625e9, 424.7e6, 1696.1e6),
+)
 # Block-diffusion drafters of z-lab, and their parameters where published.
 DFLASH: dict[str, tuple[str, float | None]] = {
     "12B": ("z-lab/gemma4-12B-it-DFlash", None),
@@ -107,8 +141,8 @@ SIZE = re.compile(rf"gemma-4-({'|'.join(pair.size for pair in KNOWN)})(-it)?(-qa
 def offers() -> list[Offer]:
     """Every published pair: the official drafter, DFlash where there is one, and a small model for the largest."""
     out = []
-    for pair in KNOWN:
-        drafters: list[tuple[str, str, float | None]] = [(pair.drafter, "mtp", pair.drafter_params)]
+    for pair in (*KNOWN, *NATIVE):
+        drafters: list[tuple[str, str, float | None]] = [(pair.drafter, pair.kind, pair.drafter_params)]
         if pair.size in DFLASH:
             name, params = DFLASH[pair.size]
             drafters.append((name, "dflash", params))
@@ -135,6 +169,12 @@ def find_drafter(target_name: str) -> str | None:
         return None
     pair = next(p for p in KNOWN if p.size.lower() == found[1].lower())
     return f"{pair.target}-qat-q4_0-unquantized-assistant" if found[3] else pair.drafter
+
+
+def whole_copy(target_name: str) -> str | None:
+    """The repository that holds a target's drafter beside it, by the name of any of its copies, or None."""
+    name = Path(target_name).name.lower()
+    return next((pair.drafter for pair in NATIVE if re.match(rf"{re.escape(pair.size.lower())}(-|$)", name)), None)
 
 
 def _beside(folder: Path) -> str | None:

@@ -28,7 +28,8 @@ ACCEPTANCE = {"prose": 0.67, "code": 0.80, "enumeration": 0.98}
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes by part. row: keys and values of one sequence. working: logits, activations, MLX's own buffers."""
+    """Bytes by part. row: keys, values and recurrent states of one sequence. working: logits, activations, MLX's own
+    buffers."""
 
     weights: int
     drafter: int
@@ -97,11 +98,10 @@ def memory_of(wish: Wish, found: Shape) -> Memory:
     """What a wish takes, in bytes."""
     per_weight, per_draft = BYTES_PER_PARAMETER[wish.bits], BYTES_PER_PARAMETER[wish.drafter_bits]
     target = found.target
-    widest = max(layer.mlp_size for layer in target.layers)
     logits = wish.batch * (PLANNED_WIDTH + 1) * target.vocab_size * 4
-    chunk = PROMPT_CHUNK * (3 * widest + 8 * target.hidden_size) * 2
+    chunk = PROMPT_CHUNK * (3 * found.mlp_size + 8 * target.hidden_size) * 2
     # Beyond every window a token costs what the full layers keep.
-    far = max(layer.window or 0 for layer in target.layers)
+    far = max(kept.window or 0 for kept in found.kept)
     return Memory(
         weights=int(found.target_counts.total * per_weight),
         drafter=int(found.drafter_counts.total * per_draft),

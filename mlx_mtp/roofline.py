@@ -30,6 +30,7 @@ class Constants:
 
     layer_s: of every layer of the target in a pass; moe_s: of routing, in a pass; step_s: of a drafting step;
     round_s: of a speculative round, for the host. own_kernels: row counts cost what MLX's kernels make them cost.
+    state_moves: how often a column moves a recurrent state between memory and processor; 0: a pass does it twice.
     """
 
     weights: float
@@ -40,13 +41,16 @@ class Constants:
     step_s: float
     round_s: float
     own_kernels: bool
+    state_moves: int
 
 
 # weights: 239 of 273 GB/s in mlx#3852 (M4 Pro). experts: mlx#4509 has 258 to 542 of 819 GB/s (M3 Ultra). drafter: small
 # matrices, a guess below `weights`. layer_s, moe_s: 26B-A4B on M5 Max, M3 Ultra and M2 Pro, and the 12B and 31B on some
 # of them, take 7 to 12 ms a token more than their bytes. step_s, round_s: mlxcel#1185 and #1197, and rMLX#496.
-MLX = Constants(0.85, 0.6, 0.8, 0.15e-3, 2e-3, 0.9e-3, 1.5e-3, True)
-CEILING = Constants(0.9, 0.9, 0.9, 0.0, 0.0, 0.0, 0.0, False)
+# state_moves: the graph of one compiled `delta_step` reads arrays of a state's size five times and writes four.
+MLX = Constants(0.85, 0.6, 0.8, 0.15e-3, 2e-3, 0.9e-3, 1.5e-3, True, 9)
+CEILING = Constants(0.9, 0.9, 0.9, 0.0, 0.0, 0.0, 0.0, False, 0)
+RUNS = 3  # a pass runs its own columns through the recurrent layers, and those of the two before it again (states.py)
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ class Roofline:
         rows, counts, bandwidth = setting.batch * (width + 1), self.shape.target_counts, self._bandwidth
         c = self.constants
         read_s = counts.dense * setting.target_bytes / (bandwidth * c.weights)
-        moe = self.shape.target.moe
+        moe = self.shape.moe
         slots = self._slots(rows)
         expert_s = counts.slot * slots * setting.target_bytes / (bandwidth * c.experts)
         if moe:
@@ -91,15 +95,24 @@ class Roofline:
         kv_s = setting.batch * self.shape.kv_read_bytes(setting.context) / (bandwidth * c.weights)
         fixed_s = len(self.shape.target.layers) * c.layer_s + (c.moe_s if moe else 0.0)
         packed = setting.target_bytes < PLAIN_BYTES
-        return self._products_s(read_s, counts.dense, rows, packed) + expert_s + kv_s + fixed_s
+        return (
+            self._products_s(read_s, counts.dense, rows, packed)
+            + expert_s
+            + kv_s
+            + fixed_s
+            + self._state_s(rows, setting.batch)
+        )
 
     def step_s(self, setting: Setting) -> float:
         """Seconds of one drafting step of every sequence."""
         c, counts, bandwidth = self.constants, self.shape.drafter_counts, self._bandwidth
-        read_s = counts.dense * setting.drafter_bytes / (bandwidth * c.drafter)
         kv_s = setting.batch * self.shape.draft_kv_read_bytes(setting.context) / (bandwidth * c.drafter)
-        packed = setting.drafter_bytes < PLAIN_BYTES
-        return self._products_s(read_s, counts.dense, setting.batch, packed) + kv_s + c.step_s
+        parts = (counts.dense - counts.borrowed, setting.drafter_bytes), (counts.borrowed, setting.target_bytes)
+        products_s = sum(
+            self._products_s(count * size / (bandwidth * c.drafter), count, setting.batch, size < PLAIN_BYTES)
+            for count, size in parts
+        )
+        return products_s + kv_s + c.step_s
 
     def round_s(self, setting: Setting, width: int) -> float:
         """Seconds of a round; of width 0, of a plain step, whose host work is hidden behind the device's."""
@@ -117,6 +130,11 @@ class Roofline:
         """The fastest width from 0 to `most`, every draft being kept with this probability."""
         tried = (self.predict(setting, width, tokens_per_round(acceptance, width)) for width in range(most + 1))
         return max(tried, key=lambda p: p.tok_s)
+
+    def _state_s(self, rows: int, batch: int) -> float:
+        """Seconds of moving recurrent states in a pass over so many columns of so many sequences."""
+        moves = RUNS * rows * self.constants.state_moves or 2 * batch
+        return moves * self.shape.state_bytes / (self._bandwidth * self.constants.weights)
 
     @property
     def _bandwidth(self) -> float:
@@ -142,7 +160,7 @@ class Roofline:
 
     def _slots(self, rows: int) -> float:
         """Experts read in every layer: MLX reads one for every pair of token and expert; the least is each once."""
-        moe = self.shape.target.moe
+        moe = self.shape.moe
         if not moe:
             return 0.0
         if self.constants.own_kernels:

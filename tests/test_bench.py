@@ -188,6 +188,7 @@ def test_a_line_sets_a_width_beside_width_0_of_the_same_repeat():
     ("arguments", "words"),
     [
         (["--size", "70B"], "size is '70B'"),
+        (["--size", "Qwen3.5-4B"], "weights are made up of Gemma 4 only"),
         (["--bits", "3"], "bits is 3; expected 16, 8, 4"),
         (["--synthetic-acceptance", "1.5"], "synthetic acceptance is 1.5; expected 0 to 1"),
         (["--width", "16"], "width is 16; expected 1 to 15"),

@@ -7,7 +7,7 @@ import pytest
 
 from mlx_mtp.drafters.mtp import KIND
 from mlx_mtp.models.config import AssistantConfig, LayerConfig, TextConfig
-from mlx_mtp.pairs import KNOWN, check_pair, find_drafter, offers, poor_acceptance
+from mlx_mtp.pairs import KNOWN, NATIVE, check_pair, find_drafter, offers, poor_acceptance
 from mlx_mtp.rows import PairingError
 
 GB = 1e9
@@ -165,14 +165,26 @@ def test_every_known_target_finds_its_own_drafter() -> None:
 
 def test_what_fits_leaves_a_quarter_of_the_memory() -> None:
     fit = {(o.target, o.kind) for o in offers() if o.fits(int(16 * GB))}
-    assert {target.split("/")[1] for target, _ in fit} == {
+    assert {target.split("/")[1] for target, kind in fit if kind != "qwen_mtp"} == {
         "gemma-4-E2B-it",
         "gemma-4-e2b-it-4bit",
         "gemma-4-e4b-it-4bit",
         "gemma-4-12b-it-4bit",
     }
+    assert {target for target, kind in fit if kind == "qwen_mtp"} == {
+        *(pair.target for pair in NATIVE[:3]),
+        *(pair.quantised for pair in NATIVE[:4]),
+    }
     for o in offers():
         assert o.fits(int(o.weight_bytes / 0.75) + 2) and not o.fits(int(o.weight_bytes / 0.75) - 2)
+
+
+def test_a_target_that_brings_its_drafter_along_is_one_repository_and_lends_it_to_its_small_copy() -> None:
+    for pair in NATIVE:
+        whole, small = (o for o in offers() if o.kind == "qwen_mtp" and o.drafter == pair.drafter)
+        assert whole.target == whole.drafter == f"Qwen/{pair.size}"
+        assert (small.target, small.bits) == (f"mlx-community/{pair.size}-4bit", 4)
+        assert whole.weight_bytes == pytest.approx(2 * (pair.params + pair.drafter_params), abs=1)
 
 
 def test_the_largest_target_is_offered_with_every_kind() -> None:

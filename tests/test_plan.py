@@ -8,9 +8,9 @@ from mlx_mtp.chips import find_chip
 from mlx_mtp.cli import main
 from mlx_mtp.plan import ACCEPTANCE, Machine, Wish, check_wish, fits, memory_of, speed
 from mlx_mtp.rows import RequestError
-from mlx_mtp.shapes import SIZES, shape
+from mlx_mtp.shapes import ALL_SIZES, SIZES, shape
 
-SHAPES = {size: shape(size) for size in SIZES}
+SHAPES = {size: shape(size) for size in ALL_SIZES}
 
 # Chip, memory, the largest pair of E2B < E4B < 12B < 26B-A4B < 31B that runs at 4 bit with a bf16 drafter.
 MACS = [
@@ -37,7 +37,7 @@ def test_the_largest_pair_that_fits_is_the_one_people_run(chip, memory_gb, large
 @pytest.mark.parametrize(("chip", "memory_gb", "largest"), MACS)
 def test_speeds_are_of_a_sensible_order(chip, memory_gb, largest):
     found = find_chip(chip)
-    for size in SIZES:
+    for size in ALL_SIZES:
         wish = Wish(size, 4, 16, 1, 2048)
         predicted = speed(found, wish, SHAPES[size], ACCEPTANCE["code"])
         weights_s = SHAPES[size].target_counts.dense * 4.5 / 8 / (found.bandwidth_gb_s * 1e9)
@@ -54,7 +54,7 @@ def test_faster_chips_of_a_generation_are_faster():
             assert plain == sorted(plain)
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", ALL_SIZES)
 def test_what_fits_still_fits_with_more_memory_fewer_bits_or_fewer_rows(size):
     chip = find_chip("M3 Ultra")
     for wish in [Wish(size, bits, 16, batch, 2048) for bits in (4, 16) for batch in (1, 8)]:

@@ -138,6 +138,9 @@ def test_a_copy_without_the_head_decodes_plainly_and_says_why(tmp_path: Path):
     folder = write(mlx_layout(read(QWEN), head=False), tmp_path / "mlx")
     pair = load_pair(str(folder), dtype=mx.float32)
     assert pair.drafter is None and "its files hold none" in pair.notes[0]
+    assert pair.notes[0].endswith("decoding plainly (name a copy that has it with --drafter)")
+    small = load_pair(str(shutil.copytree(folder, tmp_path / "Qwen3.5-4B-4bit")), dtype=mx.float32)
+    assert small.notes[0].endswith("(name a copy that has it with --drafter, such as Qwen/Qwen3.5-4B)")
     named = load_pair(str(folder), str(QWEN), dtype=mx.float32)
     assert named.drafter is not None and named.drafter.kind.name == "qwen_mtp"
 

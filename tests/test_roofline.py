@@ -8,14 +8,14 @@ from mlx_mtp.chips import CHIPS, Chip, find_chip, this_chip, usable_bytes
 from mlx_mtp.plan import median_errors, published
 from mlx_mtp.roofline import CEILING, MLX, Roofline, Setting, tokens_per_round
 from mlx_mtp.rows import RequestError
-from mlx_mtp.shapes import SIZES, shape
+from mlx_mtp.shapes import ALL_SIZES, shape
 
-SHAPES = {size: shape(size) for size in SIZES}
+SHAPES = {size: shape(size) for size in ALL_SIZES}
 FOUR_BIT = Setting(4.5 / 8, 2.0)
 SETTINGS = [replace(FOUR_BIT, batch=batch) for batch in (1, 4, 8)]
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", ALL_SIZES)
 @pytest.mark.parametrize("constants", [MLX, CEILING], ids=["mlx", "ceiling"])
 def test_more_bandwidth_is_never_slower(size, constants):
     for setting in SETTINGS:
@@ -27,7 +27,7 @@ def test_more_bandwidth_is_never_slower(size, constants):
             assert rounds == sorted(rounds, reverse=True)
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", ALL_SIZES)
 def test_a_round_never_gets_cheaper_with_more_columns_rows_or_context(size):
     for chip in CHIPS:
         for constants in (MLX, CEILING):
@@ -39,7 +39,7 @@ def test_a_round_never_gets_cheaper_with_more_columns_rows_or_context(size):
                 assert times == sorted(times), f"{chip.name}"
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", ALL_SIZES)
 def test_no_prediction_beats_the_ceiling(size):
     for chip in CHIPS:
         mlx, ceiling = (Roofline(chip, SHAPES[size], constants) for constants in (MLX, CEILING))
@@ -55,6 +55,20 @@ def test_the_best_width_is_the_fastest_of_all_and_0_is_one_of_them():
     best = dense.best(FOUR_BIT, 0.8, 8)
     assert best.width > 0
     assert best.tok_s == max(dense.predict(FOUR_BIT, k, tokens_per_round(0.8, k)).tok_s for k in range(9))
+
+
+def test_recurrent_states_are_moved_for_every_column_that_a_pass_runs():
+    """Three times its own columns, nine times each; at best once in and once out for each sequence."""
+    chip, found = find_chip("M4 Pro"), SHAPES["Qwen3.5-27B"]
+    without = replace(found, kept=tuple(replace(k, state_bytes=0) for k in found.kept))
+    for constants, moves in ((MLX, (27, 27 * 4, 27 * 4 * 8)), (CEILING, (2, 2, 2 * 8))):
+        for (width, batch), times in zip(((0, 1), (3, 1), (3, 8)), moves, strict=True):
+            setting = replace(FOUR_BIT, batch=batch)
+            more_s = Roofline(chip, found, constants).pass_s(setting, width)
+            more_s -= Roofline(chip, without, constants).pass_s(setting, width)
+            reach = chip.generation.reach if constants.own_kernels else 1.0
+            bandwidth = chip.bandwidth_gb_s * 1e9 * reach * constants.weights
+            assert more_s == pytest.approx(times * 48 * 48 * 128 * 128 * 4 / bandwidth)
 
 
 def test_a_width_gives_one_token_and_what_is_kept():

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mlx_mtp.pairs import BYTES_PER_PARAMETER
+from mlx_mtp.pairs import BYTES_PER_PARAMETER, KNOWN
 from mlx_mtp.rows import RequestError
 
 
 @dataclass(frozen=True)
 class Size:
-    """A published size. bits: of a weight. layers: how many of the target's are kept; None keeps all."""
+    """A published size of Gemma 4. bits: of a weight. layers: how many of the target's are kept; None keeps all."""
 
     name: str
     bits: int
@@ -18,6 +18,11 @@ class Size:
     layers: int | None = None
 
     def __post_init__(self) -> None:
+        sizes = [pair.size for pair in KNOWN]
+        if self.name.lower() not in (size.lower() for size in sizes):
+            raise RequestError(
+                f"size is {self.name!r}; expected {', '.join(sizes)}: weights are made up of Gemma 4 only"
+            )
         for name, bits in (("bits", self.bits), ("drafter bits", self.drafter_bits)):
             if bits not in BYTES_PER_PARAMETER:
                 raise RequestError(f"{name} is {bits}; expected {', '.join(map(str, BYTES_PER_PARAMETER))}")

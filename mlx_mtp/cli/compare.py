@@ -133,7 +133,7 @@ def _contenders(options: Compare) -> tuple[list[Load], list[Contender]]:
     embedded = str(resources.files("mlx_mtp") / "data" / "tiny" / "target")
     name = embedded if options.model == EMBEDDED else options.model
     target = str(hub.resolve(name))
-    drafter = options.drafter if options.drafter != "auto" else own_drafter(target) or find_drafter(name)
+    drafter = options.drafter if options.drafter != "auto" else own_drafter(name) or find_drafter(name)
     if drafter is None:
         raise RequestError(f"no drafter is known for {options.model}; name one with --drafter")
     drafter = str(hub.resolve(drafter))

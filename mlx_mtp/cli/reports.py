@@ -28,7 +28,9 @@ def pairs(options: Report) -> None:
     memory, disk = memory_bytes(), {}
     for offer in offers():
         disk |= {name: on_disk_bytes(name) for name in (offer.target, offer.drafter) if name not in disk}
-    found = [(offer, disk[offer.target] + disk[offer.drafter], offer.fits(memory)) for offer in offers()]
+    found = [
+        (offer, sum(disk[name] for name in {offer.target, offer.drafter}), offer.fits(memory)) for offer in offers()
+    ]
     if options.as_json:
         print_json(
             [
