@@ -100,6 +100,14 @@ def test_a_round_of_ours_is_one_read_and_its_operations_are_counted(loaded):
     assert 500 < plain["primitives"] < drafted["primitives"]
 
 
+def test_a_model_of_mlx_lm_is_cast_as_its_own_converter_casts_it():
+    pytest.importorskip("mlx_lm")
+    from mlx_mtp.compare.mlx_lm import load
+
+    delta = load(QWEN, mx.bfloat16).layers[0].linear_attn
+    assert (delta.A_log.dtype, delta.dt_bias.dtype, delta.out_proj.weight.dtype) == (mx.float32, *[mx.bfloat16] * 2)
+
+
 def test_counting_leaves_nothing_behind():
     before = mx.eval, mx.async_eval, mx.array.item
     with counted() as seen:

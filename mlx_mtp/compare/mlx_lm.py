@@ -14,6 +14,7 @@ from mlx_lm.generate import BatchGenerator, generate_step, speculative_generate_
 from mlx_lm.utils import load_model
 
 from mlx_mtp.compare.cases import Prompt
+from mlx_mtp.compare.casting import cast
 from mlx_mtp.compare.runs import Drafts
 
 
@@ -21,7 +22,7 @@ def load(path: Path, dtype: mx.Dtype | None) -> Any:
     """A model from a folder. dtype: what it is cast to; None keeps the checkpoint's."""
     model, _ = load_model(path)
     if dtype is not None:
-        model.set_dtype(dtype)
+        cast(model, dtype)
     mx.eval(model.parameters())
     return model
 

@@ -20,6 +20,7 @@ from mlx_vlm.speculative.drafters import load_drafter
 from mlx_vlm.utils import load_model
 
 from mlx_mtp.compare.cases import Prompt
+from mlx_mtp.compare.casting import cast
 from mlx_mtp.compare.runs import Drafts
 from mlx_mtp.rows import CheckpointError
 
@@ -137,8 +138,8 @@ def load(target: Path, drafter: Path, dtype: mx.Dtype | None) -> VlmPair:
     model = load_model(target) if "vision_config" in config else _text_only(target, config)
     draft, kind = load_drafter(str(drafter))
     if dtype is not None:
-        model.set_dtype(dtype)
-        draft.set_dtype(dtype)
+        cast(model, dtype)
+        cast(draft, dtype)
     mx.eval(model.parameters(), draft.parameters())
     return VlmPair(model, draft, kind)
 
