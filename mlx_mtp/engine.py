@@ -152,18 +152,18 @@ class Engine:
         if not decoded and not groups:
             return None
         active = [r for r in decoded if r.decoding and not r.done]
-        chunks = [chunk for group in groups for chunk in group]
+        known, chunks = tuple(r.prospect for r in active), [chunk for group in groups for chunk in group]
         begun = _asking([c.row for c in chunks if c.last])
         most = max((r.request.logprobs or 0 for r in (*active, *begun)), default=0)
         most = min(most, self.target.config.vocab_size)
-        outs, scores, draft, guide, width, experts, foreseen, weighed = [], [], None, None, 0, [], False, False
+        outs, scores, draft, guide, width, experts, weighed = [], [], None, None, 0, [], False
         if decoded:
-            planned = self._width(active)
+            planned = self._width(active, known)
             guide = self._guide(decoded, active, planned)
             round_ = self._round(decoded, active, planned, guide, most)
             draft, experts, width = round_.draft, round_.experts, round_.judged.tokens.shape[1] - 1
-            outs += [round_.judged.tokens.reshape(-1), round_.judged.kept, *round_.outlook, *round_.weighed]
-            foreseen, weighed = bool(round_.outlook), bool(round_.weighed)
+            outs += [round_.judged.tokens.reshape(-1), round_.judged.kept, *round_.weighed]
+            weighed = bool(round_.weighed)
             scores += round_.scores
         for group in groups:
             first, score = self._chunks(group, most)
@@ -171,8 +171,8 @@ class Engine:
             scores += score
         prefixes = [self._marked(c) for c in chunks if c.row.stops and c.row.stops[0] == c.row.prefilled]
         scored = [*((r, width + 1) for r in _asking(active)), *((r, 1) for r in begun)]
-        out, known = mx.concatenate([*outs, *experts, *scores]), tuple(r.prospect for r in active)
-        flags = foreseen, weighed, bool(experts)
+        out = mx.concatenate([*outs, *experts, *scores])
+        flags = weighed, bool(experts)
         return Pass(decoded, active, width, chunks, prefixes, draft, guide, out, known, *flags, scored, most)
 
     def _join(self, row: Row) -> None:
@@ -180,13 +180,14 @@ class Engine:
         begin, row.begin, row.started_s = row.begin, None, self.clock()
         self.cache.join(prompt + min(most, 256), begin and begin.cache, n, most=prompt + most)
         self.drafter.begin(row.index, n, begin and begin.drafter)
+        row.listener = self.drafter.listener(row.request.prompt)
         self._history.join(row.request)
         self._bonus = mx.concatenate([self._bonus, mx.zeros((1,), mx.int32)])
 
-    def _width(self, active: list[Row]) -> int:
+    def _width(self, active: list[Row], prospects: tuple[int, ...]) -> int:
         """The depth policy's width, but no wider than the longest row can still use."""
         useful = max((r.room for r in active), default=1) - 1
-        return max(0, min(self.depth.choose([r.prospect for r in active]), useful))
+        return max(0, min(self.depth.choose(prospects), useful))
 
     def _round(self, decoded: list[Row], active: list[Row], width: int, guide: Guide | None, most: int) -> Round:
         """Draft, verify, commit. most: log-probabilities of so many tokens go with each where they are asked for."""
@@ -206,22 +207,21 @@ class Engine:
             sampler = guide.judging(sampler, draft.tokens, logits)
         judged = self.judge(draft, logits, pass_.start, sampler, hidden)
         kept = judged.kept
-        still = frozenset(i for i, r in enumerate(decoded) if r.done or not r.decoding)
+        still = frozenset() if active == decoded else frozenset(i for i, r in enumerate(decoded) if r not in active)
         if still:  # rows that are feeding their prompt, or have ended
             kept = kept * mx.array([int(i not in still) for i in range(len(decoded))], mx.int32)
         self.cache.commit(rows, kept, width + 1)
         newest = mx.where(kept > 0, judged.bonus, bonus)
         forced = width - guide.own if guide is not None else 0
         fwd = Forward(rows, tokens, hidden, taps, width, judged.picked, newest, still, forced)
-        outlook = self.drafter.observe(fwd, kept)
+        self.drafter.observe(fwd, kept)
         self._history.add(rows, judged.tokens, kept)
         self._bonus = mx.concatenate([newest, self._bonus[len(decoded) :]])
         for row in active:
             row.pending += 1
         experts = [distinct_experts(pass_.routed)[None]] if pass_.routed else []
         scores = logprobs.packed_rows(logits, judged.tokens, asking, most)
-        foreseen = [] if outlook is None else [outlook]
-        read = foreseen, pack(draft, judged.right), experts, scores
+        read = pack(draft, judged.right), experts, scores
         return Round(draft.tokens if width else None, Verdict(judged.tokens, kept), *read)
 
     def _guide(self, decoded: list[Row], active: list[Row], width: int) -> Guide | None:
@@ -361,9 +361,6 @@ class Engine:
         self._work = self._work[0] + 1, self._work[1] + done.columns
         tokens = [list(islice(values, columns)) for _ in done.decoded]
         kept = list(islice(values, len(done.decoded)))
-        outlook = list(islice(values, len(done.decoded) if done.foreseen else 0))
-        for row, value in zip(done.decoded, outlook, strict=False):
-            row.outlook = value if row in done.active else row.outlook
         weighed = Judged.unpack(values, len(done.decoded), done.width) if done.weighed else None
         firsts = list(islice(values, len(done.chunks)))
         experts = next(values) / len(self.target.layers) if done.counted else 0.0
@@ -403,6 +400,8 @@ class Engine:
         if end is not None:
             tokens = tokens[: end + 1]
         row.tokens += tokens
+        if row.listener is not None:
+            row.outlook = row.listener.hear(tokens)
         if row.follower is not None:
             row.follower.advance(tokens)
         stats, reason = row.stats, None
@@ -448,8 +447,8 @@ class Engine:
         for row in [r for r in self.scheduler.rows if r.done]:
             index, prefix = row.index, self._left(row)
             last = self.scheduler.leave(row)
-            self.cache.leave(index)
             self.drafter.leave(index, last)
+            self.cache.leave(index)
             self._history.leave(index)
             self.scheduler.keep(prefix)
             order = list(range(last))

@@ -20,10 +20,10 @@ class Pass:
     chunks: prompt chunks beside it. draft: evaluated first, so that the device starts on it while the rest is
     still being dispatched. guide: what constrains the round, None where nothing does. prefixes: to be kept when this
     has been dispatched. out: int32, everything the host will read: per decoded row its width + 1 tokens, then every
-    decoded row's kept count and, if `foreseen`, its outlook, then, if `weighed`, what was cut, then one number per
-    chunk (the first token, where the prompt ends here), then the round's distinct experts summed over layers, where
-    there are any (`counted`), then per row of `scored` as many tokens' log-probabilities as it has columns, with the
-    `most` best. outlook: of the active rows, what was known when the width was chosen.
+    decoded row's kept count, then, if `weighed`, what was cut, then one number per chunk (the first token, where the
+    prompt ends here), then the round's distinct experts summed over layers, where there are any (`counted`), then per
+    row of `scored` as many tokens' log-probabilities as it has columns, with the `most` best. outlook: of the active
+    rows, what was known when the width was chosen.
     """
 
     decoded: list[Row]
@@ -35,7 +35,6 @@ class Pass:
     guide: Guide | None
     out: mx.array
     outlook: tuple[int, ...]
-    foreseen: bool
     weighed: bool
     counted: bool
     scored: list[tuple[Row, int]]
@@ -60,7 +59,6 @@ class Pass:
 class Round:
     """What a round brings. draft: tokens [B, K] (K may be less than was asked for), None where nothing was drafted.
 
-    outlook: one array [B], the drafter's for the rounds to come; none where all rows are as usual.
     weighed: one array, what `confidence` has packed; none where nothing is cut.
     experts: one array [1], how many distinct ones; none where there are no experts. scores: one array with the packed
     log-probabilities of the rows that ask for them, in order, flat; none where no row asks.
@@ -68,7 +66,6 @@ class Round:
 
     draft: mx.array | None
     judged: Verdict
-    outlook: list[mx.array]
     weighed: list[mx.array]
     experts: list[mx.array]
     scores: list[mx.array]

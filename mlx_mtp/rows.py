@@ -167,6 +167,16 @@ class Follower(Protocol):
         ...
 
 
+class Listener(Protocol):
+    """What a drafter makes of one text, as the host reads it."""
+
+    def hear(self, tokens: Sequence[int]) -> int:
+        """The text has grown by these. Returns its outlook: NOTHING, USUAL or more, classes by which the depth policy
+        keeps apart what it learns of acceptance. It decides the width of the round after the next, which has been
+        built by then."""
+        ...
+
+
 class Constraint(Protocol):
     """What a text must be, whoever writes it; requests may share one."""
 

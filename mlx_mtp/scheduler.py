@@ -13,7 +13,7 @@ import numpy as np
 
 from mlx_mtp.pace import Pace
 from mlx_mtp.prefixes import Prefix, Prefixes, Spacing, shared
-from mlx_mtp.rows import BOUND, USUAL, Follower, Request, RequestError, Stats
+from mlx_mtp.rows import BOUND, USUAL, Follower, Listener, Request, RequestError, Stats
 from mlx_mtp.sampling import RowSampler
 
 CHUNK_STEP = 16  # prompt chunks beside running rows are multiples of this
@@ -44,16 +44,16 @@ class Limits:
     spacing: Spacing = Spacing()
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
-    """A live request. index: its place in the cache, -1 while it waits.
+    """A live request, equal to none but itself. index: its place in the cache, -1 while it waits.
 
     prefilled: prompt tokens in the cache or on their way. tokens: what the host has read so far.
     pending: rounds dispatched or built whose verdict the host has not read.
     begin: the kept beginning of its prompt, if any, until it joins. stops: lengths of the prompt at which a prefix
     will be kept, ascending; no chunk runs past the next. tail: how many last tokens of its prompt no chunk has with
     others before them. marked: the last length at which a prefix was kept. awaits: while it waits, how much of its
-    prompt another row is about to compute. outlook: the last that was read of its drafter's.
+    prompt another row is about to compute. listener: its drafter's, of whom outlook is the last.
     follower: where its text stands in the request's constraint, as far as the host has read it. arrived: passes that
     the engine had read when the request came, and the columns in them.
     """
@@ -72,6 +72,7 @@ class Row:
     tail: int = 0
     marked: int = 0
     awaits: int = 0
+    listener: Listener | None = None
     outlook: int = USUAL
     follower: Follower | None = None
     arrived: tuple[int, int] = (0, 0)
@@ -84,7 +85,7 @@ class Row:
     @property
     def decoding(self) -> bool:
         """Whether the whole prompt has been sent to the device, so that the row takes part in rounds."""
-        return self.left == 0
+        return self.prefilled == len(self.request.prompt)
 
     @property
     def left(self) -> int:

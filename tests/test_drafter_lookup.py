@@ -10,7 +10,7 @@ from engines import Listed, engine_of, fixture, request, run, smallest
 from mlx_mtp.cache import Cache
 from mlx_mtp.depth import MAX_WIDTH, Auto
 from mlx_mtp.drafters import Drafter
-from mlx_mtp.drafters.lookup import LONGEST, SURE, LookupDrafter, certain, longest_match
+from mlx_mtp.drafters.lookup import GATE, LONGEST, SURE, LookupDrafter, certain, longest_match
 from mlx_mtp.drafters.plain import PlainDrafter
 from mlx_mtp.rows import GREEDY, NOTHING, USUAL, Candidates, Draft, Forward, Sampling
 from mlx_mtp.sampling import RowSampler, Sampler
@@ -50,15 +50,15 @@ class Said:
             self.cache.join(1)
             self.drafter.begin(row, 0, None)
 
-    def hear(self, row: int, tokens: list[int], kept: int | None = None, drafted: int = 0) -> int:
-        """A pass over all tokens but the last, which is the newest; returns the outlook."""
+    def hear(self, row: int, tokens: list[int], kept: int | None = None, drafted: int = 0) -> None:
+        """A pass over all tokens but the last, which is the newest."""
         rows, columns = slice(row, row + 1), len(tokens) - 1
         keep = mx.array([columns if kept is None else kept], mx.int32)
         self.cache.commit(rows, keep, columns)
         newest = mx.array(tokens[-1:], mx.int32)
         hidden = mx.zeros((1, 1, 1))
         ids = mx.array([tokens[:-1]], mx.int32)
-        return self.drafter.observe(Forward(rows, ids, hidden, {}, drafted, None, newest), keep).item()
+        self.drafter.observe(Forward(rows, ids, hidden, {}, drafted, None, newest), keep)
 
     def draft(self, row: int, width: int) -> list[int]:
         draft = self.drafter.propose(slice(row, row + 1), mx.zeros((1,), mx.int32), SAMPLER, width)
@@ -91,7 +91,25 @@ def test_rejected_columns_are_not_part_of_the_text():
 )
 def test_the_outlook_says_how_long_the_match_is(length, expected):
     repeated = list(range(100, 100 + length))
-    assert Said(1).hear(0, [*repeated, 1, 2, 3, 4, *repeated, *([] if length else [5])]) == expected
+    text = [*repeated, 1, 2, 3, 4, *repeated, *([] if length else [5])]
+    for prompt in (1, length, length + 3, len(text) - 2):
+        listener = Said(1).drafter.listener(text[:prompt])
+        for token in text[prompt:-1]:
+            listener.hear([token])
+        assert listener.hear(text[-1:]) == expected
+        assert Said(1).drafter.listener(text[:prompt]).hear(text[prompt:]) == expected
+
+
+@pytest.mark.parametrize("gate", [None, 1, 4, SURE])
+def test_the_outlook_is_that_of_the_longest_match_behind_every_token(gate):
+    rng = random.Random(gate or 0)
+    for _ in range(20):
+        text = [rng.randrange(2) for _ in range(90)]
+        listener, gate_ = Said(1, gate=gate).drafter.listener(text[:40]), gate or GATE
+        for end in range(40, len(text)):
+            length, _ = slow_match(text[: end + 1])
+            expected = USUAL + 1 + (length >= SURE) if length >= gate_ else NOTHING
+            assert listener.hear(text[end : end + 1]) == expected
 
 
 def test_rows_move_and_return_with_what_they_said():
@@ -99,8 +117,8 @@ def test_rows_move_and_return_with_what_they_said():
     said.hear(0, [1, 2, 3, 4])
     said.hear(1, [20, 21, 22, 23, 24, 20, 21, 22])
     kept = said.drafter.snapshot(1, 7)
-    said.cache.leave(0)
     said.drafter.leave(0, 1)
+    said.cache.leave(0)
     assert said.draft(0, 2) == [23, 24]
     said.cache.join(1)
     said.cache.lengths = mx.array([7, 7], mx.int32)

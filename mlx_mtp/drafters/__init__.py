@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import mlx.core as mx
 
-from mlx_mtp.rows import Draft, Forward
+from mlx_mtp.rows import Draft, Forward, Listener
 from mlx_mtp.sampling import Sampler
 
 
@@ -26,14 +27,17 @@ class Drafter(Protocol):
         `sampler.offer` first, lest it draft what a constraint forbids."""
         ...
 
-    def observe(self, fwd: Forward, kept: mx.array) -> mx.array | None:
+    def observe(self, fwd: Forward, kept: mx.array) -> None:
         """The target ran a pass, and kept[b] of row b's columns became true ([B] int32; 0: the row stood still).
 
         A prompt chunk is a pass whose every column is kept and none was drafted.
-        Returns the rows' outlook [B] int32: NOTHING, USUAL or more, classes by which the depth policy keeps apart
-        what it learns of acceptance. The host reads it along with this pass's tokens, when the next pass has been
-        built: it decides the width of the one after that. None: all rows are as usual.
+        A round of width 0 is one too; what it brings is best left alone until the next draft needs it.
         """
+        ...
+
+    def listener(self, prompt: Sequence[int]) -> Listener | None:
+        """Who will hear the text behind a prompt that is to be computed, to say what is to be expected of drafts for
+        it; None: all rows are as usual."""
         ...
 
     def begin(self, row: int, length: int, state: Any) -> None:
@@ -59,7 +63,7 @@ class Drafter(Protocol):
         ...
 
     def leave(self, row: int, last: int) -> None:
-        """Row `row` is gone, and row `last` now carries its index."""
+        """Row `row` is about to leave the target's cache, where row `last` will carry its index."""
         ...
 
     def state(self) -> Any:

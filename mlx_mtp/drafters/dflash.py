@@ -23,8 +23,8 @@ class DFlashDrafter(FeatureDrafter):
     def __init__(self, target: Target, network: DFlash, cache: Cache) -> None:
         """cache: the target's, of which only the bounds of the rows' lengths are read."""
         self.taps: tuple[int, ...] = network.config.taps
-        size = len(self.taps) * network.config.hidden_size
-        super().__init__(network.specs, size, network.remember, cache)
+        size = len(self.taps) * network.config.hidden_size * cache.dtype.size
+        super().__init__(network.specs, size, _side_by_side, network.remember, cache)
         self._target, self._network = target, network
 
     def propose(self, rows: slice, bonus: mx.array, sampler: Sampler, width: int) -> Draft:
@@ -40,7 +40,11 @@ class DFlashDrafter(FeatureDrafter):
         return sampler.draw_all(logits, position)
 
     def observe(self, fwd: Forward, kept: mx.array) -> None:
-        self._see(fwd, kept, mx.concatenate([fwd.taps[i] for i in self.taps], axis=-1))
+        self._see(fwd, kept, *(fwd.taps[i] for i in self.taps))
+
+
+def _side_by_side(*tapped: mx.array) -> mx.array:
+    return mx.concatenate(list(tapped), axis=-1)
 
 
 # pairing ----------------------------------------------------------------------------------------------------

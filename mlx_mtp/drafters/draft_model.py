@@ -11,6 +11,7 @@ first step if all rows lack the same few tokens, as a prompt is otherwise.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
@@ -110,6 +111,9 @@ class DraftModel:
 
     # rows -------------------------------------------------------------------------------------------------------
 
+    def listener(self, prompt: Sequence[int]) -> None:
+        return None
+
     def begin(self, row: int, length: int, state: Any) -> None:
         cache, tokens, behind = state or (None, None, 0)
         self._cache.join(max(length, 1), cache, length, most=self._target.most(row))
@@ -132,10 +136,11 @@ class DraftModel:
         self._have = self._have[:last] if last else mx.zeros((0,), mx.int32)
 
     def state(self) -> Any:
-        return self._cache.state(), self._texts.tokens, self._have, list(self._cache.bounds), list(self._behind)
+        return self._cache.state(), self._texts.state(), self._have, list(self._cache.bounds), list(self._behind)
 
     def restore(self, state: Any) -> None:
-        arrays, self._texts.tokens, self._have, bounds, behind = state
+        arrays, texts, self._have, bounds, behind = state
+        self._texts.restore(texts)
         self._cache.restore(arrays)
         self._cache.bounds, self._behind = list(bounds), list(behind)
 

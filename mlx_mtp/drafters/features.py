@@ -2,13 +2,14 @@
 
 Not when it is observed: MLX's GPU backends hold on to what a queued draft reads, and copy a buffer that is written
 meanwhile (read in their source, not measured; a CPU copies nothing either way). Rounds without drafts leave their
-columns to be stored together, so that while nothing is drafted the drafter's weights are read once in 16 rounds.
+columns to be stored together, so that while nothing is drafted the drafter's weights are read once in 16 rounds, and
+a round has no operation of the drafter's: features are made of what passes have shown when they are stored.
 Knows nothing of what features are, nor how a draft is made.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,51 +22,60 @@ from mlx_mtp.rows import Forward
 
 @dataclass(frozen=True)
 class Seen:
-    """What a pass showed of every row: features [R, L, F], of which the first kept [R] columns became true."""
+    """What a pass showed of every row: arrays [R, L, ...], of which the first kept [R] columns became true."""
 
-    features: mx.array
+    shown: tuple[mx.array, ...]
     kept: mx.array
 
     def rows(self, order: list[int]) -> Seen:
         index = mx.array(order, mx.int32)
-        return Seen(self.features[index], self.kept[index])
+        return Seen(tuple(x[index] for x in self.shown), self.kept[index])
 
     def padded(self, rows: int) -> Seen:
         """With rows that have seen nothing behind the others."""
-        return Seen(fit_rows(self.features, rows), fit_rows(self.kept, rows))
+        return Seen(tuple(fit_rows(x, rows) for x in self.shown), fit_rows(self.kept, rows))
+
+    def behind(self, rows: int) -> Seen:
+        """With so many rows that have seen nothing before the others."""
+        none = tuple(mx.zeros((rows, *x.shape[1:]), x.dtype) for x in (*self.shown, self.kept))
+        *shown, kept = (mx.concatenate(list(pair)) for pair in zip(none, (*self.shown, self.kept), strict=True))
+        return Seen(tuple(shown), kept)
 
 
 class FeatureDrafter:
     """The half of a drafter that keeps, in layers of its own, what every row's positions have shown."""
 
     def __init__(
-        self, specs: tuple[LayerSpec, ...], size: int, remember: Callable[[mx.array, Pass], None], target_cache: Cache
+        self,
+        specs: tuple[LayerSpec, ...],
+        column_bytes: int,
+        features: Callable[..., mx.array],
+        remember: Callable[[mx.array, Pass], None],
+        target_cache: Cache,
     ) -> None:
-        """remember: store features [B, L, size] of a pass's columns in all layers. target_cache: of which only the
-        bounds of the rows' lengths are read."""
-        self._remember, self._rows, self._size = remember, target_cache, size
+        """features: of what passes show, arrays [B, L, ...] that take column_bytes a column in all, -> [B, L, F].
+        remember: store features of a pass's columns in all layers. target_cache: of which only the bounds of the rows'
+        lengths are read."""
+        self._features, self._remember, self._rows = features, remember, target_cache
+        self._column_bytes = column_bytes
         self._most = target_cache.max_width + 1
         # Twice as wide: a row's ring also holds a block or rejected columns behind what its snapshots may be old.
         self._cache = Cache(specs, 2 * self._most, target_cache.dtype)
         self._seen: list[Seen] = []  # not stored yet, oldest first
         self._undrafted = False  # whether one of them was no round with drafts
 
-    def _see(self, fwd: Forward, kept: mx.array, features: mx.array) -> None:
-        """A pass has shown features [B, L, F], of which kept [B] columns became true."""
-        columns = features.shape[1]
+    def _see(self, fwd: Forward, kept: mx.array, *shown: mx.array) -> None:
+        """A pass has shown arrays [B, L, ...], of which kept [B] columns became true."""
+        columns = fwd.tokens.shape[1]
         if columns > 1 and not fwd.drafted:  # a prompt chunk
             if self._undrafted:
                 self._store()
-            self._remember(features, self._open(fwd.rows, columns))
-            self._cache.commit(fwd.rows, kept, columns)
+            self._take(fwd.rows, self._features(*shown), kept)
             return
-        if columns + sum(seen.features.shape[1] for seen in self._seen) > self._most:
+        if columns + sum(seen.shown[0].shape[1] for seen in self._seen) > self._most:
             self._store()
-        before = fwd.rows.start
-        if before:  # one token of a prompt
-            features = mx.concatenate([mx.zeros((before, *features.shape[1:]), features.dtype), features])
-            kept = mx.concatenate([mx.zeros((before,), kept.dtype), kept])
-        self._seen.append(Seen(features, kept))
+        seen = Seen(shown, kept)
+        self._seen.append(seen.behind(fwd.rows.start) if fwd.rows.start else seen)  # one token of a prompt
         self._undrafted = self._undrafted or not fwd.drafted
 
     def _store(self) -> None:
@@ -73,15 +83,21 @@ class FeatureDrafter:
         if not self._seen:
             return
         seen = [s.padded(len(self._cache.bounds)) for s in self._seen]
-        features = mx.concatenate([s.features for s in seen], axis=1)
-        true = [mx.arange(s.features.shape[1]) < s.kept[:, None] for s in seen]
+        shown = zip(*(s.shown for s in seen), strict=True)
+        features = self._features(*(mx.concatenate(list(parts), axis=1) for parts in shown))
+        true = [mx.arange(s.shown[0].shape[1]) < s.kept[:, None] for s in seen]
         rows, columns = slice(0, features.shape[0]), features.shape[1]
         if len(true) > 1:  # what is true of a row comes first, in its order
             place = mx.arange(columns) + mx.where(mx.concatenate(true, axis=1), 0, columns)
             features = mx.take_along_axis(features, mx.argsort(place, axis=1)[..., None], axis=1)
-        self._remember(features, self._open(rows, columns))
-        self._cache.commit(rows, sum((s.kept for s in seen[1:]), seen[0].kept), columns)
+        self._take(rows, features, sum((s.kept for s in seen[1:]), seen[0].kept))
         self._seen, self._undrafted = [], False
+
+    def _take(self, rows: slice, features: mx.array, kept: mx.array) -> None:
+        """Store features [B, L, F], of which the first kept [B] are true."""
+        columns = features.shape[1]
+        self._remember(features, self._open(rows, columns))
+        self._cache.commit(rows, kept, columns)
 
     def _open(self, rows: slice, columns: int, ahead: int = 0) -> Pass:
         """A pass over the drafter's own cache, which may begin up to `ahead` positions behind the target's rows. Those
@@ -89,6 +105,9 @@ class FeatureDrafter:
         for row in range(rows.start, rows.stop):
             self._cache.bounds[row] = self._rows.bounds[row] + ahead
         return self._cache.open(rows, columns)
+
+    def listener(self, prompt: Sequence[int]) -> None:
+        return None
 
     def begin(self, row: int, length: int, state: Snapshot | None) -> None:
         self._cache.join(1, state, length if state else None, most=self._rows.most(row))
@@ -98,7 +117,7 @@ class FeatureDrafter:
         return self._cache.snapshot(row, length)
 
     def row_bytes(self, positions: int) -> int:
-        unstored = self._most * (self._size * self._cache.dtype.size + 4) + 4
+        unstored = self._most * (self._column_bytes + 4) + 4
         return self._cache.row_bytes(self._rows.capacity(positions)) + unstored
 
     def leave(self, row: int, last: int) -> None:
@@ -109,7 +128,7 @@ class FeatureDrafter:
         self._seen = [seen.padded(last + 1).rows(order) for seen in self._seen] if order else []
 
     def state(self) -> Any:
-        return self._cache.state(), [(seen.features, seen.kept) for seen in self._seen], self._undrafted
+        return self._cache.state(), [(seen.shown, seen.kept) for seen in self._seen], self._undrafted
 
     def restore(self, state: Any) -> None:
         cache, seen, self._undrafted = state

@@ -1,17 +1,22 @@
 """Prompt lookup: where the text repeats something said before, what followed there is the draft. No network.
 
 Knows tokens alone. It stands over another drafter, which drafts for the rows that repeat nothing; over plain decoding
-it has nothing for them. After Saxena, "Prompt Lookup Decoding" (2023) and transformers'
+it has nothing for them. The device looks for matches when a draft is asked for, with what the host has not read yet;
+whether one should be asked for is found on the host (`Echo`), so that a round without a draft has no operation of it.
+After Saxena, "Prompt Lookup Decoding" (2023) and transformers'
 `PromptLookupCandidateGenerator`, with the longest match instead of the first of a fixed length.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
-from mlx_mtp.buffers import put
 from mlx_mtp.cache import Cache
 from mlx_mtp.confidence import bins_of_match
 from mlx_mtp.drafters import Drafter
@@ -26,6 +31,7 @@ GATE = 3  # the least match that drafts where nothing else would
 # Matches from here on have an outlook of their own, and go before a network's drafts: on the embedded pair's code a
 # draft of 8 kept 7.4 from such a match, and 4.9 by MTP at the same places; from one of 3 to 9, 3.0 against 3.4.
 SURE = 10
+MIX, MASK = 0x9E3779B97F4A7C15, 2**64 - 1  # of hashes; a wrong one costs a guess about a round, and no token
 
 
 class LookupDrafter:
@@ -39,13 +45,13 @@ class LookupDrafter:
         self._gate = gate or (GATE if plain else SURE)
         self._without = NOTHING if plain else USUAL
         self._texts = Texts(cache)
-        self._found = mx.zeros((0, 2), mx.int32)  # [R, (length of the match, position of its last token)]
 
     def propose(self, rows: slice, bonus: mx.array, sampler: Sampler, width: int) -> Draft:
         other = self._under.propose(rows, bonus, sampler, width)
-        width = other.width or width
-        length, at = self._found[rows, 0], self._found[rows, 1][:, None]
-        period = mx.maximum(self._texts.lengths(rows)[:, None] - at, 1)
+        width, newest = other.width or width, self._texts.lengths(rows)
+        match = longest_match(self._texts.written()[rows], newest)
+        length, at = match[:, 0], match[:, 1:]
+        period = mx.maximum(newest[:, None] - at, 1)
         tokens = self._texts.at(rows, at + 1 + mx.arange(width) % period)
         sure = bins_of_match(length, width) if sampler.weighs else None
         if not other.width:
@@ -55,20 +61,17 @@ class LookupDrafter:
         sure = None if sure is None or other.bins is None else mx.where(looked, sure, other.bins)
         return Draft(mx.where(looked, tokens, other.tokens), source, sure)
 
-    def observe(self, fwd: Forward, kept: mx.array) -> mx.array:
-        outlook = self._under.observe(fwd, kept)
+    def observe(self, fwd: Forward, kept: mx.array) -> None:
+        self._under.observe(fwd, kept)
         self._texts.observe(fwd, kept)
-        match = longest_match(self._texts.tokens[fwd.rows], self._texts.lengths(fwd.rows))
-        self._found = put(self._found, fwd.rows, match)
-        length = self._found[fwd.rows, 0]
-        without = mx.array(self._without, mx.int32) if outlook is None else outlook
-        return mx.where(length >= self._gate, mx.where(length >= SURE, USUAL + 2, USUAL + 1), without)
+
+    def listener(self, prompt: Sequence[int]) -> Echo:
+        return Echo(prompt, {self._gate: USUAL + 1, max(SURE, self._gate): USUAL + 2}, self._without)
 
     def begin(self, row: int, length: int, state: Any) -> None:
         under, tokens = state or (None, None)
         self._under.begin(row, length, under)
         self._texts.begin(row, length, tokens)
-        self._found = mx.concatenate([self._found[:row], mx.zeros((1, 2), mx.int32)])
 
     def snapshot(self, row: int, length: int) -> Any:
         return self._under.snapshot(row, length), self._texts.snapshot(row, length)
@@ -79,15 +82,58 @@ class LookupDrafter:
     def leave(self, row: int, last: int) -> None:
         self._under.leave(row, last)
         self._texts.leave(row, last)
-        found = put(self._found, row, self._found[last])
-        self._found = found[:last] if last else mx.zeros((0, 2), mx.int32)
 
     def state(self) -> Any:
-        return self._under.state(), self._texts.tokens, self._found
+        return self._under.state(), self._texts.state()
 
     def restore(self, state: Any) -> None:
-        under, self._texts.tokens, self._found = state
+        under, texts = state
         self._under.restore(under)
+        self._texts.restore(texts)
+
+
+class Echo:
+    """Tells of a text whether its last tokens stand anywhere before, on the host: for a few lengths, by hashes of all
+    runs of so many tokens. A prompt takes 8 bytes a token and length, what is heard about a hundred."""
+
+    def __init__(self, prompt: Sequence[int], outlooks: dict[int, int], without: int) -> None:
+        """outlooks: of a text whose last so many tokens match; the longest counts. without: where none do."""
+        self._without, longest, tokens = without, max(outlooks), np.array(prompt, np.uint64)
+        self._runs = [
+            (length, pow(MIX, length, MASK + 1), _sorted_runs(tokens, length), set[int](), outlooks[length])
+            for length in sorted(outlooks)
+        ]
+        self._sums = deque([0], maxlen=longest + 1)  # hashes of the text up to its last places, from some place on
+        self._add(prompt[-longest:])
+
+    def _add(self, tokens: Sequence[int]) -> None:
+        for token in tokens:
+            self._sums.append((self._sums[-1] * MIX + token + 1) & MASK)
+
+    def hear(self, tokens: Sequence[int]) -> int:
+        """The text has grown by these; the outlook behind them."""
+        outlook, sums = self._without, self._sums
+        for token in tokens:
+            self._add((token,))
+            outlook, known = self._without, len(sums)
+            for length, power, prompt, heard, matched in self._runs:
+                if length >= known:
+                    break
+                run = (sums[-1] - sums[-1 - length] * power) & MASK
+                if run in heard or prompt[bisect_left(prompt, run)] == run:
+                    outlook = matched
+                else:
+                    heard.add(run)
+        return outlook
+
+
+def _sorted_runs(tokens: np.ndarray, length: int) -> memoryview:
+    """Hashes of all runs of so many tokens in [N], uint64, ascending, and a last one that nothing is behind."""
+    count = max(0, len(tokens) - length + 1)
+    runs = np.zeros(count, np.uint64)
+    for i in range(length if count else 0):
+        runs = runs * np.uint64(MIX) + tokens[i : i + count] + np.uint64(1)
+    return np.append(np.sort(runs), np.uint64(MASK)).data
 
 
 def longest_match(tokens: mx.array, length: mx.array) -> mx.array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -92,6 +93,9 @@ class MtpDrafter:
             self._hidden = picked
             return
         self._hidden = put(self._hidden, fwd.rows, picked)
+
+    def listener(self, prompt: Sequence[int]) -> None:
+        return None
 
     def begin(self, row: int, length: int, state: None) -> None:
         self._hidden = mx.concatenate([self._hidden, mx.zeros((1, *self._hidden.shape[1:]), self._hidden.dtype)])

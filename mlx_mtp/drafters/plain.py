@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 
 from mlx_mtp.rows import Draft, Forward
@@ -18,6 +20,9 @@ class PlainDrafter:
 
     def observe(self, fwd: Forward, kept: mx.array) -> None:
         pass
+
+    def listener(self, prompt: Sequence[int]) -> None:
+        return None
 
     def begin(self, row: int, length: int, state: None) -> None:
         pass

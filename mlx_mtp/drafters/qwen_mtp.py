@@ -28,10 +28,13 @@ class QwenMtpDrafter(FeatureDrafter):
 
     def __init__(self, target: Target, network: QwenMtp, cache: Cache) -> None:
         """cache: the target's, of which only the lengths of the rows and their bounds are read."""
-        super().__init__(network.specs, target.config.hidden_size, network.remember, cache)
+        size = target.config.hidden_size * cache.dtype.size + 4
+        super().__init__(network.specs, size, self._made, network.remember, cache)
         self._target, self._network = target, network
         self.taps: tuple[int, ...] = (len(target.layers) - 1,)  # so that every column's hidden state is there
-        self._newest = mx.zeros((0, 1, target.config.hidden_size), cache.dtype)  # [R, 1, H]: the last feature
+        self._newest = mx.zeros(
+            (0, 1, target.config.hidden_size), cache.dtype
+        )  # [R, 1, H]: the last feature that is stored
 
     def propose(self, rows: slice, bonus: mx.array, sampler: Sampler, width: int) -> Draft:
         self._store()
@@ -57,13 +60,20 @@ class QwenMtpDrafter(FeatureDrafter):
 
     def observe(self, fwd: Forward, kept: mx.array) -> None:
         assert fwd.newest is not None
-        last = mx.maximum(kept - 1, 0)[:, None]
-        behind = mx.concatenate([fwd.tokens[:, 1:], fwd.tokens[:, -1:]], axis=1)
-        behind = mx.where(mx.arange(behind.shape[1]) == last, fwd.newest[:, None], behind)
-        features = self._network.features(self._target.embed(behind), fwd.hidden)
-        self._see(fwd, kept, features)
-        newest = mx.take_along_axis(features, last[..., None], axis=1)
-        self._newest = put(self._newest, fwd.rows, mx.where((kept > 0)[:, None, None], newest, self._newest[fwd.rows]))
+        behind = fwd.newest[:, None]
+        if fwd.tokens.shape[1] > 1:
+            at, last = mx.arange(fwd.tokens.shape[1]), mx.maximum(kept - 1, 0)[:, None]
+            behind = mx.where(at == last, behind, mx.concatenate([fwd.tokens[:, 1:], behind], axis=1))
+        self._see(fwd, kept, behind, fwd.hidden)
+
+    def _made(self, behind: mx.array, hidden: mx.array) -> mx.array:
+        """Features [B, L, H] of the tokens behind every position [B, L] and the hidden states there."""
+        return self._network.features(self._target.embed(behind), hidden)
+
+    def _take(self, rows: slice, features: mx.array, kept: mx.array) -> None:
+        super()._take(rows, features, kept)
+        newest = mx.take_along_axis(features, mx.maximum(kept - 1, 0)[:, None, None], axis=1)
+        self._newest = put(self._newest, rows, mx.where((kept > 0)[:, None, None], newest, self._newest[rows]))
 
     def begin(self, row: int, length: int, state: Any) -> None:
         super().begin(row, length, state)
