@@ -154,6 +154,7 @@ class History:
     def __init__(self, vocabulary: int) -> None:
         self._vocabulary = vocabulary
         self._settings: list[Sampling] = []
+        self._wanted = False  # whether any row asks for anything
         self._said: mx.array | None = None
         self._prompt: mx.array | None = None
         self._bias: mx.array | None = None
@@ -173,13 +174,14 @@ class History:
         self._said, self._prompt = _joined(self._said, rows, said), _joined(self._prompt, rows, prompt)
         self._bias = _joined(self._bias, rows, bias)
         self._settings.append(wanted)
+        self._wanted = self._wanted or wanted.processes
 
     def leave(self, row: int) -> None:
         """Free a row; a table that nobody needs any more goes with it."""
         last = self._settings.pop()
         if row < len(self._settings):
             self._settings[row] = last
-        count = len(self._settings)
+        count, self._wanted = len(self._settings), any(s.processes for s in self._settings)
         self._said = _left(self._said, row, count, any(s.counts_text for s in self._settings))
         self._prompt = _left(self._prompt, row, count, any(s.counts_prompt for s in self._settings))
         self._bias = _left(self._bias, row, count, any(s.logit_bias for s in self._settings))
@@ -194,7 +196,7 @@ class History:
 
     def processors(self, rows: slice) -> Processors | None:
         """What is to be done to the logits of a slice of rows after all that has been added; None: nothing."""
-        own = self._settings[rows]
+        own = self._settings[rows] if self._wanted else []
         if not any(s.processes for s in own):
             return None
         counts, prompts = any(s.counts_text for s in own), any(s.counts_prompt for s in own)
