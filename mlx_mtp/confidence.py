@@ -4,7 +4,8 @@ A column of a mixture-of-experts target costs the weights of the experts that no
 drafter says of every draft how sure it is, a `bin`; a table says how often drafts of that bin are kept; the product
 along a row is the chance that a column counts, and a column below a threshold is dead. It is computed, since shapes
 are fixed before drafts exist, but borrows its row's first column's experts and so adds none, and it is never kept.
-Dead columns of a row are its last ones, so no live column attends to one.
+Dead columns of a row are its last ones, so no live column attends to one. What a constraint forces is always kept, and
+comes first in its row, so it always lives.
 
 All of that happens on the device. Verdicts come back with the tokens of the round, and the host learns from them: the
 table, what experts cost, and the threshold that would have brought most tokens a second in the last rounds. The first
@@ -43,7 +44,9 @@ BINS, LOWEST = 12, -6.0
 CERTAIN, COUPLED, REJECTING = 0, BINS, 2 * BINS
 # Drafts that were looked up have no probability; theirs are bins of the length of the match, up to MATCHES.
 LOOKED_UP, MATCHES = 3 * BINS, 16
-COUNT = LOOKED_UP + MATCHES + 1
+# What a constraint forces is kept; a column that is there only because another row's goes on is not.
+FORCED, IDLE = LOOKED_UP + MATCHES + 1, LOOKED_UP + MATCHES + 2
+COUNT = IDLE + 1
 
 
 # on the device ----------------------------------------------------------------------------------------------
@@ -116,7 +119,8 @@ class Calibration:
         odds = LOWEST + 0.5 + np.arange(BINS)
         length = np.arange(MATCHES + 1)
         own = 1 / (1 + np.exp(-odds))
-        prior = np.concatenate([own, own, own, np.where(length < 3, 0.1, length / (length + 2))])
+        looked_up = np.where(length < 3, 0.1, length / (length + 2))
+        prior = np.concatenate([own, own, own, looked_up, [1.0, 0.0]])
         self._hits, self._tries = self.PRIOR_WEIGHT * prior, np.full(COUNT, self.PRIOR_WEIGHT)
 
     @property

@@ -194,7 +194,8 @@ class Engine:
         rows, wanted = slice(0, len(decoded)), _asking(active)
         asking = [i for i, r in enumerate(decoded) if r in wanted]
         cuts, bonus = self.confidence, self._bonus[rows]
-        sampler = self._sampler(decoded, rows, weighs=bool(width and cuts and guide is None and cuts.looks()))
+        asks = width and (guide is None or not guide.certain)
+        sampler = self._sampler(decoded, rows, weighs=bool(asks and cuts and cuts.looks()))
         draft = self._draft(rows, bonus, sampler, width, guide)
         draft = cuts.cut(draft) if cuts is not None else draft
         width = draft.width
