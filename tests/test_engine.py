@@ -69,9 +69,9 @@ def test_every_way_to_wait_for_the_device_is_noticed(reads):
 
 
 @pytest.mark.parametrize("rows", [1, 4, 8])
-@pytest.mark.parametrize("kind, sampling", [("plain", GREEDY), ("fit", GREEDY), ("rand", Sampling()), ("fit", None)])
+@pytest.mark.parametrize("kind, sampling", [("plain", GREEDY), ("near", GREEDY), ("rand", Sampling()), ("rand", None)])
 def test_the_host_reads_the_device_once_a_step(rows, kind, sampling, reads):
-    models = fixture("edge")
+    models = smallest()
     mixed = [GREEDY, Sampling(seed=3), Sampling(0.8, top_k=9), Sampling(top_p=0.9)]
     wanted = [request(p, 14 + i, sampling or mixed[i % 4]) for i, p in enumerate(prompts(models, range(3, 3 + rows)))]
     engine = engine_of(models, kind, Listed([3, 0, 1, 5]))
@@ -230,13 +230,12 @@ def test_a_first_token_is_handed_over_before_the_next_pass_is_dispatched(passes)
 
 
 @pytest.mark.parametrize("hands_over_first", [False, True])
-@pytest.mark.parametrize("kind", ["fit", "self"])
+@pytest.mark.parametrize("kind", ["rand", "near"])
 def test_a_request_may_be_cancelled_before_any_step(kind, hands_over_first):
-    models = fixture("edge")
-    g = goldens("edge")
-    first, second, third = (request(g[f"{p}/ids"], 12) for p in ("long", "short", "w"))
+    models = smallest()
+    first, second, third = (request(p, 12) for p in prompts(models, (41, 11, 16)))
     limits = Limits(max_rows=2, alone_tok=17, chunk_tok=17, first_chunk_tok=6)
-    for cut in range(0, 9, 2 if kind == "fit" else 3):
+    for cut in range(0, 9, 2 if hands_over_first else 1):
         jobs = [Job(first, 0, cut), second, third]
         engine = engine_of(models, kind, 2, limits)
         engine.hands_over_first = hands_over_first
