@@ -251,7 +251,12 @@ def test_four_rows_are_drafted_for_in_one_call_as_each_alone(shape, kind, mode):
 @shapes
 @pytest.mark.parametrize(
     "kind, width, prompt",
-    [("plain", 0, "long"), ("rand", 3, "short"), ("fit", 1, "long"), ("fit", 3, "short"), ("fit", 4, "long")],
+    [
+        ("plain", 0, "long"),
+        ("fit", 3, "short"),
+        ("fit", 4, "long"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("rand", 3, "short"), ("fit", 1, "long"))),
+    ],
 )
 def test_greedy_text_is_the_references_with_and_without_a_drafter(shape, prompt, kind, width):
     g = goldens(shape)

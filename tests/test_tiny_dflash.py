@@ -61,9 +61,9 @@ SETTINGS = {
 
 
 @cache
-def plainly(how: str) -> list[list[int]]:
-    """The texts of eight prompts without drafts."""
-    outcomes = run(engine(0, drafts=False), [request(p, TOKENS, SETTINGS[how]) for p in code()[:8]])
+def plainly(how: str, rows: int) -> list[list[int]]:
+    """The texts of so many prompts without drafts."""
+    outcomes = run(engine(0, drafts=False), [request(p, TOKENS, SETTINGS[how]) for p in code()[:rows]])
     return [o.tokens for o in outcomes]
 
 
@@ -71,7 +71,7 @@ def check_texts(rows: int, depth: int | Depth, how: str) -> None:
     """Rows join a step after another and leave as they end; their texts are those of plain decoding."""
     jobs = [Job(request(code()[i], TOKENS - i % 3, SETTINGS[how]), at=i) for i in range(rows)]
     outcomes = run(engine(depth), jobs)
-    assert [o.tokens for o in outcomes] == [plainly(how)[i][: TOKENS - i % 3] for i in range(rows)]
+    assert [o.tokens for o in outcomes] == [text[: TOKENS - i % 3] for i, text in enumerate(plainly(how, rows))]
     assert sum(o.stats.kept for o in outcomes) > 0
 
 
