@@ -156,7 +156,7 @@ REPEATING = ("plain", "rand", "dflash", "near", "lookup", "rand+lookup", "dflash
 
 
 @pytest.mark.parametrize("kind", REPEATING)
-@pytest.mark.parametrize("rows", [1, 4, 8])
+@pytest.mark.parametrize("rows", [1, 4, slow(8)])
 def test_every_kind_writes_the_texts_of_plain_decoding_at_changing_widths(kind, rows):
     """Greedy and seeded rows that join one after another, of texts that repeat themselves."""
     models, settings_ = smallest(), (GREEDY, SEEDED, GREEDY, NUCLEUS)
@@ -200,8 +200,17 @@ def test_unseeded_requests_differ_from_one_to_the_next():
 SELF_SAMPLING = {"greedy": GREEDY, "seeded": Sampling(seed=1), "unseeded": Sampling()}
 
 
-@pytest.mark.parametrize("shape, width", [("edge", 3), ("edge", 7), ("moe", 1), ("dense", 3)])
-@pytest.mark.parametrize("how", SELF_SAMPLING)
+@pytest.mark.parametrize(
+    "shape, width, how",
+    [
+        *(("edge", 7, how) for how in SELF_SAMPLING),
+        *(("moe", 1, how) for how in SELF_SAMPLING),
+        ("dense", 3, "greedy"),
+        slow("dense", 3, "seeded"),
+        slow("dense", 3, "unseeded"),
+        *(slow("edge", 3, how) for how in SELF_SAMPLING),
+    ],
+)
 def test_a_model_that_drafts_for_itself_is_accepted_completely(shape, width, how):
     models, tokens = fixture(shape), 18
     for lengths in ((11,), (3, 17, 40, 9)):

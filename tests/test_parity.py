@@ -269,7 +269,7 @@ def test_greedy_text_is_the_references_with_and_without_a_drafter(shape, prompt,
 
 
 @shapes
-@pytest.mark.parametrize("kind, width", [("plain", 0), ("fit", 3)])
+@pytest.mark.parametrize("kind, width", [pytest.param("plain", 0, marks=pytest.mark.slow), ("fit", 3)])
 def test_texts_of_a_batch_are_the_references(shape, kind, width):
     outcomes = run(engine_of(fixture(shape), kind, width), [request(ids, 24) for ids in batch_prompts(shape)])
     assert [o.tokens for o in outcomes] == goldens(shape)["batch/greedy_single"].tolist()

@@ -75,7 +75,7 @@ def check_texts(rows: int, depth: int | Depth, how: str) -> None:
     assert sum(o.stats.kept for o in outcomes) > 0
 
 
-@pytest.mark.parametrize("rows, depth, how", [(1, 7, "seeded"), (4, random_widths(1), "steered"), (8, 4, "greedy")])
+@pytest.mark.parametrize("rows, depth, how", [(1, 7, "seeded"), (4, random_widths(1), "steered"), (5, 4, "greedy")])
 def test_text_is_that_of_plain_decoding_while_drafts_are_kept(rows, depth, how):
     check_texts(rows, depth, how)
 
@@ -108,7 +108,7 @@ def test_a_prompt_goes_on_with_the_features_of_another_that_began_alike():
 
 
 def test_a_share_of_the_drafts_is_kept_on_text_that_nobody_trained_on():
-    outcomes = run(engine(4), [request(p, 20) for p in code()[:5]])
+    outcomes = run(engine(4), [request(p, 20) for p in code()[:4]])
     kept, rounds = sum(o.stats.kept for o in outcomes), sum(o.stats.rounds for o in outcomes)
     assert kept / rounds > 0.7  # over 24 prompts 1.04 were measured; random weights keep none
 
