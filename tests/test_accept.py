@@ -314,8 +314,15 @@ def cut_by_draw(draft: Draft) -> mx.array:
     return mx.cumprod(chance > 0.3, axis=1).sum(axis=1).astype(mx.int32)
 
 
-@pytest.mark.parametrize("threshold", [0.15, 0.2])
-@pytest.mark.parametrize("few", [False, True], ids=["all_tokens", "few_tokens"])
+@pytest.mark.parametrize(
+    "few, threshold",
+    [
+        pytest.param(False, 0.15, id="all_tokens-0.15"),
+        pytest.param(True, 0.2, id="few_tokens-0.2"),
+        pytest.param(False, 0.2, id="all_tokens-0.2", marks=pytest.mark.slow),
+        pytest.param(True, 0.15, id="few_tokens-0.15", marks=pytest.mark.slow),
+    ],
+)
 def test_a_cut_by_the_drafters_distribution_leaves_the_targets(few, threshold):
     sampler = fresh(SAMPLES, 3)
     draft = drafted(sampler, SAMPLES, few, False)

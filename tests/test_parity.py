@@ -276,7 +276,7 @@ def test_texts_of_a_batch_are_the_references(shape, kind, width):
 
 
 @shapes
-@pytest.mark.parametrize("kind, width", [("plain", 0), ("fit", 3)])
+@pytest.mark.parametrize("kind, width", [pytest.param("plain", 0, marks=pytest.mark.slow), ("fit", 3)])
 def test_text_ends_with_the_end_token(shape, kind, width):
     g = goldens(shape)
     wanted = request(g["short/ids"], 48, eos=[int(g["eos/id"])])
