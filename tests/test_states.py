@@ -144,7 +144,7 @@ def test_a_row_may_begin_as_far_before_a_prompts_end_as_its_last_pass_was_wide(c
     held, ids = rows.cache.states.hold(0), list(rows.rows[0])
     for count in range(len(ids) - back, len(ids) + 1):
         rows.kept.append((held, ids[:count]))
-        rows.join(-1)
+        rows.again(-1)
         rows.write(len(rows.rows) - 1, [2], 2)
 
 
