@@ -43,23 +43,6 @@ KINDS = ("code", "chat")
 WIDEST = 8
 
 
-class Given:
-    """A share of the round's time that no round changes."""
-
-    def __init__(self, value: float) -> None:
-        self.value = value
-
-    def record(self, shape: tuple[int, int], seconds: float, experts: float) -> None:
-        pass
-
-
-def with_share(sizes: Sizes, share: float) -> Confidence:
-    """Cuts by what it learns of drafts and of overlap, at a given price."""
-    made = Confidence(sizes)
-    made.share = Given(share)
-    return made
-
-
 # counts and times -------------------------------------------------------------------------------------------
 
 
@@ -116,7 +99,8 @@ def counts(loaded: LoadedPair, prompts: dict[str, list[tuple[int, ...]]], args: 
         for rows in args.rows:
             plain, _, _ = run(loaded, Case(Constant(0), None), ids, rows, args)
             for width in args.width:
-                cut, cut_stats, _ = run(loaded, Case(Constant(width), with_share(sizes, args.share)), ids, rows, args)
+                cuts = Confidence(sizes, share=args.share)
+                cut, cut_stats, _ = run(loaded, Case(Constant(width), cuts), ids, rows, args)
                 whole, stats, _ = run(loaded, Case(Constant(width), None), ids, rows, args)
                 same = "as width 0" if cut == whole == plain else "DIFFERENT"
                 print(

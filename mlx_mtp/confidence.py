@@ -242,10 +242,12 @@ class Confidence:
     GAIN, SELDOM = 1.01, 16  # what it takes to cut at all; rounds, of which one is weighed while it does not pay
     THRESHOLDS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
-    def __init__(self, sizes: Sizes, threshold: float | None = None) -> None:
-        """threshold: always this one (0 cuts nothing), instead of what pays."""
+    def __init__(self, sizes: Sizes, threshold: float | None = None, share: float | None = None) -> None:
+        """threshold: always this one (0 cuts nothing), instead of what pays. share: of a round's time that goes with
+        its experts, always this one, instead of what times say."""
         self.calibration = Calibration()
-        self.overlap, self.share = Overlap(sizes.experts, sizes.top), Share(sizes.share)
+        self.overlap, self.share = Overlap(sizes.experts, sizes.top), Share(sizes.share if share is None else share)
+        self._measures = share is None
         self._fixed, self.threshold = threshold, self._first() if threshold is None else threshold
         self._table = mx.array(self.calibration.table, mx.float32)
         self._past: deque[list[list[int]]] = deque(maxlen=self.ROUNDS)  # bins of rounds, by row
@@ -286,7 +288,7 @@ class Confidence:
         rows, width = shape
         if judged is None or len(judged.live) == rows:
             self.overlap.record(rows + (rows * width if judged is None else sum(judged.live)), experts)
-            if seconds is not None:
+            if self._measures and seconds is not None:
                 self.share.record(shape, seconds, experts)
         if judged is None or not judged.bins:
             return

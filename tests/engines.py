@@ -175,6 +175,18 @@ class Listed:
         pass
 
 
+class Noting(Listed):
+    """Widths from a list; keeps what it was told."""
+
+    def __init__(self, *widths: int) -> None:
+        super().__init__(widths)
+        self.told: list[tuple[int, list[int], float | None]] = []
+
+    def record(self, width: int, kept: list[int], seconds: float | None, outlook: Sequence[int]) -> None:
+        assert outlook
+        self.told.append((width, kept, seconds))
+
+
 def random_widths(seed: int = 0, most: int = 7) -> Listed:
     """Another width for every round, 0 .. most."""
     rng = random.Random(seed)

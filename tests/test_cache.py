@@ -7,14 +7,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from engines import Job, engine_of, prompts, request, run, smallest
+from histories import WIDEST, Deed, History, follow, histories
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from mlx_mtp.cache import GROW_TOK, Cache, LayerSpec, Part, Snapshot, Trunk, View
 from mlx_mtp.prefixes import Prefix
 from mlx_mtp.scheduler import Limits
 
-WINDOW, WIDEST, HEADS, DIM = 6, 3, 2, 4
+WINDOW, HEADS, DIM = 6, 2, 4
 SPECS = (LayerSpec(WINDOW, HEADS, DIM), LayerSpec(None, HEADS, DIM))
 SLIDING, FULL = 0, 1
 
@@ -51,14 +51,12 @@ class Told:
     begin: int = 0  # how many of them it had when it joined
 
 
-class Rows:
-    """A cache beside a plain list of what every row was told."""
+class Rows(History[Told]):
+    """A cache with a sliding and a full layer."""
 
     def __init__(self) -> None:
-        self.cache = Cache(SPECS, WIDEST, mx.float32)
-        self.rows: list[Told] = []
+        super().__init__(Cache(SPECS, WIDEST, mx.float32))
         self.kept: list[tuple[Snapshot, Told]] = []
-        self._next = 1
 
     def join(self, snapshot: Snapshot | None = None, ids: list[int] | None = None) -> None:
         ids = list(ids or [])
@@ -67,17 +65,15 @@ class Rows:
 
     def keep(self, row: int) -> None:
         told = self.rows[row]
-        self.kept.append((self.cache.snapshot(row, len(told.ids)), Told(list(told.ids), begin=told.begin)))
+        if told.ids:
+            self.kept.append((self.cache.snapshot(row, len(told.ids)), Told(list(told.ids), begin=told.begin)))
 
     def again(self, which: int, back: int) -> None:
-        """Join as in a snapshot, or a few positions earlier."""
+        if not self.kept:
+            return
         snapshot, told = self.kept[which % len(self.kept)]
         count = max(told.begin, len(told.ids) - min(back, self.cache.back(0)))
         self.join(snapshot, told.ids[:count])
-
-    def forget(self, which: int) -> None:
-        trunk = self.kept.pop(which % len(self.kept))[0].trunk
-        trunk.trim()
 
     def write(self, first: int, kept: list[int], columns: int, known: bool = False) -> None:
         """A pass over rows from `first` on, and its commit; checks what every query of it sees. known: the host has
@@ -102,11 +98,14 @@ class Rows:
                 self.cache.settle(first + b, columns - count)
             told.ids += ids[b, :count].tolist()
 
-    def leave(self, row: int) -> None:
-        self.cache.leave(row)
-        last = self.rows.pop()
-        if row < len(self.rows):
-            self.rows[row] = last
+    def do(self, deed: Deed) -> None:
+        if deed.name == "chunks" and self.rows:  # some shorter than others, where that does no harm
+            spare = [self.cache.spare(b, deed.count) for b in range(deed.row + 1)]
+            shorter = zip(spare, deed.kept, strict=False)
+            kept = [max(1, deed.count - 3 * k) if can else deed.count for can, k in shorter]
+            self.write(0, kept, deed.count, known=True)
+        elif deed.name == "forget" and self.kept:
+            self.kept.pop(deed.which % len(self.kept))[0].trunk.trim()
 
     def check(self) -> None:
         """A drafter, too, sees what was committed: the last window + 1 positions, or all."""
@@ -120,58 +119,20 @@ class Rows:
                 assert seen_by(view, row, 0, layer) == told.ids[-(reach or len(told.ids) or 1) :]
 
 
-deeds = st.lists(
-    st.tuples(
-        st.sampled_from(
-            ["join", "round", "round", "round", "chunk", "chunks", "leave", "keep", "keep", "again", "again", "forget"]
-        ),
-        st.integers(0, 7),
-        st.integers(1, 30),
-        st.lists(st.integers(0, WIDEST + 1), min_size=8, max_size=8),
-    ),
-    max_size=22,
-)
+plans = histories(longest=30, length=22, more=("chunks", "keep", "again", "forget"))
 
 
-def follow(plan: list) -> None:
-    rows = Rows()
-    rows.join()
-    for deed, which, count, kept in plan:
-        live = len(rows.rows)
-        row = which % live if live else 0
-        if deed == "join" and live < 6:
-            rows.join()
-        elif deed == "round" and live:
-            columns = count % (WIDEST + 1) + 1
-            rows.write(0, [min(k, columns) for k in kept[: row + 1]], columns)
-        elif deed == "chunk" and live:
-            rows.write(row, [count], count)
-        elif deed == "chunks" and live:  # some shorter than others, where that does no harm
-            spare = [rows.cache.spare(b, count) for b in range(row + 1)]
-            shorter = zip(spare, kept, strict=False)
-            rows.write(0, [max(1, count - 3 * k) if can else count for can, k in shorter], count, known=True)
-        elif deed == "leave" and live:
-            rows.leave(row)
-        elif deed == "keep" and live and rows.rows[row].ids:
-            rows.keep(row)
-        elif deed == "again" and rows.kept and live < 6:
-            rows.again(which, kept[0])
-        elif deed == "forget" and rows.kept:
-            rows.forget(which)
-        rows.check()
-
-
-@given(deeds)
+@given(plans)
 @settings(max_examples=150)
 def test_queries_and_drafters_see_what_was_committed_whatever_happened(plan):
-    follow(plan)
+    follow(Rows(), plan)
 
 
 @pytest.mark.slow
-@given(deeds)
+@given(plans)
 @settings(max_examples=3000)
 def test_queries_and_drafters_see_what_was_committed_in_thousands_of_histories(plan):
-    follow(plan)
+    follow(Rows(), plan)
 
 
 def test_the_ring_wraps_many_times():

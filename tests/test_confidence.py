@@ -42,22 +42,6 @@ SEEDED, NUCLEUS = Sampling(temperature=0.8, top_k=40, seed=7), Sampling(temperat
 SIZES = Sizes(128, 8, 1000, 4000)
 
 
-class Given:
-    """A share of a round's time that no round changes."""
-
-    def __init__(self, value: float) -> None:
-        self.value = value
-
-    def record(self, shape: tuple[int, int], seconds: float, experts: float) -> None:
-        pass
-
-
-def with_share(sizes: Sizes, share: float) -> Confidence:
-    made = Confidence(sizes)
-    made.share = Given(share)
-    return made
-
-
 def sizes_of(models: Models) -> Sizes:
     found = Sizes.of(models.target)
     assert found is not None
@@ -249,13 +233,13 @@ def rounds(cuts: Confidence, truth: float, bins: Sequence[int], count: int, rng:
 
 
 def test_drafts_that_are_never_right_die_and_live_again_when_they_are():
-    cuts, rng = with_share(SIZES, 0.6), random.Random(0)
+    cuts, rng = Confidence(SIZES, share=0.6), random.Random(0)
     assert np.mean(rounds(cuts, 0.0, [7] * 5, 60, rng)[-20:]) < 0.1
     assert np.mean(rounds(cuts, 0.97, [7] * 5, 200, rng)[-20:]) > 4
 
 
 def test_where_experts_cost_nothing_nothing_is_cut_and_few_rounds_are_looked_at():
-    cuts, rng = with_share(SIZES, 0.0), random.Random(0)
+    cuts, rng = Confidence(SIZES, share=0.0), random.Random(0)
     rounds(cuts, 0.2, [4] * 5, 40, rng)
     assert rounds(cuts, 0.2, [4] * 5, 64, rng) == [5] * 64
     assert sum(cuts.looks() for _ in range(64)) == 64 // Confidence.SELDOM
@@ -264,7 +248,7 @@ def test_where_experts_cost_nothing_nothing_is_cut_and_few_rounds_are_looked_at(
 def test_the_threshold_rises_with_the_price_of_experts():
     found = []
     for share in (0.1, 0.4, 0.8):
-        cuts, rng = with_share(SIZES, share), random.Random(1)
+        cuts, rng = Confidence(SIZES, share=share), random.Random(1)
         rounds(cuts, 0.6, [6] * 6, 150, rng)
         found.append(cuts.threshold)
     assert found == sorted(found) and found[0] < found[-1]
@@ -333,7 +317,7 @@ def test_auto_drafts_wider_where_unsure_drafts_cost_no_experts():
 
 def test_a_drafter_that_knows_nothing_touches_about_the_experts_of_plain_decoding():
     models = fixture("moe")
-    cuts, first, second = with_share(sizes_of(models), 0.6), *prompts(models, (9, 8))
+    cuts, first, second = Confidence(sizes_of(models), share=0.6), *prompts(models, (9, 8))
     run_cut(models, "rand", 5, [request(first, 40)], cuts)  # until it is known
     (plain,), (whole,), (cut,) = (
         run_cut(models, kind, width, [request(second, 30)], has)
@@ -401,7 +385,7 @@ def test_the_trained_pair_writes_the_same_with_fewer_experts(rows):
     wanted = json.loads((ROOT.parent / "mlx_mtp" / "data" / "tiny" / "prompts.json").read_text())["code"][:rows]
     plain = [done.tokens for done in pair.generate(wanted, GREEDY, width=0, max_tokens=48)]
     found = []
-    for cuts in (None, with_share(Sizes.of(pair._model), 0.8)):
+    for cuts in (None, Confidence(Sizes.of(pair._model), share=0.8)):
         pair.restart()
         pair._engine.confidence, total = cuts, Stats()
         for done in pair.generate(wanted, GREEDY, width=7, max_tokens=48):

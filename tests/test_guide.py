@@ -8,7 +8,20 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from engines import DRAFTERS, Job, Listed, Models, disturbed, drafter_of, engine_of, random_widths, run, solo, texts
+from engines import (
+    DRAFTERS,
+    Job,
+    Listed,
+    Models,
+    Noting,
+    disturbed,
+    drafter_of,
+    engine_of,
+    random_widths,
+    run,
+    solo,
+    texts,
+)
 
 import mlx_mtp
 from mlx_mtp.cache import Cache
@@ -225,24 +238,12 @@ def test_a_model_drafting_for_itself_knows_what_was_forced_without_it(sampling):
 
 
 def test_a_prompt_beside_a_constrained_row_is_not_lost_when_its_round_is_undone():
-    long = free(" ".join(f"name_{i} = {i}" for i in range(40)), 12)
+    long = free(" ".join(f"name_{i} = {i}" for i in range(16)), 8)
     bound = [answer(LONG), answer(TOOLS["filter"], SEEDED)]
     limits = Limits(alone_tok=16, chunk_tok=16, first_chunk_tok=16)
     alone = [run(engine_of(models(), "plain", 0, limits), [one])[0].tokens for one in (*bound, long)]
     engine = engine_of(models(), "fit", 2, limits)
     assert texts(run(engine, [*bound, Job(long, 2)])) == alone
-
-
-class Noting(Listed):
-    """Widths from a list; keeps what it was told."""
-
-    def __init__(self, *widths: int) -> None:
-        super().__init__(widths)
-        self.told: list[tuple[int, list[int], float | None]] = []
-
-    def record(self, width: int, kept: list[int], seconds: float | None, outlook: Sequence[int]) -> None:
-        assert outlook
-        self.told.append((width, kept, seconds))
 
 
 def test_rounds_with_constrained_rows_are_told_to_their_own_policy_with_their_time():

@@ -251,7 +251,12 @@ def test_four_rows_are_drafted_for_in_one_call_as_each_alone(shape, kind, mode):
 @shapes
 @pytest.mark.parametrize(
     "kind, width, prompt",
-    [("plain", 0, "long"), ("rand", 3, "short"), ("fit", 1, "long"), ("fit", 3, "short"), ("fit", 4, "long")],
+    [
+        ("plain", 0, "long"),
+        ("fit", 3, "short"),
+        ("fit", 4, "long"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("rand", 3, "short"), ("fit", 1, "long"))),
+    ],
 )
 def test_greedy_text_is_the_references_with_and_without_a_drafter(shape, prompt, kind, width):
     g = goldens(shape)
@@ -264,14 +269,14 @@ def test_greedy_text_is_the_references_with_and_without_a_drafter(shape, prompt,
 
 
 @shapes
-@pytest.mark.parametrize("kind, width", [("plain", 0), ("fit", 3)])
+@pytest.mark.parametrize("kind, width", [pytest.param("plain", 0, marks=pytest.mark.slow), ("fit", 3)])
 def test_texts_of_a_batch_are_the_references(shape, kind, width):
     outcomes = run(engine_of(fixture(shape), kind, width), [request(ids, 24) for ids in batch_prompts(shape)])
     assert [o.tokens for o in outcomes] == goldens(shape)["batch/greedy_single"].tolist()
 
 
 @shapes
-@pytest.mark.parametrize("kind, width", [("plain", 0), ("fit", 3)])
+@pytest.mark.parametrize("kind, width", [pytest.param("plain", 0, marks=pytest.mark.slow), ("fit", 3)])
 def test_text_ends_with_the_end_token(shape, kind, width):
     g = goldens(shape)
     wanted = request(g["short/ids"], 48, eos=[int(g["eos/id"])])

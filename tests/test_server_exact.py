@@ -6,7 +6,7 @@ import threading
 import pytest
 from servers import EDGE, TINY, Live, running
 
-BASE = {"max_tokens": 12, "ignore_eos": True, "temperature": 0}
+BASE = {"max_tokens": 8, "ignore_eos": True, "temperature": 0}
 ASKS = [
     {"prompt": "def read(path):", **BASE},
     {"prompt": "import os", **BASE, "temperature": 0.9, "seed": 1},
@@ -15,7 +15,7 @@ ASKS = [
     {"prompt": "x = 1", **BASE, "temperature": 0.7, "top_p": 0.8, "seed": 3, "n": 2},
     {"prompt": "return", **BASE, "presence_penalty": 1.5, "frequency_penalty": 0.5},
     {"prompt": "try:\n    pass", **BASE, "temperature": 1.0, "min_p": 0.1, "seed": 4, "logit_bias": {"40": 3}},
-    {"prompt": "\n", **BASE, "max_tokens": 40, "stop": ["zz", "\n\n\n"]},
+    {"prompt": "\n", **BASE, "max_tokens": 24, "stop": ["zz", "\n\n\n"]},
 ]
 
 

@@ -104,12 +104,12 @@ def test_completions_have_log_probabilities_in_their_own_form(client):
 
 
 def test_a_stop_string_ends_the_text_before_it_wherever_tokens_end(client):
-    text = ask(client, max_tokens=40).choices[0].message.content
-    for cut in (3, 9, 17):
+    text = ask(client, max_tokens=16).choices[0].message.content
+    for cut in (3, 8, 13):
         stop = text[cut : cut + 4]
-        answer = ask(client, max_tokens=40, stop=[stop, "never said"]).choices[0]
+        answer = ask(client, max_tokens=16, stop=[stop, "never said"]).choices[0]
         assert answer.message.content == text[: text.index(stop)] and answer.finish_reason == "stop"
-    streamed = ask(client, max_tokens=40, stop=stop, stream=True)
+    streamed = ask(client, max_tokens=16, stop=stop, stream=True)
     assert "".join(p.choices[0].delta.content or "" for p in streamed) == text[: text.index(stop)]
 
 
@@ -154,15 +154,15 @@ def test_a_completion_takes_texts_and_token_ids_one_or_several(client, live):
 
 
 def test_penalties_and_bias_change_the_text_as_they_say(client, live):
-    plain = ask(client, max_tokens=24).choices[0].message.content
+    plain = ask(client, max_tokens=12).choices[0].message.content
     word = live.pair.text.encode(plain[:3])[-1]
     forced = ask(client, max_tokens=5, logit_bias={str(word): 100}).choices[0].message.content
-    banned = ask(client, max_tokens=24, logit_bias={str(word): -100}).choices[0].message.content
+    banned = ask(client, max_tokens=12, logit_bias={str(word): -100}).choices[0].message.content
     assert forced == 5 * live.pair.text.decode([word]) and not banned.startswith(plain[:3])
     for fields in ({"presence_penalty": 2}, {"frequency_penalty": 2}, {"extra_body": {"repetition_penalty": 1.5}}):
-        assert ask(client, max_tokens=24, **fields).choices[0].message.content != plain
+        assert ask(client, max_tokens=12, **fields).choices[0].message.content != plain
     same = {"extra_body": {"repetition_penalty": 1.0, "min_p": 0.0, "top_k": 0}}
-    assert ask(client, max_tokens=24, presence_penalty=0, **same).choices[0].message.content == plain
+    assert ask(client, max_tokens=12, presence_penalty=0, **same).choices[0].message.content == plain
 
 
 def test_errors_arrive_as_the_packages_own(client):

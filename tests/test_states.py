@@ -1,15 +1,17 @@
 """A recurrent layer gives what it gives of the committed text alone, however rows were drafted, moved or copied."""
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 import numpy as np
 import pytest
+from histories import WIDEST, Deed, History, follow, histories
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from mlx_mtp.cache import Cache, Snapshot, Trunk
 from mlx_mtp.states import Held, StateSpec
 
-WIDEST, TAPS, PRIME = 3, 3, 4093
+TAPS, PRIME = 3, 4093
 SPEC = StateSpec((1, 2), 1, TAPS)
 
 
@@ -37,26 +39,27 @@ def folded(ids: list[int]) -> float:
     return state
 
 
-class Rows:
-    """A cache with one recurrent layer beside a plain list of what every row was told."""
+class Rows(History[list[int]]):
+    """A cache with one recurrent layer."""
 
     def __init__(self) -> None:
-        self.cache = Cache((SPEC,), WIDEST, mx.float32)
-        self.rows: list[list[int]] = []
+        super().__init__(Cache((SPEC,), WIDEST, mx.float32))
         self.kept: list[tuple[Held, list[int]]] = []
-        self._next = 1
 
-    def join(self, which: int | None = None) -> None:
-        snapshot, ids = None, []
-        if which is not None:
-            held, ids = self.kept[which % len(self.kept)]
-            snapshot = Snapshot(len(ids), {}, Trunk(), held)
+    def join(self, snapshot: Snapshot | None = None, ids: Sequence[int] = ()) -> None:
         assert self.cache.join(1, snapshot) == len(self.rows)
         self.rows.append(list(ids))
+
+    def again(self, which: int, back: int = 0) -> None:
+        if self.kept:  # a state has no earlier positions
+            held, ids = self.kept[which % len(self.kept)]
+            self.join(Snapshot(len(ids), {}, Trunk(), held), ids)
 
     def keep(self, row: int, length: int | None = None) -> None:
         """Hold a row as it was at a length, by default its own."""
         length = len(self.rows[row]) if length is None else length
+        if not length:
+            return
         held = self.cache.snapshot(row, length).held
         assert held is not None
         self.kept.append((held, self.rows[row][:length]))
@@ -75,68 +78,36 @@ class Rows:
         for b, count in enumerate(kept):
             self.rows[first + b] += ids[b, :count].tolist()
 
-    def leave(self, row: int) -> None:
-        self.cache.leave(row)
-        last = self.rows.pop()
-        if row < len(self.rows):
-            self.rows[row] = last
-
-
-deeds = st.lists(
-    st.tuples(
-        st.sampled_from(["join", "round", "round", "round", "chunk", "leave", "keep", "again", "end", "undo"]),
-        st.integers(0, 7),
-        st.integers(1, 9),
-        st.lists(st.integers(0, WIDEST + 1), min_size=8, max_size=8),
-    ),
-    max_size=20,
-)
-
-
-def follow(plan: list) -> None:
-    rows = Rows()
-    rows.join()
-    for deed, which, count, kept in plan:
-        live = len(rows.rows)
-        row = which % live if live else 0
-        columns = count % (WIDEST + 1) + 1
-        some = [min(k, columns) for k in kept[:live]]
-        if deed == "join" and live < 6:
-            rows.join()
-        elif deed == "round" and live:
-            rows.write(0, some[: row + 1], columns)
-        elif deed == "chunk" and live:
-            rows.write(row, [count], count)
-        elif deed == "leave" and live:
-            rows.leave(row)
-        elif deed == "keep" and live and rows.rows[row]:
-            rows.keep(row)
-        elif deed == "again" and rows.kept and live < 6:
-            rows.join(which)
-        elif deed == "end" and live:  # in the midst of a round, with another one on its way
-            begun = len(rows.rows[row])
+    def do(self, deed: Deed) -> None:
+        live, row = len(self.rows), deed.row
+        some = deed.some(live)
+        if deed.name == "end" and live:  # in the midst of a round, with another one on its way
+            begun = len(self.rows[row])
             some[row] = max(1, some[row])
-            rows.write(0, some, columns)
-            rows.write(0, [min(k, 2) for k in kept[:live]], 2)
-            rows.keep(row, begun + 1 + which % some[row])
-        elif deed == "undo" and live:
-            state, bounds, told = rows.cache.state(), list(rows.cache.bounds), [list(r) for r in rows.rows]
-            rows.write(0, some, columns)
-            rows.cache.restore(state)
-            rows.cache.bounds, rows.rows = bounds, told
+            self.write(0, some, deed.columns)
+            self.write(0, [min(k, 2) for k in deed.kept[:live]], 2)
+            self.keep(row, begun + 1 + deed.which % some[row])
+        elif deed.name == "undo" and live:
+            state, bounds, told = self.cache.state(), list(self.cache.bounds), [list(r) for r in self.rows]
+            self.write(0, some, deed.columns)
+            self.cache.restore(state)
+            self.cache.bounds, self.rows = bounds, told
 
 
-@given(deeds)
+plans = histories(longest=9, length=20, more=("end", "undo"))
+
+
+@given(plans)
 @settings(max_examples=40)
 def test_columns_give_what_the_committed_text_gives_whatever_happened(plan):
-    follow(plan)
+    follow(Rows(), plan)
 
 
 @pytest.mark.slow
-@given(deeds)
+@given(plans)
 @settings(max_examples=2000)
 def test_columns_give_what_the_committed_text_gives_in_thousands_of_histories(plan):
-    follow(plan)
+    follow(Rows(), plan)
 
 
 def test_the_ring_of_inputs_wraps_many_times():
@@ -156,9 +127,9 @@ def test_what_is_held_is_not_changed_by_what_its_row_or_its_heirs_do():
     rows.keep(0)
     rows.write(0, [40], 40)
     for _ in range(2):
-        rows.join(0)
+        rows.again(0)
         rows.write(len(rows.rows) - 1, [3], 3)
-    rows.join(0)
+    rows.again(0)
     rows.write(0, [1, 2, 3, 1], 4)
 
 
@@ -173,7 +144,7 @@ def test_a_row_may_begin_as_far_before_a_prompts_end_as_its_last_pass_was_wide(c
     held, ids = rows.cache.states.hold(0), list(rows.rows[0])
     for count in range(len(ids) - back, len(ids) + 1):
         rows.kept.append((held, ids[:count]))
-        rows.join(-1)
+        rows.again(-1)
         rows.write(len(rows.rows) - 1, [2], 2)
 
 

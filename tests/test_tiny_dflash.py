@@ -61,9 +61,9 @@ SETTINGS = {
 
 
 @cache
-def plainly(how: str) -> list[list[int]]:
-    """The texts of eight prompts without drafts."""
-    outcomes = run(engine(0, drafts=False), [request(p, TOKENS, SETTINGS[how]) for p in code()[:8]])
+def plainly(how: str, rows: int) -> list[list[int]]:
+    """The texts of so many prompts without drafts."""
+    outcomes = run(engine(0, drafts=False), [request(p, TOKENS, SETTINGS[how]) for p in code()[:rows]])
     return [o.tokens for o in outcomes]
 
 
@@ -71,11 +71,11 @@ def check_texts(rows: int, depth: int | Depth, how: str) -> None:
     """Rows join a step after another and leave as they end; their texts are those of plain decoding."""
     jobs = [Job(request(code()[i], TOKENS - i % 3, SETTINGS[how]), at=i) for i in range(rows)]
     outcomes = run(engine(depth), jobs)
-    assert [o.tokens for o in outcomes] == [plainly(how)[i][: TOKENS - i % 3] for i in range(rows)]
+    assert [o.tokens for o in outcomes] == [text[: TOKENS - i % 3] for i, text in enumerate(plainly(how, rows))]
     assert sum(o.stats.kept for o in outcomes) > 0
 
 
-@pytest.mark.parametrize("rows, depth, how", [(1, 7, "seeded"), (4, random_widths(1), "steered"), (8, 4, "greedy")])
+@pytest.mark.parametrize("rows, depth, how", [(1, 7, "seeded"), (4, random_widths(1), "steered"), (5, 4, "greedy")])
 def test_text_is_that_of_plain_decoding_while_drafts_are_kept(rows, depth, how):
     check_texts(rows, depth, how)
 
@@ -108,7 +108,7 @@ def test_a_prompt_goes_on_with_the_features_of_another_that_began_alike():
 
 
 def test_a_share_of_the_drafts_is_kept_on_text_that_nobody_trained_on():
-    outcomes = run(engine(4), [request(p, 20) for p in code()[:5]])
+    outcomes = run(engine(4), [request(p, 20) for p in code()[:4]])
     kept, rounds = sum(o.stats.kept for o in outcomes), sum(o.stats.rounds for o in outcomes)
     assert kept / rounds > 0.7  # over 24 prompts 1.04 were measured; random weights keep none
 

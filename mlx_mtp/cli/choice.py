@@ -16,15 +16,14 @@ if TYPE_CHECKING:
     from mlx_mtp.scheduler import Limits
 
 EMBEDDED = "tiny"
+ModelOption = Annotated[str, typer.Option("--model", "-m", help="A folder or hub id; tiny is the embedded pair.")]
 
 
 @dataclass(frozen=True)
 class Choice(Debug):
     """Which pair runs, and how it decodes."""
 
-    model: Annotated[str, typer.Option("--model", "-m", help="A folder or hub id; tiny is the embedded pair.")] = (
-        EMBEDDED
-    )
+    model: ModelOption = EMBEDDED
     drafter: Annotated[
         str, typer.Option(help="A folder or hub id of any kind, auto (the target's own), lookup, auto+lookup, or none.")
     ] = "auto"

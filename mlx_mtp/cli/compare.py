@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mlx_mtp.cli.app import Debug, command
-from mlx_mtp.cli.choice import EMBEDDED, parse_width
+from mlx_mtp.cli.choice import EMBEDDED, ModelOption, parse_width
 from mlx_mtp.cli.output import print_json, print_table, say
 from mlx_mtp.rows import RequestError
 
@@ -30,9 +30,7 @@ PRELOAD = "LD_PRELOAD"
 class Compare(Debug):
     """The options of `compare`."""
 
-    model: Annotated[str, typer.Option("--model", "-m", help="A folder or hub id; tiny is the embedded pair.")] = (
-        EMBEDDED
-    )
+    model: ModelOption = EMBEDDED
     drafter: Annotated[str, typer.Option(help="auto (the target's own, by name), a folder or hub id.")] = "auto"
     dtype: Annotated[str | None, typer.Option(help="For all; unset = the checkpoint's on a GPU, float32 on a CPU.")] = (
         None
