@@ -1,24 +1,35 @@
 """Record what the width controller is simulated on: acceptance at every place of real texts, and the cost of a round.
 
     python bench/traces.py > tests/fixtures/rounds.json
+    python bench/traces.py --noise > tests/fixtures/noise.json    # on a machine that others use meanwhile
 
 acceptance: for every kind of held-out prompt, for every prompt, for every generated token but the last few: how many
 drafted tokens behind it the target's own greedy text confirms, at most WIDTH. cost: rows -> time of a round by width
 from 0, over that of width 0 at one row; medians of interleaved runs. lookup: for the same texts, and for each asked
 for again, what prompt lookup would draft at every place: [tokens kept, outlook].
+
+--noise: rows -> times of successive rounds without drafts, over their median.
 """
 
 import argparse
 import json
 import statistics
 import sys
+from collections.abc import Sequence
 from importlib import resources
 
 import mlx.core as mx
 
 import mlx_mtp
+from mlx_mtp.cache import Cache
+from mlx_mtp.depth import MAX_WIDTH, Constant
 from mlx_mtp.drafters.lookup import GATE, SURE, longest_match
-from mlx_mtp.rows import NOTHING, USUAL
+from mlx_mtp.drafters.plain import PlainDrafter
+from mlx_mtp.engine import Engine
+from mlx_mtp.load import load_target
+from mlx_mtp.rows import NOTHING, USUAL, Request
+from mlx_mtp.scheduler import Limits
+from mlx_mtp.text import Text
 
 WIDTH = 12
 
@@ -79,14 +90,48 @@ def cost(pair: mlx_mtp.Pair, prompt: str, repeats: int = 5, widths: int = 9) -> 
     return {r: [round(statistics.median(took[r, w]) / one, 3) for w in range(widths)] for r in (1, 4, 8)}
 
 
+class Timed(Constant):
+    """No drafts; keeps what the engine tells of times."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+        self.seconds: list[float] = []
+
+    def record(self, width: int, kept: list[int], seconds: float | None, outlook: Sequence[int]) -> None:
+        self.seconds += [] if seconds is None else [seconds]
+
+
+def noise(model: str, prompt: str, rounds: int) -> dict[int, list[float]]:
+    """Times of rounds of 1 and 4 rows, over their median."""
+    target = load_target(model, dtype=mx.float32)
+    ids, found = Text.from_dir(target.path).encode(prompt), {}
+    for rows in (1, 4):
+        cache, timed = Cache(target.model.specs, MAX_WIDTH, target.dtype), Timed()
+        engine = Engine(target.model, cache, PlainDrafter(), timed, Limits(max_rows=rows))
+        while len(timed.seconds) < rounds:
+            for _ in range(rows):
+                engine.submit(Request(tuple(ids), 64))
+            while not engine.idle:
+                engine.step()
+            print(f"{rows} rows {len(timed.seconds)}/{rounds}", file=sys.stderr)
+        middle = statistics.median(timed.seconds)
+        found[rows] = [round(s / middle, 2) for s in timed.seconds[:rounds]]
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--tokens", type=int, default=120)
     parser.add_argument("--prompts", type=int, default=5, help="of each kind")
+    parser.add_argument("--noise", action="store_true", help="record only how long rounds take, one after another")
     args = parser.parse_args()
+    data = resources.files("mlx_mtp") / "data" / "tiny"
+    prompts = json.loads((data / "prompts.json").read_text())
+    if args.noise:
+        json.dump(noise(str(data / "target"), prompts["code"][0], rounds=600), sys.stdout, separators=(",", ":"))
+        return
     pair = mlx_mtp.load(args.model)
-    prompts = json.loads((resources.files("mlx_mtp") / "data" / "tiny" / "prompts.json").read_text())
     out: dict[str, list[list[int]]] = {}
     for kind, texts in prompts.items():
         for i, text in enumerate(texts[: args.prompts], start=1):

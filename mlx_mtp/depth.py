@@ -6,12 +6,11 @@ drafting that does not pay stops, and is probed again at growing distances.
 
 from __future__ import annotations
 
-import math
-import statistics
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Protocol
 
+from mlx_mtp.round_times import SAMPLES, RoundTimes
 from mlx_mtp.rows import BOUND, NOTHING, RequestError
 
 MAX_WIDTH = 15  # the widest round; the cache's rings leave room for it
@@ -88,7 +87,7 @@ class Acceptance:
         self._prior = self.HOPELESS if outlook % BOUND == NOTHING else self.PRIOR
         self._hits, self._tries = [0.0] * most, [0.0] * most
         self._slow, self._rounds = [self._prior] * most, [0] * most
-        self._expected: list[float] = []  # tokens by width; none: to be reckoned anew
+        self._expected: list[float] = []  # none: to be reckoned anew
 
     def record(self, width: int, kept: Sequence[int]) -> None:
         """A round in which these rows kept so many columns of width + 1."""
@@ -106,14 +105,14 @@ class Acceptance:
                 rate = max(self.SLOW, 1 / (self._rounds[i] + 2)) * weight
                 self._slow[i] += rate * (share - self._slow[i])
 
-    def expected_tokens(self, width: int) -> float:
-        """Tokens a row gains from a round of this width."""
+    @property
+    def tokens(self) -> list[float]:
+        """Tokens a row is expected to gain from a round, by width."""
         if not self._expected:
             self._expected = self._expect()
-        return self._expected[min(width, len(self._hits))]
+        return self._expected
 
     def _expect(self) -> list[float]:
-        """`expected_tokens` of all widths."""
         totals, alive, last, level = [1.0], 1.0, self._prior, 1.0
         for i in range(len(self._hits)):
             # Positions rise and fall together: what the slow mean says is scaled by how the position before fares.
@@ -131,41 +130,37 @@ class Auto:
     Acceptance is estimated for every outlook by itself: a row whose drafter has found its text elsewhere is another
     case than one where it guesses. What is known of a row when a width is chosen is one round old, and what comes of
     it is put down to that knowledge, so that the delay is part of the estimate.
-    The time of a round is the median of the last ones of its shape (rows, width), times the pace at which rounds of all
-    shapes run now: machines get hot and contexts long, and a shape that was timed before would seem fast. It never
-    falls with the width, so a shape not yet seen takes at least what the next narrower one takes; where that would be
-    fast enough to win, the shape is tried. Steps in the cost, as kernels have them, are found this way. While it
-    drafts, rounds of width 0 are run now and then, for all is judged by them. A round during which one of another width
-    was built does not count: where the host is the slower one it takes as long as that building.
-    Where width 0 is best, a narrow round is tried at growing distances, unless no drafter has anything. A ledger holds
-    what drafting has gained and lost against width 0; while it shows a loss of more than LOSS, nothing is drafted, and
-    no shape is tried that could make it as much.
+    Times are those of `RoundTimes`. They never fall with the width, so a shape not yet seen takes at least what the
+    next narrower one takes; where that would be fast enough to win, the shape is tried. Steps in the cost, as kernels
+    have them, are found this way. A round during which one of another width was built does not count: where the host
+    is the slower one it takes as long as that building.
+    A width is worth its drafts only if it is clearly better than width 0. While it drafts, rounds of width 0 are run
+    now and then, for all is judged by them: as often as a small share of the time allows, which is the more often the
+    less drafting seems to gain. Where width 0 is best, a narrow round is tried at growing distances, unless no drafter
+    has anything. A ledger holds what drafting has gained and lost against width 0; while it shows a loss of more than
+    LOSS, nothing is drafted, and no shape is tried that could make it as much.
     """
 
-    GAIN = 1.03  # a new width must look this much better
-    SAMPLES, FIRST = 2, 2  # timed rounds before a shape is judged; the first width: what is wasted if nothing is kept
+    GAIN, WORTH = 1.03, 1.01  # a new width must look so much better than the present one, the present than width 0
+    FIRST = 2  # the first width: what is wasted if nothing is kept
     LOSS, ALLOWANCE = 0.015, 4  # share of the time, on top of so many rounds of width 0
     MEMORY = 0.999  # per round: about a thousand rounds stand in the ledger
-    TIMES = 9  # of a shape, whose median counts
-    PACE = 0.5  # weight of a round in how fast the machine is now
     PAUSE = 6  # rounds between two shapes that are tried for their time
     FIRST_PROBE, LAST_PROBE, PROBE_WIDTH, PROBE_ROUNDS = 24, 768, 1, 2
-    FIRST_CHECK, LAST_CHECK, CHECK_ROUNDS = 8, 128, 2  # rounds with drafts before some without
-    SURPRISE = 0.15  # share by which those may be off before the next ones come soon
+    FIRST_CHECK, LAST_CHECK, CHECK_ROUNDS = 5, 256, 2  # rounds with drafts before some without
+    CHECK_SHARE = 0.005  # of the time that those may cost
     drafts = True
 
     def __init__(self, most: int = 8) -> None:
         """most: the widest round it considers."""
         self._most = most
         self._kept: dict[int, Acceptance] = {}  # by outlook
-        self._times: defaultdict[tuple[int, int], deque[float]] = defaultdict(lambda: deque(maxlen=self.TIMES))
-        self._medians: dict[tuple[int, int], float] = {}  # of the shapes that have been timed
-        self._speeds: dict[int, list[float]] = {}  # what `seconds` says at pace 1, by rows
+        self._times = RoundTimes(most)
         self._seen: set[tuple[int, int]] = set()
         self._recheck, self._unseen = self.FIRST_CHECK, 0
-        self._pace = 1.0  # by how much rounds take longer now than at first; `_times` are over it
         self._width = min(self.FIRST, most)
-        self._gained = self._spent = 0.0  # the ledger, in seconds
+        self._gained_s = self._spent_s = 0.0  # the ledger
+        self._plain_s = 0.0  # a round of width 0 now
         self._quiet = 0  # rounds since a shape was tried for its time
         self._trial: tuple[int, int] | None = None
         self._wait, self._since, self._probing = self.FIRST_PROBE, 0, 0
@@ -181,27 +176,30 @@ class Auto:
         return self._chosen
 
     def _choose(self, outlook: Sequence[int]) -> int:
-        rows = len(outlook)
-        hopeful = any(o % BOUND != NOTHING for o in outlook)
-        if not self._timed(rows, 0) or self._left(rows) < 0:
+        rows, known = len(outlook), self._times.known(len(outlook))
+        if 0 not in known or self._left() < 0:
             return 0
-        first = min(self.FIRST, self._most)
-        if hopeful and self.expected_tokens(outlook, first) > self.GAIN and not self._drafted(rows):
+        hopeful = any(o % BOUND != NOTHING for o in outlook)
+        costs, tokens = self._times.costs(rows), self._tokens(outlook)
+        first, drafted = min(self.FIRST, self._most), len(known) > 1
+        if hopeful and not drafted and tokens[first] > self.GAIN:
             return first
-        if hopeful and self._trial and self._trial[0] == rows and not self._timed(*self._trial):
+        if hopeful and self._trial and self._trial[0] == rows and self._trial[1] not in known:
             return self._trial[1]
         self._quiet += 1
-        before, self._width = self._width, self._best(outlook)
+        rates = [t / c for t, c in zip(tokens, costs, strict=True)]  # over that of width 0
+        before, self._width = self._width, self._best(known, rates)
         if self._width != before:
             self._recheck, self._unseen = self.FIRST_CHECK, 0
         if self._width:
             self._wait = self.FIRST_PROBE
-            if self._overdue():
+            if self._overdue(rows, tokens, rates):
                 return 0
-        trial = self._worth_trying(outlook)
-        if trial is not None and self._quiet > self.PAUSE:
-            self._trial, self._quiet = (rows, trial), 0
-            return trial
+        if drafted and self._quiet > self.PAUSE:
+            trial = self._worth_trying(known, costs, rates)
+            if trial is not None:
+                self._trial, self._quiet = (rows, trial), 0
+                return trial
         return self._width or (self._probe() if hopeful else 0)
 
     def record(self, width: int, kept: list[int], seconds: float | None, outlook: Sequence[int]) -> None:
@@ -218,91 +216,64 @@ class Auto:
 
     def _time(self, rows: int, width: int, tokens: float, seconds: float) -> None:
         """A round brought so many tokens a row, and took so long."""
-        times = self._times[rows, width]
-        if self._timed(rows, 0):
-            rounds = 1 if times else 2  # the shape's first one is reckoned with now
-            gained = tokens * self.seconds(rows, 0) - seconds if width else 0.0
-            self._gained = self.MEMORY * self._gained + rounds * gained
-            self._spent = self.MEMORY * self._spent + rounds * seconds
-        if width != self._chosen:
-            return
-        if self._timed(rows, width):
-            slower = seconds / self.seconds(rows, width)
-            if not width and self._width and abs(slower - 1) > self.SURPRISE:
-                self._recheck = self.FIRST_CHECK  # all is judged by a wrong measure, so soon again
-            known = len(times) / self.TIMES  # what surprises of a shape that is hardly known says little of the machine
-            self._pace *= 1 + self.PACE * known * (min(max(slower, 0.5), 2.0) - 1)
-        times.append(seconds / self._pace)
-        if len(times) >= self.SAMPLES:
-            self._medians[rows, width] = statistics.median(times)
-            self._speeds.pop(rows, None)
-
-    def expected_tokens(self, outlook: Sequence[int], width: int) -> float:
-        """Tokens a row gains from a round of this width, mean over rows."""
-        counts = Counter(outlook)
-        return sum(n * self._acceptance(o).expected_tokens(width) for o, n in counts.items()) / len(outlook)
-
-    def seconds(self, rows: int, width: int) -> float:
-        """Time of a round: measured, or at least that of the next narrower shape that was; no more than that of a
-        wider one, for one of the two was measured while the machine was slow."""
-        if rows not in self._speeds:
-            known = [self._medians.get((rows, w)) for w in range(self._most + 1)]
-            least, narrower = math.inf, 0.0
-            floors = [least := min(least, known[w] or least) for w in range(self._most, -1, -1)][::-1]
-            self._speeds[rows] = [
-                narrower := narrower if one is None else floor for one, floor in zip(known, floors, strict=True)
-            ]
-        return self._speeds[rows][width] * self._pace
+        first = not self._times.begun(rows, width)
+        if width == self._chosen:
+            self._times.learn(rows, width, seconds)
+        known = self._times.known(rows)
+        if 0 in known:
+            cost = self._times.costs(rows)[width] if width in known else seconds / self._plain_s
+            self._plain_s = seconds / cost
+            rounds = 2 if first else 1  # the shape's first one is reckoned with now
+            self._gained_s = self.MEMORY * self._gained_s + rounds * (tokens - cost if width else 0.0) * self._plain_s
+            self._spent_s = self.MEMORY * self._spent_s + rounds * seconds
 
     def _acceptance(self, outlook: int) -> Acceptance:
         if outlook not in self._kept:
             self._kept[outlook] = Acceptance(self._most, outlook)
         return self._kept[outlook]
 
-    def _timed(self, rows: int, width: int) -> bool:
-        return (rows, width) in self._medians
+    def _tokens(self, outlook: Sequence[int]) -> list[float]:
+        """Tokens a row is expected to gain from a round, by width; mean over rows."""
+        counts = Counter(outlook)
+        if len(counts) == 1:
+            return self._acceptance(outlook[0]).tokens
+        parts = [(n / len(outlook), self._acceptance(o).tokens) for o, n in counts.items()]
+        return [sum(share * tokens[width] for share, tokens in parts) for width in range(self._most + 1)]
 
-    def _drafted(self, rows: int) -> bool:
-        """Whether any round with drafts has been timed for so many rows."""
-        return any(self._timed(rows, width) for width in range(1, self._most + 1))
+    def _best(self, known: frozenset[int], rates: list[float]) -> int:
+        """The best of the widths whose cost is known; the present one unless another is clearly better, or it is hardly
+        better than none."""
+        width = max(known, key=lambda w: rates[w])
+        if self._width in known and rates[width] < self.GAIN * rates[self._width]:
+            width = self._width
+        return width if rates[width] > self.WORTH else 0
 
-    def _rate(self, outlook: Sequence[int], width: int) -> float:
-        return self.expected_tokens(outlook, width) / self.seconds(len(outlook), width)
-
-    def _best(self, outlook: Sequence[int]) -> int:
-        """The best of the widths whose time is known; the present one unless another is clearly better."""
-        rates = {w: self._rate(outlook, w) for w in range(self._most + 1) if self._timed(len(outlook), w)}
-        best = max(rates, key=lambda w: rates[w])
-        stay = self._width in rates and rates[best] < self.GAIN * rates[self._width]
-        return self._width if stay else best
-
-    def _worth_trying(self, outlook: Sequence[int]) -> int | None:
+    def _worth_trying(self, known: frozenset[int], costs: list[float], rates: list[float]) -> int | None:
         """An untimed width that would win if it took no longer than the next narrower timed one; of those about as good
         the narrowest, which costs least if it does not win."""
-        rows = len(outlook)
-        unknown = [w for w in range(1, self._most + 1) if not self._timed(rows, w)]
-        if not unknown or not self._drafted(rows):
-            return None
-        unknown = [w for w in unknown if self._affordable(rows, w)]
-        rates = {w: self._rate(outlook, w) for w in unknown}
-        wanted = max(self.GAIN * self._rate(outlook, self._width), max(rates.values(), default=0.0) / self.GAIN)
-        return next((w for w, rate in rates.items() if rate >= wanted), None)
+        unknown = [w for w in range(1, self._most + 1) if w not in known and self._affordable(w, max(known), costs)]
+        best = max((rates[w] for w in unknown), default=0.0)
+        wanted = max(self.GAIN * rates[self._width], best / self.GAIN)
+        return next((w for w in unknown if rates[w] >= wanted), None)
 
-    def _left(self, rows: int) -> float:
+    def _left(self) -> float:
         """Seconds that may still be lost."""
-        return self._gained + self.LOSS * self._spent + self.ALLOWANCE * self.seconds(rows, 0)
+        return self._gained_s + self.LOSS * self._spent_s + self.ALLOWANCE * self._plain_s
 
-    def _affordable(self, rows: int, width: int) -> bool:
+    def _affordable(self, width: int, widest: int, costs: list[float]) -> bool:
         """Whether the loss would be borne if timing a width brought nothing and the cost went on as it has so far."""
-        widest = max(w for w in range(self._most + 1) if self._timed(rows, w))
-        slope = (self.seconds(rows, widest) - self.seconds(rows, 0)) / max(widest, 1)
-        return (self.SAMPLES + 1) * slope * width <= self._left(rows)
+        slope = (costs[widest] - 1) / widest
+        return (SAMPLES + 1) * slope * width * self._plain_s <= self._left()
 
-    def _overdue(self) -> bool:
+    def _overdue(self, rows: int, tokens: list[float], rates: list[float]) -> bool:
         """Whether it is long since rounds of width 0 were seen, by which all the others are judged."""
         self._unseen += 1
         if self._unseen >= self._recheck + self.CHECK_ROUNDS:
-            self._unseen, self._recheck = 0, min(self.LAST_CHECK, 2 * self._recheck)
+            dear = self.CHECK_ROUNDS * (rates[self._width] - 1)  # tokens that a look costs
+            longest = int(dear / (self.CHECK_SHARE * tokens[self._width]))
+            proven = self._times.proven(rows, self._width)
+            most = min(max(longest, self.FIRST_CHECK), self.LAST_CHECK) if proven else self.FIRST_CHECK
+            self._unseen, self._recheck = 0, min(2 * self._recheck, most)
         return self._unseen >= self._recheck
 
     def _probe(self) -> int:

@@ -1,0 +1,121 @@
+"""What rounds with drafts cost beside rounds without, learnt on a machine whose speed changes all the time. Plain
+numbers; knows no row and no text.
+
+A chip gets hot, another program wakes up, a context grows: rounds of every width then take longer, often from one round
+to the next and by half or more. So nothing is remembered in seconds. A round is compared with rounds of another width
+just before and just after it; where those two disagree, the machine changed meanwhile and the round says nothing. The
+cost of a width is the median of its last comparisons.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict, deque
+
+SAMPLES = 2  # rounds of a width before its cost is known
+NEAR = 3  # rounds on each side with which a round is compared
+STEADY = 0.35  # share by which those two sides may differ
+KEPT = 9  # comparisons of a width, whose median counts
+PROVEN = 3  # comparisons after which a cost is believed
+
+
+class RoundTimes:
+    """Costs of rounds by (rows, width), in rounds of width 0 with as many rows.
+
+    most: the widest round.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._rows = 0
+        self._last: deque[tuple[int, float]] = deque(maxlen=2 * NEAR + 1)  # (width, log of seconds), of `_rows` rows
+        self._first: defaultdict[tuple[int, int], list[float]] = defaultdict(list)  # comparisons with rounds before
+        self._paired: defaultdict[tuple[int, int], deque[float]] = defaultdict(lambda: deque(maxlen=KEPT))
+        self._levels: dict[tuple[int, int], float] = {}  # logarithm of the cost
+        self._known: defaultdict[int, frozenset[int]] = defaultdict(frozenset)  # widths, by rows
+        self._costs: dict[int, list[float]] = {}  # by rows
+
+    def learn(self, rows: int, width: int, seconds: float) -> None:
+        """A round took so long; the last one told of ran shortly before."""
+        if rows != self._rows:
+            self._rows = rows
+            self._last.clear()
+        took = math.log(max(seconds, 1e-9))
+        if width not in self._known[rows]:
+            before = self._pace()
+            first = self._first[rows, width]
+            first.append(0.0 if not width or before is None else took - before)
+            self._known[rows] |= {width} if len(first) >= SAMPLES else set()
+            self._settle(rows, width)
+        self._last.append((width, took))
+        if len(self._last) == 2 * NEAR + 1:
+            self._compare(rows)
+
+    def _pace(self) -> float | None:
+        """Logarithm of the seconds of a round of width 0 now, from the rounds before."""
+        known = [took - self._levels[self._rows, w] for w, took in self._last if w in self._known[self._rows]]
+        return statistics.median(known[-NEAR:]) if known else None
+
+    def _compare(self, rows: int) -> None:
+        """The round in the middle of those that were last told of, with the others."""
+        last = list(self._last)
+        width, took = last[NEAR]
+        other = next((w for w, _ in last[NEAR - 1 :: -1] if w != width), width)
+        before = [t for w, t in last[:NEAR] if w == other]
+        after = [t for w, t in last[NEAR + 1 :] if w == other]
+        if other == width or not before or not after or other not in self._known[rows]:
+            return
+        sides = statistics.median(before), statistics.median(after)
+        if abs(sides[0] - sides[1]) > STEADY:
+            return
+        dearer = took - sum(sides) / 2
+        if width:  # what a width costs beside others is put down to itself, but width 0 is what all are compared with
+            self._paired[rows, width].append(dearer + self._levels[rows, other])
+        else:
+            self._paired[rows, other].append(-dearer)
+        self._settle(rows, width or other)
+
+    def _settle(self, rows: int, width: int) -> None:
+        paired, first = self._paired[rows, width], self._first[rows, width]
+        self._levels[rows, width] = statistics.median([*paired, *first[len(paired) :]])
+        self._costs.pop(rows, None)
+
+    def known(self, rows: int) -> frozenset[int]:
+        """The widths that have been timed often enough."""
+        return self._known[rows]
+
+    def begun(self, rows: int, width: int) -> bool:
+        """Whether this shape has been timed at all."""
+        return (rows, width) in self._first
+
+    def proven(self, rows: int, width: int) -> bool:
+        """Whether this shape has been compared with others often enough to be believed."""
+        return not width or len(self._paired[rows, width]) >= PROVEN
+
+    def costs(self, rows: int) -> list[float]:
+        """Of a round, by width: 1 for width 0, and never less than a narrower one's. A width that is not known costs
+        what the next narrower one does that is."""
+        if rows not in self._costs:
+            self._costs[rows] = self._monotone(rows)
+        return self._costs[rows]
+
+    def _monotone(self, rows: int) -> list[float]:
+        """Costs that rise with the width and are nearest to the levels, each of which weighs what it rests on (isotonic
+        regression by pooling adjacent violators; Barlow et al. 1972)."""
+        pools: list[list[float]] = []  # [level, weight, widths]
+        for width in range(1, self._most + 1):
+            if width in self._known[rows]:
+                pools.append([self._levels[rows, width], 1.0 + len(self._paired[rows, width]), 1])
+            elif pools:
+                pools[-1][2] += 1
+                continue
+            else:
+                pools.append([0.0, 0.0, 1])
+            while len(pools) > 1 and pools[-2][0] >= pools[-1][0]:
+                level, weight, widths = pools.pop()
+                one = pools[-1]
+                one[0] = (one[0] * one[1] + level * weight) / max(one[1] + weight, 1e-9)
+                one[1], one[2] = one[1] + weight, one[2] + widths
+        levels = [level for level, _, widths in pools for _ in range(int(widths))]
+        return [1.0, *(math.exp(max(level, 0.0)) for level in levels)]

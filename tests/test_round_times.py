@@ -1,0 +1,101 @@
+"""What rounds of a width cost, learnt from times that change for other reasons too."""
+
+from collections.abc import Callable
+
+import pytest
+
+from mlx_mtp.round_times import KEPT, NEAR, PROVEN, SAMPLES, RoundTimes
+
+Pace = Callable[[int], float]
+
+
+def told(widths: list[int], cost: dict[int, float], pace: Pace = lambda n: 1.0, rows: int = 1) -> RoundTimes:
+    """Times of rounds of these widths, where the n-th takes `pace(n)` times as long as it should."""
+    times = RoundTimes(8)
+    for n, width in enumerate(widths):
+        times.learn(rows, width, 0.02 * cost[width] * pace(n))
+    return times
+
+
+def looks(width: int, count: int, every: int = 10) -> list[int]:
+    """Rounds of one width with one of width 0 now and then."""
+    return [0] * 4 + ([width] * every + [0]) * count + [width] * every
+
+
+COST = {0: 1.0, 2: 1.4, 4: 1.9}
+
+
+def test_a_width_is_known_after_two_rounds_and_costs_what_they_took_beside_those_before():
+    times = told([0, 0, 2], COST)
+    assert times.known(1) == {0} and times.begun(1, 2) and not times.begun(1, 3)
+    times = told([0, 0, 2, 2], COST)
+    assert times.known(1) == {0, 2} and times.costs(1)[2] == pytest.approx(1.4)
+
+
+@pytest.mark.parametrize(
+    "pace",
+    [lambda n: 3.0 if n // 40 % 2 else 1.0, lambda n: 1 + n / 50, lambda n: 0.2 if n > 100 else 1.0],
+    ids=["by turns", "slower and slower", "suddenly faster"],
+)
+def test_costs_do_not_depend_on_the_pace_of_the_machine(pace):
+    times = told(looks(2, 20), COST, pace)
+    assert times.proven(1, 2) and times.costs(1)[2] == pytest.approx(1.4, rel=0.03)
+
+
+def test_a_width_first_seen_while_the_machine_was_slow_is_put_right_by_a_few_looks():
+    def slow_at_first(n: int) -> float:
+        return 2.0 if n < 4 else 1.0
+
+    assert told(looks(2, 1), COST, slow_at_first).costs(1)[2] < 1.2
+    assert told(looks(2, PROVEN + 1), COST, slow_at_first).costs(1)[2] == pytest.approx(1.4, rel=0.01)
+
+
+def test_a_round_says_nothing_if_the_machine_changed_around_it():
+    look = 4 + 10  # the first look
+    steady, changed = told(looks(2, 1), COST), told(looks(2, 1), COST, lambda n: 2.0 if n >= look else 1.0)
+    assert not changed.proven(1, 2) and changed.costs(1)[2] == pytest.approx(1.4)
+    for _ in range(PROVEN - 1):
+        for times in (steady, changed):
+            for width in [0] + [2] * 10:
+                times.learn(1, width, 0.02 * COST[width])
+    assert steady.proven(1, 2) and not changed.proven(1, 2)
+
+
+def test_one_round_that_was_interrupted_moves_nothing():
+    times = told(looks(2, 9), COST, lambda n: 20.0 if n == 4 + 11 * 5 + 10 else 1.0)
+    assert times.costs(1)[2] == pytest.approx(1.4, rel=0.01)
+
+
+def test_old_comparisons_are_forgotten():
+    times = told(looks(2, KEPT), COST)
+    for width in looks(2, KEPT):
+        times.learn(1, width, 0.02 if not width else 0.06)
+    assert times.costs(1)[2] == pytest.approx(3.0, rel=0.01)
+
+
+def test_a_width_tried_amid_another_one_is_put_down_to_width_0():
+    widths = looks(2, PROVEN) + [4] * (SAMPLES + 1) + [2] * (NEAR + 1)
+    times = told(widths, COST, lambda n: 1 + n / 200)
+    assert times.costs(1)[4] == pytest.approx(1.9, rel=0.05)
+
+
+def test_costs_never_fall_with_the_width_and_the_better_known_one_prevails():
+    times = told(looks(2, 6), COST)
+    for width in (4, 4):
+        times.learn(1, width, 0.02)  # as if twice as wide a round took less
+    costs = times.costs(1)
+    assert costs[2] == costs[4] and 1.3 < costs[2] < 1.4
+    assert times.costs(1) == sorted(times.costs(1))
+
+
+def test_nothing_costs_less_than_a_round_without_drafts_and_what_is_not_known_costs_as_the_next_narrower():
+    times = told([0, 0, 2, 2, 4, 4], {0: 1.0, 2: 0.7, 4: 1.9})
+    assert times.costs(1) == pytest.approx([1.0, 1.0, 1.0, 1.0, 1.9, 1.9, 1.9, 1.9, 1.9])
+
+
+def test_batches_of_other_sizes_are_learnt_by_themselves():
+    times = told(looks(2, 4), COST)
+    assert times.known(4) == frozenset()
+    for width, seconds in ((0, 0.05), (0, 0.05), (2, 0.15), (2, 0.15)):
+        times.learn(4, width, seconds)
+    assert times.costs(4)[2] == pytest.approx(3.0) and times.costs(1)[2] == pytest.approx(1.4, rel=0.01)
