@@ -32,6 +32,16 @@ class Fickle(DraftModel):
         return Draft(mx.where(wrong, (draft.tokens + 1) % self._model.config.vocab_size, draft.tokens), draft.source)
 
 
+@dataclass(frozen=True)
+class Ran:
+    """A pass: its parts as (rows, width), where a prompt chunk is a row of so many columns; the tokens it brought; and
+    whether every place in the batch was taken."""
+
+    parts: list[tuple[int, int]]
+    tokens: int
+    full: bool
+
+
 class OnMachine(Engine):
     """An engine whose clock moves by what a pass costs, and by nothing else."""
 
@@ -39,16 +49,25 @@ class OnMachine(Engine):
         cache = Cache(models.target.specs, MAX_WIDTH, mx.float32)
         drafter = Fickle(models.target, cache) if kind == "fickle" else drafter_of(models, kind, cache)
         super().__init__(models.target, cache, drafter, depth, Limits(max_rows=rows))
-        self.now_s, self.cost = 0.0, cost
+        self.now_s, self.cost, self.rows = 0.0, cost, rows
         self.clock = lambda: self.now_s
-        self.passes: list[tuple[int, int]] = []  # (rows, width); a prompt chunk is a row of so many columns
+        self.passes: list[Ran] = []
 
     def _read(self, done: Pass, away_s: float) -> list[Event]:
-        ran = [(len(done.decoded), done.width)] if done.decoded else []
-        ran += [(1, min(chunk.count - 1, 8)) for chunk in done.chunks]
-        self.passes += ran
-        self.now_s += sum(self.cost(*one) for one in ran)
-        return super()._read(done, away_s)
+        parts = [(len(done.decoded), done.width)] if done.decoded else []
+        parts += [(1, min(chunk.count - 1, 8)) for chunk in done.chunks]
+        self.now_s += sum(self.cost(*part) for part in parts)
+        events = super()._read(done, away_s)
+        busy = len({id(row) for row in done.decoded} | {id(chunk.row) for chunk in done.chunks})
+        self.passes.append(Ran(parts, sum(len(event.tokens) for event in events), busy == self.rows))
+        return events
+
+
+def seconds_a_token(passes: list[Ran], cost: Cost) -> float:
+    """While the batch is full: rows that gain more than others end before them, which says nothing of drafting."""
+    last = max(n for n, ran in enumerate(passes) if ran.full)
+    steady = passes[: last + 1]
+    return sum(cost(*part) for ran in steady for part in ran.parts) / sum(ran.tokens for ran in steady)
 
 
 @dataclass(frozen=True)
@@ -66,7 +85,7 @@ class Work:
 
 
 @cache
-def plainly(work: Work) -> tuple[list[tuple[int, int]], list[list[int]]]:
+def plainly(work: Work) -> tuple[list[Ran], list[list[int]]]:
     """The passes of plain decoding, which are the same whatever they cost, and its texts."""
     engine = OnMachine(smallest(), "plain", Constant(0), lambda rows, width: 1.0, work.rows)
     said = texts(run(engine, work.requests(smallest())))
@@ -74,12 +93,12 @@ def plainly(work: Work) -> tuple[list[tuple[int, int]], list[list[int]]]:
 
 
 def slowdown(kind: str, machine: str, work: Work) -> float:
-    """Time with the policy over time without a drafter, from the first round on."""
+    """Time a token with the policy over time a token without a drafter, from the first round on."""
     passes, truth = plainly(work)
     engine = OnMachine(smallest(), kind, Auto(), MACHINES[machine], work.rows)
     said = texts(run(engine, work.requests(smallest())))
     assert said == truth or work.sampling == Sampling()
-    return engine.now_s / sum(engine.cost(*one) for one in passes)
+    return seconds_a_token(engine.passes, engine.cost) / seconds_a_token(passes, engine.cost)
 
 
 def test_a_random_drafter_costs_at_most_three_percent_where_columns_are_dear():
