@@ -1,10 +1,9 @@
-"""What rounds with drafts cost beside rounds without, learnt on a machine whose speed changes all the time. Plain
-numbers; knows no row and no text.
+"""What rounds with drafts cost beside rounds without. Plain numbers; knows no row and no text.
 
-A chip gets hot, another program wakes up, a context grows: rounds of every width then take longer, often from one round
-to the next and by half or more. So nothing is remembered in seconds. A round is compared with rounds of another width
-just before and just after it; where those two disagree, the machine changed meanwhile and the round says nothing. The
-cost of a width is the median of its last comparisons.
+The machine's speed changes all the time: a chip gets hot, another program wakes up, a context grows. Rounds of every
+width then take longer, often from one round to the next and by half or more. So nothing is remembered in seconds. A
+round is compared with rounds of another width just before and just after it; where those two disagree, the machine
+changed meanwhile and the round says nothing. The cost of a width is the median of its last comparisons.
 """
 
 from __future__ import annotations
