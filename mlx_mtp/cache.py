@@ -8,7 +8,7 @@ while the drafter still sees n-1-W, so S >= W + K + 2 loses nothing. A row that 
 and a snapshot of it must hold all the same: S leaves room for two of the widest rounds. A snapshot of a row that has
 run past it by one round at most can be continued from up to one round earlier, too.
 Full layers have one buffer a row, [1, H, T, D], grown in steps: lengths differ a hundredfold between rows.
-Recurrent layers have a state a row, which stays behind the row's length (states.py).
+Recurrent layers have two states a row, and what its last pass brought in (states.py).
 
 MLX updates a buffer in place only while nothing in flight reads it, so a caller dispatches a pass only after the one
 before it has finished (the engine does; measured there). Host code knows an upper bound of every length; the exact
@@ -27,7 +27,7 @@ from mlx_mtp import kernels
 from mlx_mtp.buffers import copy, fit_rows, put, round_up
 from mlx_mtp.kernels import attend
 from mlx_mtp.kernels.attend import EVERYTHING, Attention
-from mlx_mtp.states import Held, Replay, Scan, States, StateSpec
+from mlx_mtp.states import Held, Replay, Scan, States, StateSpec, Still
 
 GROW_TOK = 256  # full buffers grow in multiples of this many positions
 VIEW_TOK = 64  # views are cut to a multiple of this, so that few different shapes occur
@@ -260,7 +260,7 @@ class Cache:
         slots in use of its rings, unevaluated; the full layers stay where they are."""
         cut = (slice(row, row + 1), slice(None), slice(0, length))
         ring = {i: (copy(k[cut]), copy(v[cut])) for i, (k, v) in self._ring.items()}
-        return Snapshot(length, ring, self._trunks[row], self.states.hold(row))
+        return Snapshot(length, ring, self._trunks[row], self.states.hold(row, length))
 
     def leave(self, row: int) -> None:
         """Free a row, except for what its snapshots need; the last live row moves into its place."""
@@ -292,9 +292,9 @@ class Cache:
 
     # passes -----------------------------------------------------------------------------------------------------
 
-    def open(self, rows: slice, columns: int) -> Pass:
-        """Begin a pass of `columns` new columns over a dense slice of live rows."""
-        return Pass(self, rows, columns)
+    def open(self, rows: slice, columns: int, still: Still = None) -> Pass:
+        """Begin a pass of `columns` new columns over a dense slice of live rows. still: given for a round."""
+        return Pass(self, rows, columns, still)
 
     def commit(self, rows: slice, kept: mx.array, columns: int) -> None:
         """Advance the rows by kept [B] int32 of the `columns` columns just written."""
@@ -373,7 +373,7 @@ class Cache:
 class Pass:
     """One forward over a slice of rows: where its columns go, and what its queries see."""
 
-    def __init__(self, cache: Cache, rows: slice, columns: int) -> None:
+    def __init__(self, cache: Cache, rows: slice, columns: int, still: Still) -> None:
         self.cache, self.rows, self.columns = cache, rows, columns
         self.start = cache.lengths[rows]  # [B] int32, position of column 0
         self._at = self.start[:, None] + mx.arange(columns)  # [B, L] positions of the new columns
@@ -382,7 +382,7 @@ class Pass:
         self.lenders: mx.array | None = None  # [N]: the column whose experts each column takes; None: its own
         self._masks: dict[tuple, mx.array] = {}
         self._slots: dict[int | tuple, tuple] = {}
-        self._replay = Replay(cache.states, rows, columns, self.start)
+        self._replay = Replay(cache.states, rows, columns, self.start, still)
 
     def recur(self, layer: int, inputs: mx.array, scan: Scan) -> mx.array:
         """Run the new columns' inputs [B, L, F] through a recurrent layer; all of a cache take part in a pass."""

@@ -200,7 +200,8 @@ class Engine:
         draft = cuts.cut(draft) if cuts is not None else draft
         width = draft.width
         tokens = mx.concatenate([bonus[:, None], draft.tokens], axis=1)
-        pass_ = self.cache.open(rows, width + 1)
+        still = frozenset() if active == decoded else frozenset(i for i, r in enumerate(decoded) if r not in active)
+        pass_ = self.cache.open(rows, width + 1, still)
         pass_.lenders = lenders(draft)
         hidden, taps = self.target.forward(tokens, pass_, self.drafter.taps)
         logits = self.target.logits(hidden, capped=bool(asking) or not sampler.order_decides)
@@ -208,7 +209,6 @@ class Engine:
             sampler = guide.judging(sampler, draft.tokens, logits)
         judged = self.judge(draft, logits, pass_.start, sampler, hidden)
         kept = judged.kept
-        still = frozenset() if active == decoded else frozenset(i for i, r in enumerate(decoded) if r not in active)
         if still:  # rows that are feeding their prompt, or have ended
             kept = kept * mx.array([int(i not in still) for i in range(len(decoded))], mx.int32)
         self.cache.commit(rows, kept, width + 1)

@@ -1,14 +1,15 @@
 """States of recurrent layers, for every row, so that a row may take back what it has run. Knows no recurrence.
 
 Keys and values of a rejected column are masked; a state that has taken a column in cannot give it up. So a row's state
-stays behind: it holds the positions before its `base`, and what those from there on brought in lies in a ring, position
-p in slot p mod S, as keys and values of a sliding layer do. A pass runs them over the state again, up to its own first
-column, and then its columns. Rejecting columns is not advancing the row's length, here as well: nothing is copied,
-nothing branches, shapes do not depend on what is kept, and running a position again gives the bits that it gave before.
+stays at its `base`, a position, and beside it lies what the row's last pass brought in from there on, kept or not. The
+next pass runs the kept ones of these columns over the state again, and then its own. Where it is certain what is kept
+nothing has to be run again: a round without drafts takes its column in at once, and so does a prompt chunk wider than a
+round, which is kept whole. Plain decoding runs every column once.
 
-A pass moves the base up to where the pass before began. So a row that has ended, of which one more pass may have run,
-can still be continued from where its text ended. A prompt chunk wider than a round is kept whole: it is taken in at
-once.
+Rejecting columns is not advancing the row's length, here as well: nothing branches, shapes do not depend on what is
+kept, and running a position again gives the bits that it gave before. A row that has ended, of which one more pass may
+have run, can still be continued from where its text ended: what the pass before found is kept too, `_before`. That
+takes a second state a row, and no time: arrays change hands.
 """
 
 from __future__ import annotations
@@ -20,14 +21,29 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_mtp.buffers import copy, fit_rows, put, round_up
+from mlx_mtp.buffers import copy, fit_rows, put
 
-Scan = Callable[[mx.array, mx.array, mx.array | None], tuple[mx.array, mx.array]]
-"""(state [B, ...], inputs [B, taps - 1 + T, F], counts [B, T] bool or None for all) -> (outputs [B, T, ...], state).
 
-The first taps - 1 inputs are only looked back at. A column that does not count leaves the state as it was, and the rest
-unspecified. What a column does may depend on nothing but the state, itself, and the taps - 1 inputs before it.
+@dataclass(frozen=True)
+class Columns:
+    """What columns bring in: inputs [B, taps - 1 + T, F], the first taps - 1 only to be looked back at. counts [B]
+    int32: how many of the T, from the first on, are taken in; None: all."""
+
+    inputs: mx.array
+    counts: mx.array | None = None
+
+
+Scan = Callable[[mx.array, Columns | None, Columns, bool], tuple[mx.array, mx.array]]
+"""(state [B, ...], again, own, takes) -> (outputs [B, T, ...] of own's columns, state with again's taken in, and with
+own's too if it `takes`). Own's counts are None unless it takes.
+
+Outputs of a column that does not count are unspecified. What a column does may depend on nothing but the state, itself,
+and the taps - 1 inputs before it.
 """
+
+Still = frozenset[int] | None
+"""Of a round, the rows (counted from the pass's first) that keep nothing of it; all others keep its first column. None:
+what is kept is open."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +58,7 @@ class StateSpec:
 
 @dataclass(frozen=True)
 class Held:
-    """A row's states and inputs [1, ...] by layer, base [1] of all, and how many positions may lie behind it."""
+    """A row's states and inputs [1, ...] by layer, base [1] of all, and how many columns may lie behind it."""
 
     states: tuple[mx.array, ...]
     inputs: tuple[mx.array, ...]
@@ -54,25 +70,64 @@ class Held:
         return (*self.states, *self.inputs, self.base)
 
 
+@dataclass
+class Mark:
+    """Where rows stood: by layer states [R, ...] and inputs [R, taps - 1 + n, F]; base [R]; behind: per row, how many
+    of the n columns are its own."""
+
+    states: list[mx.array]
+    inputs: list[mx.array]
+    base: mx.array
+    behind: list[int]
+
+    def copy(self) -> Mark:
+        """The same arrays; what is set in one shows not in the other."""
+        return Mark(list(self.states), list(self.inputs), self.base, list(self.behind))
+
+    def resize(self, rows: int) -> None:
+        self.states, self.inputs = ([fit_rows(x, rows) for x in xs] for xs in (self.states, self.inputs))
+        self.base = fit_rows(self.base, rows)
+
+    def move(self, row: int, last: int) -> None:
+        """The last row takes another's place."""
+        if row != last:
+            self.states, self.inputs = ([put(x, row, x[last]) for x in xs] for xs in (self.states, self.inputs))
+            self.base = put(self.base, row, self.base[last])
+        self.behind[row] = self.behind[last]
+        self.behind.pop()
+
+    def set_rows(self, rows: slice, base: mx.array, behind: list[int]) -> None:
+        """Before `set_layer`, which fits inputs to what may lie behind any row."""
+        self.base, self.behind[rows] = put(self.base, rows, base), behind
+
+    def set_layer(self, layer: int, rows: slice, state: mx.array, inputs: mx.array, looked_back: int) -> None:
+        if rows == slice(0, self.states[layer].shape[0]):
+            self.states[layer], self.inputs[layer] = state, inputs
+            return
+        self.states[layer] = put(self.states[layer], rows, state)
+        size = looked_back + max(self.behind)
+        self.inputs[layer] = put(_fit_columns(self.inputs[layer], size), rows, _fit_columns(inputs, size))
+
+
 class States:
     """Rows are as dense as those of the cache that this belongs to. Without layers everything here does nothing."""
 
     def __init__(self, specs: tuple[StateSpec, ...], max_width: int, dtype: mx.Dtype) -> None:
         """dtype: of the inputs. max_width: widest round that will be asked for."""
         self.specs, self.dtype, self.widest = specs, dtype, max_width + 1
-        self._state: list[mx.array] = [mx.zeros((0, *s.shape)) for s in specs]
-        self._ring: list[mx.array] = [mx.zeros((0, self.ring_size(s), s.inputs), dtype) for s in specs]
-        self._base = self._last = mx.zeros((0,), mx.int32)  # [R]; last: where the row's last pass began
-        self._behind: list[tuple[int, int]] = []  # per row, at most: base up to last, and from there to its length
+        self._now, self._before = self._nothing(), self._nothing()
 
-    def ring_size(self, spec: StateSpec) -> int:
-        """Slots for what lies behind a base, two of the widest rounds, for one more, and for what they look back at."""
-        return round_up(3 * self.widest + spec.taps - 1, 8)
+    def _nothing(self) -> Mark:
+        states = [mx.zeros((0, *s.shape)) for s in self.specs]
+        inputs = [mx.zeros((0, s.taps - 1, s.inputs), self.dtype) for s in self.specs]
+        return Mark(states, inputs, mx.zeros((0,), mx.int32), [])
 
     @property
     def row_bytes(self) -> int:
-        """What a row takes."""
-        return sum(4 * math.prod(s.shape) + self.dtype.size * self.ring_size(s) * s.inputs for s in self.specs)
+        """The most that a row takes: two states, and beside each what the widest round brings in."""
+        slots = (s.taps - 1 + self.widest for s in self.specs)
+        inputs = sum(self.dtype.size * n * s.inputs for n, s in zip(slots, self.specs, strict=True))
+        return 2 * (inputs + sum(4 * math.prod(s.shape) for s in self.specs))
 
     # rows -------------------------------------------------------------------------------------------------------
 
@@ -80,100 +135,109 @@ class States:
         """Add a row, from its beginning or as it was held."""
         if not self.specs:
             return
-        row = len(self._behind)
-        self._resize(row)  # what a row that left has left behind goes
-        self._resize(row + 1)
-        self._behind.append((0, 0) if held is None else (0, held.behind))
-        if held is not None:
-            where = slice(row, row + 1)
-            self._state = [put(x, where, y) for x, y in zip(self._state, held.states, strict=True)]
-            self._ring = [put(x, where, y) for x, y in zip(self._ring, held.inputs, strict=True)]
-            self._base, self._last = put(self._base, where, held.base), put(self._last, where, held.base)
+        row = len(self._now.behind)
+        for mark in (self._now, self._before):
+            mark.resize(row)  # what a row that left has left behind goes
+            mark.resize(row + 1)
+            mark.behind.append(0)
+        if held is None:
+            return
+        where = slice(row, row + 1)
+        self._now.set_rows(where, held.base, [held.behind])
+        for i, (state, inputs) in enumerate(zip(held.states, held.inputs, strict=True)):
+            self._now.set_layer(i, where, state, inputs, self.specs[i].taps - 1)
 
-    def hold(self, row: int) -> Held | None:
-        """What it takes to continue a row from any position between its base and its length; copied, unevaluated."""
+    def hold(self, row: int, length: int) -> Held | None:
+        """What it takes to continue a row from `length`, or from any position between its last pass's first and that;
+        a copy, unevaluated. The row may have run past `length` by one pass."""
         if not self.specs:
             return None
-        one = slice(row, row + 1)
-        states, inputs = (tuple(copy(x[one]) for x in buffers) for buffers in (self._state, self._ring))
-        return Held(states, inputs, copy(self._base[one]), sum(self._behind[row]))
+        one, now, before = slice(row, row + 1), self._now, self._before
+        stands, behind = now.base[one] <= length, max(now.behind[row], before.behind[row])
+        sizes = [spec.taps - 1 + behind for spec in self.specs]
+
+        def of(x: mx.array, y: mx.array) -> mx.array:
+            return mx.where(mx.expand_dims(stands, tuple(range(1, x.ndim))), x, y)
+
+        states = tuple(of(x[one], y[one]) for x, y in zip(now.states, before.states, strict=True))
+        inputs = tuple(
+            of(_fit_columns(x[one], size), _fit_columns(y[one], size))
+            for x, y, size in zip(now.inputs, before.inputs, sizes, strict=True)
+        )
+        return Held(states, inputs, of(now.base[one], before.base[one]), behind)
 
     def leave(self, row: int) -> None:
         """Free a row; the last one moves into its place."""
         if not self.specs:
             return
-        last = len(self._behind) - 1
-        if row != last:
-            self._state, self._ring = ([put(x, row, x[last]) for x in xs] for xs in (self._state, self._ring))
-            self._base, self._last = (put(x, row, x[last]) for x in (self._base, self._last))
-        self._behind[row] = self._behind[last]
-        self._behind.pop()
-        self._resize(last)
-
-    def _resize(self, rows: int) -> None:
-        self._state, self._ring = ([fit_rows(x, rows) for x in xs] for xs in (self._state, self._ring))
-        self._base, self._last = fit_rows(self._base, rows), fit_rows(self._last, rows)
+        last = len(self._now.behind) - 1
+        for mark in (self._now, self._before):
+            mark.move(row, last)
+            mark.resize(last)
 
     def state(self) -> Any:
         """All arrays, as `Cache.state` has them."""
-        return list(self._state), list(self._ring), self._base, self._last, list(self._behind)
+        return [(mark.states[:], mark.inputs[:], mark.base, mark.behind[:]) for mark in (self._now, self._before)]
 
     def restore(self, state: Any) -> None:
         """As `Cache.restore`."""
-        states, rings, self._base, self._last, behind = state
-        self._state, self._ring, self._behind = list(states), list(rings), list(behind)
+        self._now, self._before = (Mark(*parts).copy() for parts in state)
 
 
 class Replay:
     """One pass over a slice of rows, which every recurrent layer takes part in. Making it moves the rows' bases."""
 
-    def __init__(self, states: States, rows: slice, columns: int, start: mx.array) -> None:
-        """start [B] int32: position of column 0, between the row's last and what was written."""
-        self._states, self._rows, self._columns, self._start = states, rows, columns, start
-        self._whole = columns > states.widest  # wider than any round: a prompt chunk, which is kept whole
+    def __init__(self, states: States, rows: slice, columns: int, start: mx.array, still: Still) -> None:
+        """start [B] int32: position of column 0, between the row's base and what was written."""
+        self._states, self._rows = states, rows
         if not states.specs:
             return
-        self._base, self._last = states._base[rows], states._last[rows]
-        behind = states._behind[rows]
-        self._folds, self._runs = (max(n) for n in zip(*behind, strict=True))
-        base, last = (start + columns,) * 2 if self._whole else (self._last, start)
-        states._base, states._last = put(states._base, rows, base), put(states._last, rows, last)
-        states._behind[rows] = [(0, 0) if self._whole else (b, columns) for _, b in behind]
+        now, before = states._now, states._before
+        self._whole = columns > states.widest  # wider than any round: a prompt chunk, which is kept whole
+        self._takes = self._whole or (columns == 1 and still is not None)
+        self._counts = None
+        if self._takes and still:
+            self._counts = mx.array([int(row not in still) for row in range(start.shape[0])], mx.int32)
+        base, self._behind = now.base[rows], now.behind[rows]
+        self._most, self._again = max(self._behind), start - base
+        if not self._whole:  # nobody goes back to before what is kept whole
+            before.set_rows(rows, base, self._behind)
+        taken = columns if self._counts is None else self._counts
+        now.set_rows(rows, start + taken if self._takes else start, [0 if self._takes else columns] * start.shape[0])
 
     def run(self, layer: int, inputs: mx.array, scan: Scan) -> mx.array:
         """inputs [B, L, F] of the pass's columns -> what `scan` makes of them [B, L, ...]."""
-        states, spec = self._states, self._states.specs[layer]
-        state, ring = states._state[layer], states._ring[layer]
-        everyone = self._rows == slice(0, ring.shape[0])
-        own = inputs.astype(states.dtype)
-        state, slots = (state, ring) if everyone else (state[self._rows], ring[self._rows])
-        state = self._again(state, slots, spec, scan, self._base, self._last, self._folds)
-        kept = state
-        state = self._again(state, slots, spec, scan, self._last, self._start, self._runs)
-        before = _window(slots, self._start, 0, spec.taps)
-        out, after = scan(state, mx.concatenate([before, own], axis=1), None)
-        kept = after if self._whole else kept
-        states._state[layer] = kept if everyone else put(states._state[layer], self._rows, kept)
-        self._write(layer, own)
+        states, back = self._states, self._states.specs[layer].taps - 1
+        state, behind = states._now.states[layer], states._now.inputs[layer]
+        if self._rows != slice(0, state.shape[0]):
+            state, behind = state[self._rows], behind[self._rows]
+        again = Columns(behind[:, : back + self._most], self._again) if self._most else None
+        looked = self._looked_back(behind, back)
+        own = Columns(mx.concatenate([looked, inputs.astype(states.dtype)], axis=1), self._counts)
+        out, after = scan(state, again, own, self._takes)
+        if not self._whole:
+            states._before.set_layer(layer, self._rows, state, behind, back)
+        states._now.set_layer(layer, self._rows, after, self._left(own, looked, back), back)
         return out
 
-    def _again(self, state, slots, spec: StateSpec, scan: Scan, first: mx.array, end: mx.array, most: int) -> mx.array:
-        """The state with positions first .. end - 1 [B] taken in, of which there are at most so many."""
-        if not most:
-            return state
-        counts = first[:, None] + mx.arange(most) < end[:, None]
-        return scan(state, _window(slots, first, most, spec.taps), counts)[1]
+    def _looked_back(self, behind: mx.array, back: int) -> mx.array:
+        """The inputs [B, taps - 1, F] before the pass's first column."""
+        if not self._most:
+            return behind[:, :back]
+        at = self._again[:, None] + mx.arange(back)
+        return mx.take_along_axis(behind, at[..., None], axis=1)
 
-    def _write(self, layer: int, own: mx.array) -> None:
-        ring = self._states._ring[layer]
-        size, last = ring.shape[1], min(self._columns, ring.shape[1])
-        at = self._start[:, None] + mx.arange(self._columns - last, self._columns)
-        rows = mx.arange(self._rows.start, self._rows.stop)[:, None]
-        self._states._ring[layer] = put(ring, (rows, at % size), own[:, self._columns - last :])
+    def _left(self, own: Columns, looked: mx.array, back: int) -> mx.array:
+        """What lies behind the base from now on, with what the first of it looks back at."""
+        if not self._takes:
+            return own.inputs
+        last = own.inputs[:, own.inputs.shape[1] - back :]
+        last = copy(last) if self._whole else last  # or all of a prompt chunk would stay
+        return last if self._counts is None else mx.where(self._counts[:, None, None] > 0, last, looked)
 
 
-def _window(slots: mx.array, first: mx.array, count: int, taps: int) -> mx.array:
-    """Inputs [B, taps - 1 + count, F] of the positions up to first + count - 1 [B]; before the text there are zeros."""
-    at = first[:, None] + mx.arange(1 - taps, count)
-    found = mx.take_along_axis(slots, (at % slots.shape[1])[..., None], axis=1)
-    return mx.where((at >= 0)[..., None], found, mx.array(0, slots.dtype))
+def _fit_columns(x: mx.array, size: int) -> mx.array:
+    """x [B, T, F] with T cut or zero-padded to `size`."""
+    if x.shape[1] >= size:
+        return x[:, :size]
+    return mx.concatenate([x, mx.zeros((x.shape[0], size - x.shape[1], x.shape[2]), x.dtype)], axis=1)

@@ -55,6 +55,10 @@ class History(ABC, Generic[T]):
     def write(self, first: int, kept: list[int], columns: int) -> None:
         """A pass over rows from `first` on, and its commit; checks what comes out of it."""
 
+    def round(self, kept: list[int], columns: int) -> None:
+        """A pass over the first rows that drafts."""
+        self.write(0, kept, columns)
+
     @abstractmethod
     def keep(self, row: int) -> None:
         """Keep a row as it is, if it has been told anything."""
@@ -105,7 +109,7 @@ def follow(rows: History, plan: list[tuple]) -> None:
 
 def _usual(rows: History, deed: Deed) -> None:
     if deed.name == "round":
-        rows.write(0, deed.some(deed.row + 1), deed.columns)
+        rows.round(deed.some(deed.row + 1), deed.columns)
     elif deed.name == "chunk":
         rows.write(deed.row, [deed.count], deed.count)
     elif deed.name == "leave":

@@ -9,7 +9,7 @@ from histories import WIDEST, Deed, History, follow, histories
 from hypothesis import given, settings
 
 from mlx_mtp.cache import Cache, Snapshot, Trunk
-from mlx_mtp.states import Held, StateSpec
+from mlx_mtp.states import Columns, Held, StateSpec
 
 TAPS, PRIME = 3, 4093
 SPEC = StateSpec((1, 2), 1, TAPS)
@@ -20,14 +20,21 @@ def mixed(x: list[float]) -> float:
     return x[-1] + 3 * x[-2] + 7 * x[-3]
 
 
-def scan(state: mx.array, inputs: mx.array, counts: mx.array | None) -> tuple[mx.array, mx.array]:
+def scan(state: mx.array, again: Columns | None, own: Columns, takes: bool) -> tuple[mx.array, mx.array]:
     """Folds every number into the state so that all of them, and their order, show in it; exact in float32."""
-    x, out = inputs[..., 0], []
+    if again is not None:
+        state = run(state, again)[1]
+    out, after = run(state, own)
+    return out, after if takes else state
+
+
+def run(state: mx.array, columns: Columns) -> tuple[mx.array, mx.array]:
+    x, out = columns.inputs[..., 0], []
     for t in range(x.shape[1] - TAPS + 1):
         brought = x[:, t + 2] + 3 * x[:, t + 1] + 7 * x[:, t]
         new = mx.remainder(31 * state + brought[:, None, None], PRIME)
         out.append(new[:, 0])
-        state = new if counts is None else mx.where(counts[:, t, None, None], new, state)
+        state = new if columns.counts is None else mx.where((t < columns.counts)[:, None, None], new, state)
     return mx.stack(out, axis=1), state
 
 
@@ -64,14 +71,18 @@ class Rows(History[list[int]]):
         assert held is not None
         self.kept.append((held, self.rows[row][:length]))
 
-    def write(self, first: int, kept: list[int], columns: int) -> None:
+    def round(self, kept: list[int], columns: int) -> None:
+        """A pass over the first rows of which those that keep nothing are known to."""
+        self.write(0, kept, columns, frozenset(b for b, count in enumerate(kept) if not count))
+
+    def write(self, first: int, kept: list[int], columns: int, still: frozenset[int] | None = None) -> None:
         """A pass over rows from `first` on, and its commit; checks what every column of it gives."""
         rows = slice(first, first + len(kept))
         ids = np.arange(self._next, self._next + len(kept) * columns).reshape(len(kept), columns)
         self._next = (self._next + ids.size) % 1000
-        pass_ = self.cache.open(rows, columns)
+        pass_ = self.cache.open(rows, columns, still)
         got = np.array(pass_.recur(0, mx.array(ids[..., None].astype(np.float32)), scan))
-        for b in range(len(kept)):
+        for b in set(range(len(kept))) - (still or set()):
             there = [folded(self.rows[first + b] + ids[b, : c + 1].tolist()) for c in range(columns)]
             assert got[b, :, 0].tolist() == there
         self.cache.commit(rows, mx.array(kept, mx.int32), columns)
@@ -81,20 +92,22 @@ class Rows(History[list[int]]):
     def do(self, deed: Deed) -> None:
         live, row = len(self.rows), deed.row
         some = deed.some(live)
-        if deed.name == "end" and live:  # in the midst of a round, with another one on its way
-            begun = len(self.rows[row])
+        if deed.name == "open" and live:  # a round of which nobody knows what is kept
+            self.write(0, some[: row + 1], deed.columns)
+        elif deed.name == "end" and live:  # in the midst of a round, with another one on its way
+            begun, wasted = len(self.rows[row]), 1 + deed.which % 2
             some[row] = max(1, some[row])
-            self.write(0, some, deed.columns)
-            self.write(0, [min(k, 2) for k in deed.kept[:live]], 2)
+            self.round(some, deed.columns)
+            self.round([min(k, wasted) for k in deed.kept[:live]], wasted)
             self.keep(row, begun + 1 + deed.which % some[row])
         elif deed.name == "undo" and live:
             state, bounds, told = self.cache.state(), list(self.cache.bounds), [list(r) for r in self.rows]
-            self.write(0, some, deed.columns)
+            self.round(some, deed.columns)
             self.cache.restore(state)
             self.cache.bounds, self.rows = bounds, told
 
 
-plans = histories(longest=9, length=20, more=("end", "undo"))
+plans = histories(longest=9, length=20, more=("open", "end", "undo"))
 
 
 @given(plans)
@@ -110,13 +123,14 @@ def test_columns_give_what_the_committed_text_gives_in_thousands_of_histories(pl
     follow(Rows(), plan)
 
 
-def test_the_ring_of_inputs_wraps_many_times():
+def test_rows_that_draft_and_do_not_by_turns_go_on_for_long():
     rows = Rows()
     rows.join()
     rows.join()
     for i in range(30):
-        rows.write(0, [i % (WIDEST + 2), (i * 7) % (WIDEST + 2)], WIDEST + 1)
-    assert min(map(len, rows.rows)) > 2 * rows.cache.states.ring_size(SPEC)
+        columns = (WIDEST + 1, 1, 1)[i % 3]
+        rows.round([min(columns, i % (WIDEST + 2)), min(columns, (i * 7) % (WIDEST + 2))], columns)
+    assert min(map(len, rows.rows)) > 2 * rows.cache.states.widest
 
 
 def test_what_is_held_is_not_changed_by_what_its_row_or_its_heirs_do():
@@ -141,33 +155,38 @@ def test_a_row_may_begin_as_far_before_a_prompts_end_as_its_last_pass_was_wide(c
     rows.write(0, [columns], columns)
     back = rows.cache.back(columns)
     assert back == (columns if columns <= rows.cache.tail else 0)
-    held, ids = rows.cache.states.hold(0), list(rows.rows[0])
+    ids = list(rows.rows[0])
+    held = rows.cache.states.hold(0, len(ids))
     for count in range(len(ids) - back, len(ids) + 1):
         rows.kept.append((held, ids[:count]))
         rows.again(-1)
         rows.write(len(rows.rows) - 1, [2], 2)
 
 
-def test_a_row_takes_what_admission_counts():
+def test_a_row_takes_no_more_than_admission_counts():
     rows = Rows()
     for _ in range(3):
         rows.join()
-    states, rings, *_ = rows.cache.states.state()
-    assert sum(a.nbytes for a in (*states, *rings)) == 3 * rows.cache.row_bytes(1)
+    for columns in (50, WIDEST + 1, 1, WIDEST + 1, WIDEST + 1):
+        rows.write(0, [columns] * 3, columns)
+        marks = rows.cache.states.state()
+        taken = sum(a.nbytes for states, inputs, *_ in marks for a in (*states, *inputs))
+        assert taken <= 3 * rows.cache.row_bytes(1)
+    assert taken == 3 * rows.cache.row_bytes(1)
 
 
-def test_passes_run_as_many_columns_as_may_have_been_kept_of_the_last_two():
-    """The work of a pass follows its width and the last passes', not the widest that there could be."""
+def test_a_pass_runs_its_own_columns_and_those_of_the_last_that_may_have_been_kept():
+    """A round without drafts runs none of the last one again if that had none either, nor after a wide chunk."""
     rows, ran = Rows(), []
 
-    def counting(state, inputs, counts):
-        ran.append(inputs.shape[1] - TAPS + 1)
-        return scan(state, inputs, counts)
+    def counting(state, again, own, takes):
+        ran.append((again.inputs.shape[1] - TAPS + 1 if again else 0, own.inputs.shape[1] - TAPS + 1))
+        return scan(state, again, own, takes)
 
     rows.join()
-    for columns in (20, 1, 1, 4, 2, 1):
-        pass_ = rows.cache.open(slice(0, 1), columns)
+    for columns in (20, 1, 1, 4, 2, 1, 1, 3):
+        still = frozenset() if columns < 20 else None
+        pass_ = rows.cache.open(slice(0, 1), columns, still)
         pass_.recur(0, mx.zeros((1, columns, 1)), counting)
         rows.cache.commit(slice(0, 1), mx.array([columns]), columns)
-        ran.append(0)
-    assert ran == [20, 0, 1, 0, 1, 1, 0, 1, 1, 4, 0, 1, 4, 2, 0, 4, 2, 1, 0]
+    assert ran == [(0, 20), (0, 1), (0, 1), (0, 4), (4, 2), (2, 1), (0, 1), (0, 3)]

@@ -22,7 +22,7 @@ from mlx_mtp.models.dflash import Mlp
 from mlx_mtp.models.families import Family, Stored
 from mlx_mtp.models.gemma4 import FUSED_COLUMNS, Norm
 from mlx_mtp.rows import CheckpointError
-from mlx_mtp.states import StateSpec
+from mlx_mtp.states import Columns, StateSpec
 
 LINEAR = "linear_attention"
 TYPES = ("qwen3_5", "qwen3_5_text")
@@ -238,15 +238,23 @@ class DeltaNet(nn.Module):
         packed = [self.in_proj_qkv(x), self.in_proj_b(x), self.in_proj_a(x)]
         return mx.concatenate(packed, axis=-1), self.in_proj_z(x)
 
-    def scan(self, state: mx.array, inputs: mx.array, counts: mx.array | None) -> tuple[mx.array, mx.array]:
+    def scan(self, state: mx.array, again: Columns | None, own: Columns, takes: bool) -> tuple[mx.array, mx.array]:
         """A `states.Scan` over states [B, heads, V, K] and packed inputs; outputs [B, T, heads, V] float32."""
+        if again is not None:
+            state = self._run(state, again)[1]
+        out, after = self._run(state, own)
+        return out, after if takes else state
+
+    def _run(self, state: mx.array, columns: Columns) -> tuple[mx.array, mx.array]:
+        inputs = columns.inputs
         d, past = self.config, self.config.taps - 1
         mixed = nn.silu(self.conv1d(inputs[..., : d.channels]))
         beta, a = mx.split(inputs[:, past:, d.channels :].astype(mx.float32), 2, axis=-1)
         beta = mx.sigmoid(beta)
         decay = mx.exp(-mx.exp(self.A_log.astype(mx.float32)) * nn.softplus(a + self.dt_bias.astype(mx.float32)))
-        if counts is not None:  # nothing decays and nothing is written
-            beta, decay = mx.where(counts[..., None], beta, 0.0), mx.where(counts[..., None], decay, 1.0)
+        if columns.counts is not None:  # of those that do not count nothing decays and nothing is written
+            counts = (mx.arange(beta.shape[1]) < columns.counts[:, None])[..., None]
+            beta, decay = mx.where(counts, beta, 0.0), mx.where(counts, decay, 1.0)
         q, k, v = self._heads(mixed)
         out = []
         for t in range(v.shape[1]):
