@@ -30,7 +30,8 @@ class Constants:
 
     layer_s: of every layer of the target in a pass; moe_s: of routing, in a pass; step_s: of a drafting step;
     round_s: of a speculative round, for the host. own_kernels: row counts cost what MLX's kernels make them cost.
-    state_moves: how often a column moves a recurrent state between memory and processor; 0: a pass does it twice.
+    state_moves: how often a column moves a recurrent state between memory and processor, one of the pass's own and one
+    that runs again; None: a pass moves it in once and out once.
     """
 
     weights: float
@@ -41,16 +42,16 @@ class Constants:
     step_s: float
     round_s: float
     own_kernels: bool
-    state_moves: int
+    state_moves: tuple[int, int] | None
 
 
 # weights: 239 of 273 GB/s in mlx#3852 (M4 Pro). experts: mlx#4509 has 258 to 542 of 819 GB/s (M3 Ultra). drafter: small
 # matrices, a guess below `weights`. layer_s, moe_s: 26B-A4B on M5 Max, M3 Ultra and M2 Pro, and the 12B and 31B on some
 # of them, take 7 to 12 ms a token more than their bytes. step_s, round_s: mlxcel#1185 and #1197, and rMLX#496.
-# state_moves: the graph of one compiled `delta_step` reads arrays of a state's size five times and writes four.
-MLX = Constants(0.85, 0.6, 0.8, 0.15e-3, 2e-3, 0.9e-3, 1.5e-3, True, 9)
-CEILING = Constants(0.9, 0.9, 0.9, 0.0, 0.0, 0.0, 0.0, False, 0)
-RUNS = 3  # a pass runs its own columns through the recurrent layers, and those of the two before it again (states.py)
+# state_moves: of a column's three operations in plain MLX (kernels/delta.py) one reads and writes the state and two
+# read it, the last of them for what the column gives; the kernel `delta` does what the ceiling does.
+MLX = Constants(0.85, 0.6, 0.8, 0.15e-3, 2e-3, 0.9e-3, 1.5e-3, True, (4, 3))
+CEILING = Constants(0.9, 0.9, 0.9, 0.0, 0.0, 0.0, 0.0, False, None)
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class Roofline:
             + expert_s
             + kv_s
             + fixed_s
-            + self._state_s(rows, setting.batch)
+            + self._state_s(width, setting.batch)
         )
 
     def step_s(self, setting: Setting) -> float:
@@ -131,9 +132,11 @@ class Roofline:
         tried = (self.predict(setting, width, tokens_per_round(acceptance, width)) for width in range(most + 1))
         return max(tried, key=lambda p: p.tok_s)
 
-    def _state_s(self, rows: int, batch: int) -> float:
-        """Seconds of moving recurrent states in a pass over so many columns of so many sequences."""
-        moves = RUNS * rows * self.constants.state_moves or 2 * batch
+    def _state_s(self, width: int, batch: int) -> float:
+        """Seconds of moving recurrent states in a pass of so many sequences. A round runs the columns of the one before
+        again, which was as wide; a plain step runs none (states.py)."""
+        own, again = self.constants.state_moves or (2 / (width + 1), 0)
+        moves = batch * (width + 1) * (own + (again if width else 0))
         return moves * self.shape.state_bytes / (self._bandwidth * self.constants.weights)
 
     @property

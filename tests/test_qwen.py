@@ -10,9 +10,14 @@ import numpy as np
 import pytest
 from checkpoints import FIXTURES, Checkpoint, Quant, quantised, read, write
 from engines import QWEN, Job, Models, engine_of, prompts, qwen, random_widths, request, run, solo, texts
+from mlx.utils import tree_map
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.utils import load_model
 from servers import running
 
 import mlx_mtp
+from mlx_mtp.accept import verdict
+from mlx_mtp.bench import graph
 from mlx_mtp.cache import Cache, LayerSpec
 from mlx_mtp.depth import MAX_WIDTH
 from mlx_mtp.drafters.qwen_mtp import QwenMtpDrafter
@@ -20,7 +25,7 @@ from mlx_mtp.load import load_drafter, load_pair, load_target
 from mlx_mtp.models.qwen3_5 import read_qwen
 from mlx_mtp.models.qwen3_5_mtp import QwenMtp
 from mlx_mtp.prefixes import shared
-from mlx_mtp.rows import GREEDY, CheckpointError, Forward, PairingError, Sampling
+from mlx_mtp.rows import GREEDY, CheckpointError, Draft, Forward, PairingError, Sampling
 from mlx_mtp.sampling import RowSampler, Sampler
 from mlx_mtp.scheduler import Limits
 from mlx_mtp.states import StateSpec
@@ -28,6 +33,7 @@ from mlx_mtp.text import Text
 
 STEP = 2.0**-14  # the goldens are int32 multiples of it
 ONE = slice(0, 1)
+GREEDY_ROW = Sampler([RowSampler.of(GREEDY)])
 SEEDED = Sampling(temperature=0.8, top_k=40, seed=7)
 SMALL_CHUNKS = Limits(alone_tok=11, chunk_tok=11, first_chunk_tok=5)
 THOUGHT_TOK = 6  # of the empty thought that its template begins an answer with, and leaves out afterwards
@@ -446,3 +452,37 @@ def test_a_server_leaves_text_whole_and_refuses_what_it_could_not_read():
         shown = live.client.post("/api/show", json={"model": "qwen"}).json()
         assert shown["details"]["family"] == "qwen3_5" and shown["capabilities"] == ["completion"]
         assert live.settled()
+
+
+# what a step costs --------------------------------------------------------------------------------------------------
+
+
+def plain_step(models: Models) -> graph.Count:
+    """Operations of a step of one column on Metal, without our kernels, from its token to the next."""
+    rows = Cache(models.target.specs, MAX_WIDTH, mx.float32)
+    rows.join(64)
+    states = tree_map(lambda x: x + 0, rows.state())
+    mx.eval(states)
+    rows.restore(states)
+    token = mx.array([[5]])
+    mx.eval(token)
+    with graph.as_on_metal():
+        pass_ = rows.open(ONE, 1, frozenset())
+        hidden, _ = models.target.forward(token, pass_)
+        judged = verdict(Draft(token[:, :0]), models.target.logits(hidden), pass_.start, GREEDY_ROW, hidden)
+        rows.commit(ONE, judged.kept, 1)
+        return graph.count(judged.tokens, judged.kept, rows.state())
+
+
+def test_a_plain_step_has_no_more_operations_than_mlx_lms():
+    theirs, _ = load_model(QWEN, strict=False)
+    theirs.set_dtype(mx.float32)
+    cache, token = make_prompt_cache(theirs), mx.array([[5]])
+    for _ in range(2):
+        mx.eval(theirs(token, cache=cache), [c.state for c in cache])
+    with graph.as_on_metal():
+        logits = theirs(token, cache=cache)[:, -1]
+        logprobs = logits - mx.logsumexp(logits, keepdims=True)
+        other = graph.count(mx.argmax(logprobs, axis=-1), logprobs, [c.state for c in cache])
+    ours = plain_step(qwen("to be counted"))
+    assert ours.primitives <= other.primitives and ours.kernels <= other.kernels, (ours, other)

@@ -147,6 +147,24 @@ def test_what_is_held_is_not_changed_by_what_its_row_or_its_heirs_do():
     rows.write(0, [1, 2, 3, 1], 4)
 
 
+@pytest.mark.parametrize("kept, columns", [(k, c) for c in range(1, WIDEST + 2) for k in range(1, c + 1)])
+def test_a_row_that_ended_is_continued_from_its_texts_end_whatever_pass_was_on_its_way(kept, columns):
+    """A neighbour has it that the pass is over some of the rows."""
+    for wasted, ends in [(w, e) for w in (0, 1, WIDEST + 1) for e in range(1, kept + 1)]:
+        rows = Rows()
+        rows.join()
+        rows.join()
+        rows.round([WIDEST, 1], WIDEST + 1)
+        begun = len(rows.rows[0])
+        rows.round([kept], columns)
+        if wasted:
+            rows.round([wasted, 1][: 1 + wasted % 2], wasted)
+        rows.keep(0, begun + ends)
+        rows.leave(0)
+        rows.again(-1)
+        rows.write(0, [2, 1], 2)
+
+
 @pytest.mark.parametrize("columns", range(1, WIDEST + 3))
 def test_a_row_may_begin_as_far_before_a_prompts_end_as_its_last_pass_was_wide(columns):
     rows = Rows()

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_mtp.cache import LayerSpec, Pass
+from mlx_mtp.kernels.delta import Given, Span, reference
 from mlx_mtp.models.config import FULL, Reader
 from mlx_mtp.models.dflash import Mlp
 from mlx_mtp.models.families import Family, Stored
@@ -194,7 +196,7 @@ class Attention(nn.Module):
 
 
 class ShortConv(nn.Module):
-    """One filter a channel, over its last `taps` values."""
+    """One filter a channel, over its last `taps` values, and silu."""
 
     def __init__(self, channels: int, taps: int) -> None:
         super().__init__()
@@ -202,17 +204,24 @@ class ShortConv(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """x [B, taps - 1 + T, C] -> [B, T, C] float32, summed tap by tap in the same order for every T."""
-        weight, taps = self.weight.astype(mx.float32), self.weight.shape[1]
+        taps = self.weight.shape[1]
         columns = x.shape[1] + 1 - taps
-        parts = [x[:, i : i + columns].astype(mx.float32) * weight[:, i] for i in range(taps)]
-        return sum(parts[1:], parts[0])
+        return silu_of_sum([x[:, i : i + columns] for i in range(taps)], [self.weight[:, i] for i in range(taps)])
+
+
+@partial(mx.compile, shapeless=True)
+def silu_of_sum(values: list[mx.array], weights: list[mx.array]) -> mx.array:
+    """silu(v0 w0 + v1 w1 + ..) float32."""
+    parts = [v.astype(mx.float32) * w.astype(mx.float32) for v, w in zip(values, weights, strict=True)]
+    return nn.silu(sum(parts[1:], parts[0]))
 
 
 class DeltaNet(nn.Module):
     """A layer whose memory of the text is a matrix a head: decayed, corrected towards v at k, and read at q.
 
     Gated delta rule (Yang et al. 2024, arXiv 2412.06464, equation 10): with S decayed by g,
-    S <- S + beta (v - S k) k^T, y = S q.
+    S <- S + beta (v - S k) k^T, y = S q. Queries here are K^1/2 times as long as there, and so is y; the norm that
+    follows divides by its length.
     """
 
     def __init__(self, c: QwenConfig) -> None:
@@ -224,9 +233,9 @@ class DeltaNet(nn.Module):
         self.in_proj_a = nn.Linear(c.hidden_size, d.value_heads, bias=False)
         self.conv1d = ShortConv(d.channels, d.taps)
         self.A_log, self.dt_bias = mx.zeros((d.value_heads,)), mx.ones((d.value_heads,))
-        self.norm = Norm(d.value_dim, c.eps)
+        self.norm = Norm(d.value_dim, c.eps * d.key_dim)
         self.out_proj = nn.Linear(d.value_heads * d.value_dim, c.hidden_size, bias=False)
-        self._step = mx.compile(delta_step)
+        self._length = mx.full((d.key_dim,), d.key_dim**-0.5)  # of a vector of ones
 
     @property
     def spec(self) -> StateSpec:
@@ -240,38 +249,26 @@ class DeltaNet(nn.Module):
 
     def scan(self, state: mx.array, again: Columns | None, own: Columns, takes: bool) -> tuple[mx.array, mx.array]:
         """A `states.Scan` over states [B, heads, V, K] and packed inputs; outputs [B, T, heads, V] float32."""
-        if again is not None:
-            state = self._run(state, again)[1]
-        out, after = self._run(state, own)
-        return out, after if takes else state
+        if again is None:
+            return self.run(state, self._given(own.inputs), Span(None, 0, 0, own.counts, takes))
+        # What depends on no state is computed of all columns at once, and of those between, which are looked back at.
+        inputs, begin = mx.concatenate([again.inputs, own.inputs], axis=1), again.inputs.shape[1]
+        span = Span(again.counts, begin + 1 - self.config.taps, begin, own.counts, takes)
+        return self.run(state, self._given(inputs), span)
 
-    def _run(self, state: mx.array, columns: Columns) -> tuple[mx.array, mx.array]:
-        inputs = columns.inputs
-        d, past = self.config, self.config.taps - 1
-        mixed = nn.silu(self.conv1d(inputs[..., : d.channels]))
-        beta, a = mx.split(inputs[:, past:, d.channels :].astype(mx.float32), 2, axis=-1)
-        beta = mx.sigmoid(beta)
-        decay = mx.exp(-mx.exp(self.A_log.astype(mx.float32)) * nn.softplus(a + self.dt_bias.astype(mx.float32)))
-        if columns.counts is not None:  # of those that do not count nothing decays and nothing is written
-            counts = (mx.arange(beta.shape[1]) < columns.counts[:, None])[..., None]
-            beta, decay = mx.where(counts, beta, 0.0), mx.where(counts, decay, 1.0)
-        q, k, v = self._heads(mixed)
-        out = []
-        for t in range(v.shape[1]):
-            y, state = self._step(state, q[:, t], k[:, t], v[:, t], decay[:, t], beta[:, t])
-            out.append(y)
-        return mx.stack(out, axis=1), state
+    def run(self, state: mx.array, given: Given, span: Span) -> tuple[mx.array, mx.array]:
+        """The recurrence itself, as `kernels.delta.delta`."""
+        return reference(state, given, span)
 
-    def _heads(self, mixed: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        """mixed [B, T, C] -> q, k [B, T, value heads, K] of length 1 (q times K^-1/2), v [B, T, value heads, V]."""
-        d, keys = self.config, self.config.key_heads * self.config.key_dim
-        q, k, v = mx.split(mixed, [keys, 2 * keys], axis=-1)
-        q, k = (
-            mx.fast.rms_norm(x.reshape(*x.shape[:2], d.key_heads, d.key_dim), None, L2_EPS / d.key_dim) for x in (q, k)
-        )
-        if d.value_heads > d.key_heads:
-            q, k = (mx.repeat(x, d.value_heads // d.key_heads, axis=2) for x in (q, k))
-        return q * (1 / d.key_dim), k * d.key_dim**-0.5, v.reshape(*v.shape[:2], d.value_heads, d.value_dim)
+    def _given(self, inputs: mx.array) -> Given:
+        """Packed inputs [B, taps - 1 + T, F] -> what the delta rule takes of T columns."""
+        d = self.config
+        qkv, gates = mx.split(inputs, [d.channels], axis=-1)
+        b, a = mx.split(gates[:, d.taps - 1 :], 2, axis=-1)
+        decay, beta = gated(a, b, self.A_log, self.dt_bias)
+        mixed = self.conv1d(qkv)
+        qk = mixed[..., : 2 * d.key_heads * d.key_dim].reshape(*mixed.shape[:2], 2 * d.key_heads, d.key_dim)
+        return Given(mx.fast.rms_norm(qk, self._length, L2_EPS / d.key_dim), mixed, decay, beta)
 
     def finish(self, y: mx.array, gate: mx.array) -> mx.array:
         """What the recurrence gave [B, L, heads, V] and its gate [N, heads * V] -> [N, H]."""
@@ -279,12 +276,11 @@ class DeltaNet(nn.Module):
         return self.out_proj((normed * nn.silu(gate.astype(mx.float32))).astype(gate.dtype))
 
 
-def delta_step(state, q, k, v, decay, beta) -> tuple[mx.array, mx.array]:
-    """One column: state [B, h, V, K], q and k [B, h, K], v [B, h, V], decay and beta [B, h] -> y [B, h, V], state."""
-    state = state * decay[..., None, None]
-    held = (state * k[:, :, None]).sum(-1)
-    state = state + ((v - held) * beta[..., None])[..., None] * k[:, :, None]
-    return (state * q[:, :, None]).sum(-1), state
+@partial(mx.compile, shapeless=True)
+def gated(a: mx.array, b: mx.array, rate_log: mx.array, bias: mx.array) -> tuple[mx.array, mx.array]:
+    """What a state keeps of itself, and how far it goes towards v: [B, T, heads] float32 both."""
+    a, b, rate_log, bias = (x.astype(mx.float32) for x in (a, b, rate_log, bias))
+    return mx.exp(-mx.exp(rate_log) * nn.softplus(a + bias)), mx.sigmoid(b)
 
 
 class Block(nn.Module):
