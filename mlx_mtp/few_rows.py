@@ -10,11 +10,13 @@ import mlx.nn as nn
 
 from mlx_mtp import kernels
 from mlx_mtp.kernels import experts
+from mlx_mtp.kernels.delta import Given, Span, delta
 from mlx_mtp.kernels.gate_up import gate_up
 from mlx_mtp.kernels.matrix import Matrix
 from mlx_mtp.kernels.rows_qmv import rows_qmv
 from mlx_mtp.models.experts import Experts
 from mlx_mtp.models.gemma4 import Mlp
+from mlx_mtp.models.qwen3_5 import DeltaNet
 from mlx_mtp.quantized import Table
 
 
@@ -65,6 +67,13 @@ class FewRowsExperts(Experts):
         return experts.experts(flat, routing, matrices).reshape(x.shape)
 
 
+class OneLaunchDeltaNet(DeltaNet):
+    """A gated delta net whose recurrence over all columns of a pass is one operation."""
+
+    def run(self, state: mx.array, given: Given, span: Span) -> tuple[mx.array, mx.array]:
+        return delta(state, given, span)
+
+
 PRODUCTS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: FewRowsLinear,
     nn.QuantizedLinear: FewRowsQuantizedLinear,
@@ -80,6 +89,8 @@ def use_kernels(model: nn.Module) -> None:
         exchange[Mlp] = FewRowsMlp
     if kernels.usable("experts"):
         exchange[Experts] = FewRowsExperts
+    if kernels.usable("delta"):
+        exchange[DeltaNet] = OneLaunchDeltaNet
     if not exchange:
         return
     for module in model.modules():

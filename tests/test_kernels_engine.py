@@ -230,7 +230,7 @@ on_metal = pytest.mark.skipif(not mx.metal.is_available(), reason="this build of
 
 @pytest.mark.metal
 @on_metal
-@pytest.mark.parametrize("name", ["rows_qmv", "gate_up", "experts", "attend", "head", "verdict"])
+@pytest.mark.parametrize("name", ["rows_qmv", "gate_up", "experts", "attend", "delta", "head", "verdict"])
 def test_every_kernel_compiles_and_agrees_with_its_reference_on_metal(name):
     assert kernels.check()[name] is None
 

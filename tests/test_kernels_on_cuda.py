@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from metal_emu import checks, cuda
 
-from mlx_mtp.kernels import attend, experts, gate_up, head, rows_qmv, verdict
+from mlx_mtp.kernels import attend, delta, experts, gate_up, head, rows_qmv, verdict
 from mlx_mtp.kernels.attend import Attention
 from mlx_mtp.kernels.choice import Draw
 from mlx_mtp.kernels.experts import Experts, Routing
@@ -99,3 +99,15 @@ def test_attend(size):
     with cuda.on_cuda():
         y = attend.attend(given)
     assert checks.relative_error(y, attend.reference(given)) < BF16
+
+
+def test_delta():
+    qk, mixed = normal(2, 6, 32, 128).astype(mx.float32) / 128, normal(2, 6, 32 * 128 + 32 * 128).astype(mx.float32)
+    gates = mx.sigmoid(normal(2, 2, 6, 32).astype(mx.float32))
+    state, given = normal(2, 32, 128, 128).astype(mx.float32), delta.Given(qk, mixed, gates[0], gates[1])
+    for takes in (False, True):
+        span = delta.Span(mx.array([2, 0], mx.int32), 2, 3, None, takes)
+        with cuda.on_cuda():
+            got = delta.delta(state, given, span)
+        for x, y in zip(got, delta.reference(state, given, span), strict=True):
+            assert checks.relative_error(x, y) < BF16

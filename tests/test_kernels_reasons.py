@@ -8,7 +8,7 @@ from metal_emu import checks
 from mlx_mtp import kernels
 from mlx_mtp.doctor import Fact, facts
 
-NAMES = {"rows_qmv", "gate_up", "head", "verdict", "experts", "attend"}
+NAMES = {"rows_qmv", "gate_up", "head", "verdict", "experts", "attend", "delta"}
 WRONG = [  # kernel, definition, old, new
     (
         "rows_qmv",
@@ -25,6 +25,8 @@ WRONG = [  # kernel, definition, old, new
     ("gate_up", "gate_up", "T(gelu_tanh(gate_sum) * up_sum)", "T(gelu_tanh(up_sum) * gate_sum)"),
     ("experts", "experts_combine", "j < TOP", "j < 1"),
     ("attend", "attend_join", "sum / weight", "sum"),
+    ("delta", "delta", "kept + columns; n++", "columns; n++"),
+    ("delta", "delta", "n == kept && !TAKES", "n == 0 && !TAKES"),
     ("head", "head_final", "i < top; i += 32", "i < 1; i += 32"),
     ("verdict", "verdict_judge", "kept[row] = int(matches) + 1", "kept[row] = int(L)"),
 ]

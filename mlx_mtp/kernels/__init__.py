@@ -10,6 +10,7 @@ tests/metal_emu, which proves what they compute and read, and nothing about spee
     verdict    choice in every column, comparison with the draft
     experts    routed experts of 1 to 64 tokens
     attend     a few columns over a position-addressed cache
+    delta      a few columns over the states of a gated delta net
     matrix     the layouts of weights          choice    the rule of who wins
     noise      the noise that draws tokens     backend   whether and how a kernel runs
     trials   whether a kernel may be used: on a Metal GPU each is compared with its reference, once a process

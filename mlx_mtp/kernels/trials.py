@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-from mlx_mtp.kernels import attend, choice, experts, gate_up, head, rows_qmv, verdict
+from mlx_mtp.kernels import attend, choice, delta, experts, gate_up, head, rows_qmv, verdict
 from mlx_mtp.kernels.backend import why_not_here
 from mlx_mtp.kernels.matrix import Matrix
 
@@ -21,6 +21,7 @@ KERNELS = {
     "gate_up": gate_up,
     "experts": experts,
     "attend": attend,
+    "delta": delta,
     "head": head,
     "verdict": verdict,
 }
@@ -57,6 +58,7 @@ def _outcomes(metal_kernel: object) -> dict[str, str | None]:
         "gate_up": _gate_up,
         "experts": _experts,
         "attend": _attend,
+        "delta": _delta,
         "head": _head,
         "verdict": _verdict,
     }
@@ -168,6 +170,25 @@ def _attend() -> str | None:
         last = attend.Attention(given.q[:, :, 2:], keys, values, given.start + 2, window)
         found.append(_alone(y[:, :, 2:], attend.attend(last)))
     return _first(*found)
+
+
+def _delta() -> str | None:
+    """Of the first row two columns run again, of the second none; then three more, together and one by one."""
+    rows, columns, keys, heads, size = 2, 5, 2, 4, 48
+    qk = mx.fast.rms_norm(_normal(0, rows, columns, 2 * keys, size).astype(mx.float32), None, 1e-6) * size**-0.5
+    mixed = _normal(1, rows, columns, 2 * keys * size + heads * 20).astype(mx.float32)
+    gates = mx.sigmoid(_normal(2, 2, rows, columns, heads).astype(mx.float32))
+    state, given = _normal(3, rows, heads, 20, size).astype(mx.float32), delta.Given(qk, mixed, gates[0], gates[1])
+    found, again = [], mx.array([2, 0], mx.int32)
+    for span in (delta.Span(again, 2, 2, None, True), delta.Span(again, 2, 2, None, False)):
+        pairs = zip(delta.delta(state, given, span), delta.reference(state, given, span), strict=True)
+        found += [_differs(got, wanted, f"state after {'all' if span.takes else 'some'}") for got, wanted in pairs]
+    together = delta.delta(state, given, delta.Span(None, 0, 0, None, True))
+    for t in range(columns):
+        column = delta.Given(*(x[:, t : t + 1] for x in (qk, mixed, gates[0], gates[1])))
+        y, state = delta.delta(state, column, delta.Span(None, 0, 0, None, True))
+        found.append(_alone(together[0][:, t : t + 1], y))
+    return _first(*found, _alone(together[1], state))
 
 
 def _tokens(got: mx.array, expected: mx.array, what: str) -> str | None:
