@@ -31,7 +31,7 @@ import numpy as np
 
 from mlx_mtp import logprobs
 from mlx_mtp.accept import Judge, Verdict, verdict
-from mlx_mtp.buffers import put
+from mlx_mtp.buffers import Fresh, put
 from mlx_mtp.cache import Cache
 from mlx_mtp.confidence import Confidence, Judged, lenders, pack
 from mlx_mtp.depth import MAX_WIDTH, Depth
@@ -81,6 +81,7 @@ class Engine:
         self._history = History(target.config.vocab_size)
         self._running: Pass | None = None
         self._samplers: dict[tuple, Sampler] = {}
+        self._fresh = Fresh()  # of the drafter's arrays, at every dispatch
         self._last: float | None = None  # when the pass before was read, if the device has been busy since
 
     # requests ---------------------------------------------------------------------------------------------------
@@ -322,7 +323,8 @@ class Engine:
             drafted_s = self.clock() - self._sent_s
         reads = self._tell(built.guide) if built.guide is not None else 0
         kept = [a for prefix in built.prefixes for a in prefix.arrays]  # first: done with before the next pass writes
-        mx.async_eval(kept, built.out, self._state())
+        cache, drafter, *rest = self._state()
+        mx.async_eval(kept, built.out, cache, self._fresh.of(drafter), rest)
         for prefix in built.prefixes:
             self.scheduler.keep(prefix)
         for row in built.active:

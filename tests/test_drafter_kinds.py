@@ -1,6 +1,8 @@
 """Kinds of drafters: told by their config, named on the command line."""
 
 import json
+import weakref
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -9,6 +11,7 @@ from engines import Listed, Models, engine_of, prompts, qwen, request, smallest
 from mlx.utils import tree_flatten
 
 from mlx_mtp.bench.graph import primitives
+from mlx_mtp.buffers import Fresh, arrays, put
 from mlx_mtp.drafters.kinds import KINDS, kind_of, kinds, split_name
 from mlx_mtp.engine import Pass
 from mlx_mtp.rows import CheckpointError
@@ -110,3 +113,40 @@ def operations_a_round(models: Models, kind: str, rows: int) -> float:
 def test_a_drafter_that_is_not_asked_adds_few_operations_to_a_round(kind, most):
     models = qwen() if kind == "head" else smallest()
     assert operations_a_round(models, kind, 2) - operations_a_round(models, "plain", 2) <= most
+
+
+def waits_a_round(models: Models, kind: str, monkeypatch: pytest.MonkeyPatch) -> float:
+    """Arrays that the device is made to wait for in a round of width 0, mean of 32."""
+    counted, evaluate = [], mx.async_eval
+
+    def count(*trees: Any) -> None:
+        counted.append(len(list(arrays(trees))))
+        evaluate(*trees)
+
+    engine = engine_of(models, kind, 0)
+    for prompt in prompts(models, (5, 5)):
+        engine.submit(request(prompt, 60))
+    for _ in range(8):
+        engine.step()
+    with monkeypatch.context() as patched:
+        patched.setattr(mx, "async_eval", count)
+        for _ in range(32):
+            engine.step()
+    return sum(counted) / 32
+
+
+@pytest.mark.parametrize(("kind", "most"), [("near", 3), ("rand+lookup", 4), ("dflash", 8)])
+def test_the_device_does_not_wait_for_a_drafter_that_is_not_asked(kind, most, monkeypatch):
+    models = smallest()
+    assert waits_a_round(models, kind, monkeypatch) - waits_a_round(models, "plain", monkeypatch) <= most
+
+
+def test_arrays_are_fresh_once_and_are_not_kept():
+    fresh, one, other = Fresh(), mx.zeros(4), mx.ones(4)
+    assert fresh.of([one, {"a": (other, 3, None)}]) == [one, other]
+    assert fresh.of([one, other]) == []
+    changed = put(one, 0, 1.0)
+    assert [a is changed for a in fresh.of([changed, other])] == [True]
+    gone = weakref.ref(other)
+    del other
+    assert gone() is None
