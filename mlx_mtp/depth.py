@@ -182,10 +182,13 @@ class Auto:
         hopeful = any(o % BOUND != NOTHING for o in outlook)
         costs, tokens = self._times.costs(rows), self._tokens(outlook)
         first, drafted = min(self.FIRST, self._most), len(known) > 1
+        unknown = None
         if hopeful and not drafted and tokens[first] > self.GAIN:
-            return first
-        if hopeful and self._trial and self._trial[0] == rows and self._trial[1] not in known:
-            return self._trial[1]
+            unknown = first
+        elif hopeful and self._trial and self._trial[0] == rows and self._trial[1] not in known:
+            unknown = self._trial[1]
+        if unknown is not None:
+            return 0 if self._times.plain_s(rows) is None else unknown  # where nothing ran it could be compared with
         self._quiet += 1
         rates = [t / c for t, c in zip(tokens, costs, strict=True)]  # over that of width 0
         before, self._width = self._width, self._best(known, rates)
@@ -216,16 +219,16 @@ class Auto:
 
     def _time(self, rows: int, width: int, tokens: float, seconds: float) -> None:
         """A round brought so many tokens a row, and took so long."""
-        first = not self._times.begun(rows, width)
+        plain_s, known = self._times.plain_s(rows), self._times.known(rows)
+        if plain_s is None and {0, width} <= known:  # the first round with so many rows again
+            plain_s = seconds / self._times.costs(rows)[width]
+        if plain_s is not None:
+            rounds = 1 if self._times.begun(rows, width) else 2  # the shape's first one is reckoned with now
+            self._plain_s = plain_s
+            self._gained_s = self.MEMORY * self._gained_s + rounds * (tokens * plain_s - seconds if width else 0.0)
+            self._spent_s = self.MEMORY * self._spent_s + rounds * seconds
         if width == self._chosen:
             self._times.learn(rows, width, seconds)
-        known = self._times.known(rows)
-        if 0 in known:
-            cost = self._times.costs(rows)[width] if width in known else seconds / self._plain_s
-            self._plain_s = seconds / cost
-            rounds = 2 if first else 1  # the shape's first one is reckoned with now
-            self._gained_s = self.MEMORY * self._gained_s + rounds * (tokens - cost if width else 0.0) * self._plain_s
-            self._spent_s = self.MEMORY * self._spent_s + rounds * seconds
 
     def _acceptance(self, outlook: int) -> Acceptance:
         if outlook not in self._kept:

@@ -42,19 +42,27 @@ class RoundTimes:
             self._last.clear()
         took = math.log(max(seconds, 1e-9))
         if width not in self._known[rows]:
-            before = self._pace()
-            first = self._first[rows, width]
-            first.append(0.0 if not width or before is None else took - before)
-            self._known[rows] |= {width} if len(first) >= SAMPLES else set()
-            self._settle(rows, width)
+            self._meet(rows, width, took)
         self._last.append((width, took))
         if len(self._last) == 2 * NEAR + 1:
             self._compare(rows)
 
-    def _pace(self) -> float | None:
-        """Logarithm of the seconds of a round of width 0 now, from the rounds before."""
-        known = [took - self._levels[self._rows, w] for w, took in self._last if w in self._known[self._rows]]
-        return statistics.median(known[-NEAR:]) if known else None
+    def _meet(self, rows: int, width: int, took: float) -> None:
+        """One of the first rounds of a width, with nothing but those before it to compare it with."""
+        plain_s = self.plain_s(rows)
+        if width and plain_s is None:
+            return
+        first = self._first[rows, width]
+        first.append(took - math.log(plain_s) if width and plain_s else 0.0)
+        self._known[rows] |= {width} if len(first) >= SAMPLES else set()
+        self._settle(rows, width)
+
+    def plain_s(self, rows: int) -> float | None:
+        """Seconds of a round of width 0 now, from the last rounds; None if none with so many rows ran lately."""
+        if rows != self._rows:
+            return None
+        known = [took - self._levels[rows, w] for w, took in self._last if w in self._known[rows]]
+        return math.exp(statistics.median(known[-NEAR:])) if known else None
 
     def _compare(self, rows: int) -> None:
         """The round in the middle of those that were last told of, with the others."""

@@ -193,6 +193,17 @@ def test_batches_that_grow_and_shrink_do_not_pay_for_a_useless_drafter_at_every_
     assert simulate_crowd(0.0, COSTS["old chip"], sweeps=8) < 0.03
 
 
+def test_a_width_is_not_tried_where_nothing_has_run_that_it_could_be_compared_with():
+    """The batch changes between the rounds of a trial; a round without drafts comes first when it changes back."""
+    auto, cost = Auto(), COSTS["memory-bound"]
+    simulate(auto, [8] * 40, cost, 1)
+    for rows in (2, 1, 2):
+        for _ in range(40):
+            width = auto.choose([USUAL] * rows)
+            auto.record(width, [width + 1] * rows, cost(rows, width), [USUAL] * rows)
+        assert width > 0
+
+
 def test_building_the_kernels_of_a_shape_is_no_reason_not_to_draft():
     assert simulate_crowd(0.7, COSTS["memory-bound"], sweeps=2, building_s=100.0) < -0.25
 

@@ -99,3 +99,16 @@ def test_batches_of_other_sizes_are_learnt_by_themselves():
     for width, seconds in ((0, 0.05), (0, 0.05), (2, 0.15), (2, 0.15)):
         times.learn(4, width, seconds)
     assert times.costs(4)[2] == pytest.approx(3.0) and times.costs(1)[2] == pytest.approx(1.4, rel=0.01)
+
+
+def test_a_width_that_nothing_can_be_compared_with_stays_unknown():
+    times = told([0, 0, 2, 2], COST)
+    for width in (2, 2, 2):
+        times.learn(3, width, 0.5)
+    assert times.known(3) == frozenset() and times.plain_s(3) is None
+
+
+def test_the_time_of_a_round_without_drafts_is_known_from_rounds_with_some():
+    times = told(looks(2, 5), COST, lambda n: 1.0 if n < 50 else 3.0)
+    assert times.plain_s(1) == pytest.approx(3 * 0.02, rel=0.02)
+    assert times.plain_s(2) is None
