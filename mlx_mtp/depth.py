@@ -145,6 +145,7 @@ class Auto:
     FIRST = 2  # the first width: what is wasted if nothing is kept
     LOSS, ALLOWANCE = 0.01, 3  # share of the time, on top of so many rounds of width 0
     MEMORY = 0.999  # per round: about a thousand rounds stand in the ledger
+    MISSES = 16  # after which a width is taken to be none that the drafter can draft
     PAUSE = 6  # rounds between two shapes that are tried for their time
     FIRST_PROBE, LAST_PROBE, PROBE_WIDTH, PROBE_ROUNDS = 24, 768, 1, 2
     FIRST_CHECK, LAST_CHECK, CHECK_ROUNDS = 5, 256, 2  # rounds with drafts before some without
@@ -161,6 +162,7 @@ class Auto:
         self._width = min(self.FIRST, most)
         self._gained_s = self._spent_s = 0.0  # the ledger
         self._plain_s = 0.0  # a round of width 0 now
+        self._missed: Counter[tuple[int, int]] = Counter()  # rounds of another width while an unknown one was chosen
         self._quiet = 0  # rounds since a shape was tried for its time
         self._trial: tuple[int, int] | None = None
         self._wait, self._since, self._probing = self.FIRST_PROBE, 0, 0
@@ -187,7 +189,7 @@ class Auto:
             unknown = first
         elif hopeful and self._trial and self._trial[0] == rows and self._trial[1] not in known:
             unknown = self._trial[1]
-        if unknown is not None:
+        if unknown is not None and self._missed[rows, unknown] < self.MISSES:
             return 0 if self._times.plain_s(rows) is None else unknown  # where nothing ran it could be compared with
         self._quiet += 1
         rates = [t / c for t, c in zip(tokens, costs, strict=True)]  # over that of width 0
@@ -199,7 +201,7 @@ class Auto:
             if self._overdue(rows, tokens, rates):
                 return 0
         if drafted and self._quiet > self.PAUSE:
-            trial = self._worth_trying(known, costs, rates)
+            trial = self._worth_trying(rows, known, costs, rates)
             if trial is not None:
                 self._trial, self._quiet = (rows, trial), 0
                 return trial
@@ -229,6 +231,8 @@ class Auto:
             self._spent_s = self.MEMORY * self._spent_s + rounds * seconds
         if width == self._chosen:
             self._times.learn(rows, width, seconds)
+        elif self._chosen not in known:
+            self._missed[rows, self._chosen] += 1
 
     def _acceptance(self, outlook: int) -> Acceptance:
         if outlook not in self._kept:
@@ -251,10 +255,11 @@ class Auto:
             width = self._width
         return width if rates[width] > self.WORTH else 0
 
-    def _worth_trying(self, known: frozenset[int], costs: list[float], rates: list[float]) -> int | None:
+    def _worth_trying(self, rows: int, known: frozenset[int], costs: list[float], rates: list[float]) -> int | None:
         """An untimed width that would win if it took no longer than the next narrower timed one; of those about as good
         the narrowest, which costs least if it does not win."""
-        unknown = [w for w in range(1, self._most + 1) if w not in known and self._affordable(w, max(known), costs)]
+        widths = [w for w in range(1, self._most + 1) if w not in known and self._missed[rows, w] < self.MISSES]
+        unknown = [w for w in widths if self._affordable(w, max(known), costs)]
         best = max((rates[w] for w in unknown), default=0.0)
         wanted = max(self.GAIN * rates[self._width], best / self.GAIN)
         return next((w for w in unknown if rates[w] >= wanted), None)

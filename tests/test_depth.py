@@ -204,6 +204,19 @@ def test_a_width_is_not_tried_where_nothing_has_run_that_it_could_be_compared_wi
         assert width > 0
 
 
+def test_a_width_that_the_drafter_cannot_draft_is_not_tried_for_ever():
+    """A block drafter drafts no more than its block, whatever is asked for."""
+    auto, asked = Auto(), []
+    width = auto.choose([USUAL])
+    for _ in range(400):
+        following, ran = auto.choose([USUAL]), min(width, 5)
+        asked.append(width)
+        auto.record(ran, [ran + 1], 1 + 0.01 * ran, [USUAL])
+        width = following
+    assert max(asked) > 5 and sum(w > 5 for w in asked) < 100
+    assert sum(w == 5 for w in asked[-200:]) > 150
+
+
 def test_building_the_kernels_of_a_shape_is_no_reason_not_to_draft():
     assert simulate_crowd(0.7, COSTS["memory-bound"], sweeps=2, building_s=100.0) < -0.25
 
