@@ -183,14 +183,10 @@ class Auto:
             return 0
         hopeful = any(o % BOUND != NOTHING for o in outlook)
         costs, tokens = self._times.costs(rows), self._tokens(outlook)
-        first, drafted = min(self.FIRST, self._most), len(known) > 1
-        unknown = None
-        if hopeful and not drafted and tokens[first] > self.GAIN:
-            unknown = first
-        elif hopeful and self._trial and self._trial[0] == rows and self._trial[1] not in known:
-            unknown = self._trial[1]
-        if unknown is not None and self._missed[rows, unknown] < self.MISSES:
-            return 0 if self._times.plain_s(rows) is None else unknown  # where nothing ran it could be compared with
+        drafted = len(known) > 1
+        meeting = self._meeting(rows, known, tokens) if hopeful else None
+        if meeting is not None and self._missed[rows, meeting] < self.MISSES:
+            return 0 if self._times.plain_s(rows) is None else meeting  # where nothing ran it could be compared with
         self._quiet += 1
         rates = [t / c for t, c in zip(tokens, costs, strict=True)]  # over that of width 0
         before, self._width = self._width, self._best(known, rates)
@@ -206,6 +202,15 @@ class Auto:
                 self._trial, self._quiet = (rows, trial), 0
                 return trial
         return self._width or (self._probe() if hopeful else 0)
+
+    def _meeting(self, rows: int, known: frozenset[int], tokens: list[float]) -> int | None:
+        """The width that is being timed for the first time, if one is: the first of all, or one that is on trial."""
+        first = min(self.FIRST, self._most)
+        if len(known) == 1 and tokens[first] > self.GAIN:
+            return first
+        if self._trial and self._trial[0] == rows and self._trial[1] not in known:
+            return self._trial[1]
+        return None
 
     def record(self, width: int, kept: list[int], seconds: float | None, outlook: Sequence[int]) -> None:
         by_outlook: defaultdict[int, list[int]] = defaultdict(list)

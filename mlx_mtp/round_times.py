@@ -49,20 +49,25 @@ class RoundTimes:
 
     def _meet(self, rows: int, width: int, took: float) -> None:
         """One of the first rounds of a width, with nothing but those before it to compare it with."""
-        plain_s = self.plain_s(rows)
-        if width and plain_s is None:
+        plain = self._plain() if width else took
+        if plain is None:
             return
         first = self._first[rows, width]
-        first.append(took - math.log(plain_s) if width and plain_s else 0.0)
-        self._known[rows] |= {width} if len(first) >= SAMPLES else set()
+        first.append(took - plain)
+        if len(first) >= SAMPLES:
+            self._known[rows] |= {width}
         self._settle(rows, width)
 
     def plain_s(self, rows: int) -> float | None:
         """Seconds of a round of width 0 now, from the last rounds; None if none with so many rows ran lately."""
-        if rows != self._rows:
-            return None
+        plain = self._plain() if rows == self._rows else None
+        return None if plain is None else math.exp(plain)
+
+    def _plain(self) -> float | None:
+        """Its logarithm, with as many rows as ran last."""
+        rows = self._rows
         known = [took - self._levels[rows, w] for w, took in self._last if w in self._known[rows]]
-        return math.exp(statistics.median(known[-NEAR:])) if known else None
+        return statistics.median(known[-NEAR:]) if known else None
 
     def _compare(self, rows: int) -> None:
         """The round in the middle of those that were last told of, with the others."""
@@ -110,19 +115,14 @@ class RoundTimes:
     def _monotone(self, rows: int) -> list[float]:
         """Costs that rise with the width and are nearest to the levels, each of which weighs what it rests on (isotonic
         regression by pooling adjacent violators; Barlow et al. 1972)."""
-        pools: list[list[float]] = []  # [level, weight, widths]
-        for width in range(1, self._most + 1):
-            if width in self._known[rows]:
-                pools.append([self._levels[rows, width], 1.0 + len(self._paired[rows, width]), 1])
-            elif pools:
-                pools[-1][2] += 1
-                continue
-            else:
-                pools.append([0.0, 0.0, 1])
-            while len(pools) > 1 and pools[-2][0] >= pools[-1][0]:
-                level, weight, widths = pools.pop()
-                one = pools[-1]
-                one[0] = (one[0] * one[1] + level * weight) / max(one[1] + weight, 1e-9)
-                one[1], one[2] = one[1] + weight, one[2] + widths
-        levels = [level for level, _, widths in pools for _ in range(int(widths))]
-        return [1.0, *(math.exp(max(level, 0.0)) for level in levels)]
+        pools: list[tuple[int, float, float]] = []  # (narrowest width, level, weight)
+        for width in sorted(self._known[rows] - {0}):
+            first, level, weight = width, self._levels[rows, width], 1.0 + len(self._paired[rows, width])
+            while pools and pools[-1][1] >= level:
+                first, other, more = pools.pop()
+                level, weight = (other * more + level * weight) / (more + weight), more + weight
+            pools.append((first, level, weight))
+        costs = [1.0] * (self._most + 1)
+        for first, level, _ in pools:
+            costs[first:] = [math.exp(max(level, 0.0))] * (self._most + 1 - first)
+        return costs
