@@ -16,7 +16,7 @@ import numpy as np
 from llguidance import LLMatcher, LLTokenizer
 
 from mlx_mtp.call_grammar import CallGrammar, Marks
-from mlx_mtp.rows import RequestError
+from mlx_mtp.rows import RequestError, one_line
 from mlx_mtp.text import Text
 
 Thought = Literal["none", "may", "open"]
@@ -174,5 +174,5 @@ class Grammars:
 
 def _one_line(error: str) -> str:
     """llguidance's message without the place in a grammar that the user has not written."""
-    line = " ".join(error.split())
+    line = one_line(error)
     return re.sub(r"^(at \d+\(\d+\): )?(failed to compile JSON schema: )?", "", line)[:300]

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from mlx_mtp.rows import CheckpointError, DownloadError
+from mlx_mtp.rows import CheckpointError, DownloadError, one_line
 
 # Weights, configuration and tokenizer; neither GGUF nor PyTorch copies of the same weights.
 WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
@@ -88,4 +88,4 @@ def _offline(error: Exception) -> str:
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:160] or type(error).__name__
+    return one_line(error, 160) or type(error).__name__

@@ -46,6 +46,11 @@ class RequestError(MlxMtpError):
     """A request that cannot be honoured as written."""
 
 
+def one_line(error: object, most: int | None = None) -> str:
+    """An error's message, or a text of somebody's, as part of one line: its first `most` characters."""
+    return " ".join(str(error).split())[:most]
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen from the target's logits.

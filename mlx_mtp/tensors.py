@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_mtp.rows import CheckpointError
+from mlx_mtp.rows import CheckpointError, one_line
 
 BITS = {
     "F64": 64,
@@ -59,7 +59,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; download the checkpoint again") from None
     except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({one_line(error)}); download it again") from None
+        raise CheckpointError(f"{path}: not readable as JSON ({one_line(error, 120)}); download it again") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: holds a {type(value).__name__}; expected a JSON object")
     return value
@@ -103,7 +103,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or error}; download the checkpoint again") from None
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: its header is not JSON ({one_line(error)}); download it again") from None
+        raise CheckpointError(f"{path}: its header is not JSON ({one_line(error, 120)}); download it again") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: its header is not an object; download it again")
     header.pop("__metadata__", None)
@@ -166,8 +166,3 @@ def _other_formats(folder: Path) -> str:
     if others:
         return f"its weights are {' and '.join(others)} files; expected safetensors"
     return "no *.safetensors file; download the checkpoint again"
-
-
-def one_line(error: Exception) -> str:
-    """An exception's message as part of one line."""
-    return " ".join(str(error).split())[:120]

@@ -21,7 +21,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from mlx_mtp.messages import check_messages, check_tools, for_template
-from mlx_mtp.rows import CheckpointError, RequestError
+from mlx_mtp.rows import CheckpointError, RequestError, one_line
 
 # Decoders that see one token at a time, except that ByteFallback joins a run of byte tokens.
 LOCAL_DECODERS = frozenset({"Replace", "ByteFallback", "Fuse"})
@@ -343,4 +343,4 @@ def _raise_exception(message: str) -> None:
 
 def _one_line(error: BaseException) -> str:
     """An error's message without line breaks."""
-    return " ".join(str(error).split()) or type(error).__name__
+    return one_line(error) or type(error).__name__

@@ -20,8 +20,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_mtp.models.families import Stored
 from mlx_mtp.quantized import Packable, packed_module, quantize_now, recognise
-from mlx_mtp.rows import CheckpointError, RequestError
-from mlx_mtp.tensors import FLOATS, Tensor, one_line, read_headers
+from mlx_mtp.rows import CheckpointError, RequestError, one_line
+from mlx_mtp.tensors import FLOATS, Tensor, read_headers
 
 Report = Callable[[str, int, int], None]  # (stage, done bytes, total bytes)
 
@@ -87,8 +87,9 @@ def plan(folder: Folder, kind: Callable[[Any], nn.Module], dtype: mx.Dtype | Non
     try:
         model = kind(folder.config)  # lazy arrays: no memory is taken
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+        said = one_line(error, 120)
         raise CheckpointError(
-            f"{folder.path / 'config.json'}: no network can have these sizes ({one_line(error)}); download it again"
+            f"{folder.path / 'config.json'}: no network can have these sizes ({said}); download it again"
         ) from None
     packed = []
     for path, module in model.named_modules():
@@ -288,7 +289,7 @@ def _arrays(file: Path) -> dict[str, mx.array]:
     try:
         return mx.load(str(file), format="safetensors")  # pyright: ignore[reportReturnType]
     except (RuntimeError, ValueError, OSError) as error:
-        raise CheckpointError(f"{file}: MLX cannot read it ({one_line(error)}); use another copy") from None
+        raise CheckpointError(f"{file}: MLX cannot read it ({one_line(error, 120)}); use another copy") from None
 
 
 def _cast(name: str, array: mx.array, dtype: mx.Dtype) -> mx.array:
@@ -310,5 +311,5 @@ def _evaluate(arrays: list[mx.array], folder: Folder) -> None:
         mx.eval(arrays)
     except (RuntimeError, ValueError) as error:
         raise CheckpointError(
-            f"{folder.path}: the weights could not be read ({one_line(error)}); check disk and free memory"
+            f"{folder.path}: the weights could not be read ({one_line(error, 120)}); check disk and free memory"
         ) from None

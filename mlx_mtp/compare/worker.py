@@ -17,7 +17,7 @@ import mlx.core as mx
 
 from mlx_mtp.compare.costs import costs
 from mlx_mtp.compare.runs import Mode, run
-from mlx_mtp.rows import MlxMtpError, RequestError
+from mlx_mtp.rows import MlxMtpError, RequestError, one_line
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 RUNTIMES = ("mlx-mtp", "mlx-lm", "mlx-vlm")
@@ -107,7 +107,7 @@ def answer(held: Held, job: dict[str, Any]) -> dict[str, Any]:
 
 def _line(error: Exception) -> str:
     """The beginning of what it says, in one line: some runtimes list every weight that they miss."""
-    said = " ".join(str(error).split())
+    said = one_line(error)
     return said if len(said) <= MOST_SAID else f"{said[:MOST_SAID]} ..."
 
 

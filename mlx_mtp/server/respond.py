@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from mlx_mtp.rows import TokenLogprob
+from mlx_mtp.rows import TokenLogprob, one_line
 from mlx_mtp.server.metrics import facts
 from mlx_mtp.server.nouns import Delta, Finish, Job, ServerError, Usage, invalid
 from mlx_mtp.server.service import Service
@@ -46,7 +46,7 @@ def parse(raw: bytes, form: type[Body]) -> Body:
     except UnicodeDecodeError as error:
         raise invalid(f"the body is not UTF-8 ({error.reason} at byte {error.start})") from None
     except (ValueError, RecursionError) as error:
-        raise invalid(f"the body is not JSON: {_short(error)}") from None
+        raise invalid(f"the body is not JSON: {one_line(error, 200)}") from None
     if not isinstance(value, dict):
         raise invalid(f"the body is a JSON {type(value).__name__}; expected an object")
     try:
@@ -78,10 +78,6 @@ async def _read(request: Request, most_bytes: int) -> bytes:
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON number")
-
-
-def _short(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def dumps(value: Any) -> bytes:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
 from mlx_mtp.pair import Pair, leave_thread
-from mlx_mtp.rows import GREEDY, Event, Request, RequestError, Sampling
+from mlx_mtp.rows import GREEDY, Event, Request, RequestError, Sampling, one_line
 from mlx_mtp.server.decoding import Decoder, joined
 from mlx_mtp.server.nouns import Delta, Finish, Job, ServerError, Settings, State, Usage, invalid
 from mlx_mtp.text import Text
@@ -375,4 +375,4 @@ class Worker:
 
 
 def _one_line(error: BaseException | None) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return f"{type(error).__name__}: {one_line(error, 300)}"
