@@ -15,14 +15,14 @@ import argparse
 import cProfile
 import pstats
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from never_slower import makers  # noqa: E402
+from drafters import DATA  # noqa: E402
+from never_slower import Make, makers  # noqa: E402
 
 from mlx_mtp.bench.graph import count  # noqa: E402
 from mlx_mtp.cache import Cache  # noqa: E402
@@ -37,10 +37,8 @@ from mlx_mtp.passes import Pass  # noqa: E402
 from mlx_mtp.rows import Request  # noqa: E402
 from mlx_mtp.scheduler import Limits  # noqa: E402
 
-DATA, QWEN = ROOT / "mlx_mtp" / "data" / "tiny", ROOT / "tests" / "fixtures" / "qwen"
+QWEN = ROOT / "tests" / "fixtures" / "qwen"
 PROMPT_TOK, FIRST, ROUNDS = 40, 8, 64  # rounds that do not count yet, and that do
-
-Make = Callable[[Cache], Drafter]
 
 
 class Counting(Engine):

@@ -80,10 +80,6 @@ class Mark:
     base: mx.array
     behind: list[int]
 
-    def copy(self) -> Mark:
-        """The same arrays; what is set in one shows not in the other."""
-        return Mark(list(self.states), list(self.inputs), self.base, list(self.behind))
-
     def resize(self, rows: int) -> None:
         self.states, self.inputs = ([fit_rows(x, rows) for x in xs] for xs in (self.states, self.inputs))
         self.base = fit_rows(self.base, rows)
@@ -181,7 +177,7 @@ class States:
 
     def restore(self, state: Any) -> None:
         """As `Cache.restore`."""
-        self._now, self._before = (Mark(*parts).copy() for parts in state)
+        self._now, self._before = (Mark(*parts) for parts in state)
 
 
 class Replay:

@@ -32,9 +32,8 @@ class QwenMtpDrafter(FeatureDrafter):
         super().__init__(network.specs, size, self._made, network.remember, cache)
         self._target, self._network = target, network
         self.taps: tuple[int, ...] = (len(target.layers) - 1,)  # so that every column's hidden state is there
-        self._newest = mx.zeros(
-            (0, 1, target.config.hidden_size), cache.dtype
-        )  # [R, 1, H]: the last feature that is stored
+        # [R, 1, H]: the last feature that is stored
+        self._newest = mx.zeros((0, 1, target.config.hidden_size), cache.dtype)
 
     def propose(self, rows: slice, bonus: mx.array, sampler: Sampler, width: int) -> Draft:
         self._store()
