@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterator
-from typing import Any
-
 import mlx.core as mx
 
 
@@ -35,26 +31,3 @@ def copy(x: mx.array) -> mx.array:
     """x in a buffer of its own, to the bit. (`mx.contiguous` keeps a buffer that is up to 16 KiB larger, and a whole
     one that a pass could then no longer write in place.)"""
     return x * mx.array(1, x.dtype)
-
-
-def arrays(tree: Any) -> Iterator[mx.array]:
-    """The arrays in nested lists, tuples and dictionaries; whatever else lies there is passed over."""
-    if isinstance(tree, mx.array):
-        yield tree
-    elif isinstance(tree, list | tuple | dict):
-        for one in tree.values() if isinstance(tree, dict) else tree:
-            yield from arrays(one)
-
-
-class Fresh:
-    """Which arrays of a tree are new since it was last looked at. To evaluate one again is not free: MLX has the device
-    wait for every array that it is given, evaluated or not. Holds no array, or MLX would copy it to write into it."""
-
-    def __init__(self) -> None:
-        self._before: list[weakref.ref[mx.array]] = []
-
-    def of(self, tree: Any) -> list[mx.array]:
-        found = list(arrays(tree))
-        before = {id(array) for ref in self._before if (array := ref()) is not None}
-        self._before = [weakref.ref(array) for array in found]
-        return [array for array in found if id(array) not in before]

@@ -31,7 +31,7 @@ import numpy as np
 
 from mlx_mtp import logprobs
 from mlx_mtp.accept import Judge, Verdict, verdict
-from mlx_mtp.buffers import Fresh, put
+from mlx_mtp.buffers import put
 from mlx_mtp.cache import Cache
 from mlx_mtp.confidence import Confidence, Judged, lenders, pack
 from mlx_mtp.depth import MAX_WIDTH, Depth
@@ -81,7 +81,7 @@ class Engine:
         self._history = History(target.config.vocab_size)
         self._running: Pass | None = None
         self._samplers: dict[tuple, Sampler] = {}
-        self._fresh = Fresh()  # of the drafter's arrays, at every dispatch
+        self._news: Any = ()  # what is new in the drafter's state since the last dispatch; None: it may be all
         self._last: float | None = None  # when the pass before was read, if the device has been busy since
 
     # requests ---------------------------------------------------------------------------------------------------
@@ -178,7 +178,7 @@ class Engine:
 
     def _join(self, row: Row) -> None:
         prompt, most, n = len(row.request.prompt), row.request.max_tokens, row.prefilled
-        begin, row.begin, row.started_s = row.begin, None, self.clock()
+        begin, row.begin, row.started_s, self._news = row.begin, None, self.clock(), None
         self.cache.join(prompt + min(most, 256), begin and begin.cache, n, most=prompt + most)
         self.drafter.begin(row.index, n, begin and begin.drafter)
         row.listener = self.drafter.listener(row.request.prompt)
@@ -216,7 +216,8 @@ class Engine:
         newest = mx.where(kept > 0, judged.bonus, bonus)
         forced = width - guide.own if guide is not None else 0
         fwd = Forward(rows, tokens, hidden, taps, width, judged.picked, newest, still, forced)
-        self.drafter.observe(fwd, kept)
+        new = self.drafter.observe(fwd, kept)
+        self._news = None if asks or self._news is None else new
         self._history.add(rows, judged.tokens, kept)
         self._bonus = mx.concatenate([newest, self._bonus[len(decoded) :]])
         for row in active:
@@ -263,6 +264,7 @@ class Engine:
             where = slice(row.index, row.index + 1)
             fwd = Forward(where, tokens[own, upto], hidden[own, upto], seen, 0, newest=newest[own])
             self.drafter.observe(fwd, kept[own])
+        self._news = None
         return newest, scores
 
     def _firsts(
@@ -323,8 +325,9 @@ class Engine:
             drafted_s = self.clock() - self._sent_s
         reads = self._tell(built.guide) if built.guide is not None else 0
         kept = [a for prefix in built.prefixes for a in prefix.arrays]  # first: done with before the next pass writes
-        cache, drafter, *rest = self._state()
-        mx.async_eval(kept, built.out, cache, self._fresh.of(drafter), rest)
+        # To evaluate an array again is not free: MLX has the device wait for every one that it is given.
+        drafter, self._news = self.drafter.state() if self._news is None else self._news, ()
+        mx.async_eval(kept, built.out, self.cache.state(), drafter, self._bonus, self._history.state())
         for prefix in built.prefixes:
             self.scheduler.keep(prefix)
         for row in built.active:
@@ -343,7 +346,7 @@ class Engine:
 
     def _undo(self, built: Pass | None, state: tuple[Any, ...]) -> None:
         """Take back a pass that nobody needs; rows that it admitted stay, as if new."""
-        self._running = self._last = None
+        self._running = self._last = self._news = None
         if built is None:
             return
         cache, drafter, self._bonus, history = state
@@ -449,7 +452,7 @@ class Engine:
     def _drop_done(self) -> None:
         for row in [r for r in self.scheduler.rows if r.done]:
             index, prefix = row.index, self._left(row)
-            last = self.scheduler.leave(row)
+            last, self._news = self.scheduler.leave(row), None
             self.drafter.leave(index, last)
             self.cache.leave(index)
             self._history.leave(index)

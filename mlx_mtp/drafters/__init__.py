@@ -27,11 +27,12 @@ class Drafter(Protocol):
         `sampler.offer` first, lest it draft what a constraint forbids."""
         ...
 
-    def observe(self, fwd: Forward, kept: mx.array) -> None:
+    def observe(self, fwd: Forward, kept: mx.array) -> Any:
         """The target ran a pass, and kept[b] of row b's columns became true ([B] int32; 0: the row stood still).
 
         A prompt chunk is a pass whose every column is kept and none was drafted.
-        A round of width 0 is one too; what it brings is best left alone until the next draft needs it.
+        A round of width 0 is one too; what it brings is best left alone until the next draft needs it. What is new in
+        `state` since, any tree, is returned then, so that nothing else need be looked through; None: it may be all.
         """
         ...
 

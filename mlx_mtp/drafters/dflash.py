@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 
 from mlx_mtp.cache import Cache
@@ -39,8 +41,8 @@ class DFlashDrafter(FeatureDrafter):
         position = pass_.start[:, None] + 1 + mx.arange(width)
         return sampler.draw_all(logits, position)
 
-    def observe(self, fwd: Forward, kept: mx.array) -> None:
-        self._see(fwd, kept, *(fwd.taps[i] for i in self.taps))
+    def observe(self, fwd: Forward, kept: mx.array) -> Any:
+        return self._see(fwd, kept, *(fwd.taps[i] for i in self.taps))
 
 
 def _side_by_side(*tapped: mx.array) -> mx.array:

@@ -66,8 +66,8 @@ class DraftModel:
             drafted.append(steps[-1].tokens)
         return Drawn.draft(steps)
 
-    def observe(self, fwd: Forward, kept: mx.array) -> None:
-        self._texts.observe(fwd, kept)
+    def observe(self, fwd: Forward, kept: mx.array) -> Any:
+        new = self._texts.observe(fwd, kept)
         columns, own = fwd.tokens.shape[1], fwd.drafted - fwd.forced
         for row in range(fwd.rows.start, fwd.rows.stop):
             if row - fwd.rows.start not in fwd.still:
@@ -77,6 +77,7 @@ class DraftModel:
             self._has(fwd.rows, mx.where(kept > 0, mx.minimum(end - kept + own, end - 1), self._have[fwd.rows]))
         if columns > 1 and not fwd.drafted:  # a prompt chunk
             self._catch_up(fwd.rows)
+        return None if columns > 1 else new
 
     def _catch_up(self, rows: slice) -> None:
         """Feed what rows lack up to their newest token, which stays; one pass for neighbours that lack as much.

@@ -64,19 +64,21 @@ class FeatureDrafter:
         self._seen: list[Seen] = []  # not stored yet, oldest first
         self._undrafted = False  # whether one of them was no round with drafts
 
-    def _see(self, fwd: Forward, kept: mx.array, *shown: mx.array) -> None:
-        """A pass has shown arrays [B, L, ...], of which kept [B] columns became true."""
+    def _see(self, fwd: Forward, kept: mx.array, *shown: mx.array) -> Any:
+        """A pass has shown arrays [B, L, ...], of which kept [B] columns became true. Returns as `observe`."""
         columns = fwd.tokens.shape[1]
         if columns > 1 and not fwd.drafted:  # a prompt chunk
             if self._undrafted:
                 self._store()
             self._take(fwd.rows, self._features(*shown), kept)
-            return
-        if columns + sum(seen.shown[0].shape[1] for seen in self._seen) > self._most:
+            return None
+        full = columns + sum(seen.shown[0].shape[1] for seen in self._seen) > self._most
+        if full:
             self._store()
         seen = Seen(shown, kept)
         self._seen.append(seen.behind(fwd.rows.start) if fwd.rows.start else seen)  # one token of a prompt
         self._undrafted = self._undrafted or not fwd.drafted
+        return None if full else (shown, kept)
 
     def _store(self) -> None:
         """Write down what was seen and is not stored yet, all of it in one pass."""

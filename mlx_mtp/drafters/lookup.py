@@ -61,9 +61,9 @@ class LookupDrafter:
         sure = None if sure is None or other.bins is None else mx.where(looked, sure, other.bins)
         return Draft(mx.where(looked, tokens, other.tokens), source, sure)
 
-    def observe(self, fwd: Forward, kept: mx.array) -> None:
-        self._under.observe(fwd, kept)
-        self._texts.observe(fwd, kept)
+    def observe(self, fwd: Forward, kept: mx.array) -> Any:
+        under, texts = self._under.observe(fwd, kept), self._texts.observe(fwd, kept)
+        return None if under is None else (under, texts)
 
     def listener(self, prompt: Sequence[int]) -> Echo:
         return Echo(prompt, {self._gate: USUAL + 1, max(SURE, self._gate): USUAL + 2}, self._without)

@@ -78,7 +78,7 @@ class MtpDrafter:
         reach = window + self._convention.extra_keys
         return self._cache.committed(sliding, rows, reach), self._cache.committed(full, rows, None)
 
-    def observe(self, fwd: Forward, kept: mx.array) -> None:
+    def observe(self, fwd: Forward, kept: mx.array) -> mx.array:
         skipped = fwd.tokens.shape[1] - fwd.hidden.shape[1]
         if fwd.hidden.shape[1] == 1:
             picked = fwd.hidden
@@ -91,8 +91,9 @@ class MtpDrafter:
             picked = mx.where((kept > 0)[:, None, None], picked, self._hidden[fwd.rows])
         if picked.shape[0] == self._hidden.shape[0]:
             self._hidden = picked
-            return
-        self._hidden = put(self._hidden, fwd.rows, picked)
+        else:
+            self._hidden = put(self._hidden, fwd.rows, picked)
+        return self._hidden
 
     def listener(self, prompt: Sequence[int]) -> None:
         return None

@@ -18,8 +18,8 @@ class PlainDrafter:
     def propose(self, rows: slice, bonus: mx.array, sampler: Sampler, width: int) -> Draft:
         return Draft(mx.zeros((bonus.shape[0], 0), mx.int32))
 
-    def observe(self, fwd: Forward, kept: mx.array) -> None:
-        pass
+    def observe(self, fwd: Forward, kept: mx.array) -> tuple[()]:
+        return ()
 
     def listener(self, prompt: Sequence[int]) -> None:
         return None

@@ -57,13 +57,13 @@ class QwenMtpDrafter(FeatureDrafter):
         self._cache.lengths = lengths
         return hidden
 
-    def observe(self, fwd: Forward, kept: mx.array) -> None:
+    def observe(self, fwd: Forward, kept: mx.array) -> Any:
         assert fwd.newest is not None
         behind = fwd.newest[:, None]
         if fwd.tokens.shape[1] > 1:
             at, last = mx.arange(fwd.tokens.shape[1]), mx.maximum(kept - 1, 0)[:, None]
             behind = mx.where(at == last, behind, mx.concatenate([fwd.tokens[:, 1:], behind], axis=1))
-        self._see(fwd, kept, behind, fwd.hidden)
+        return self._see(fwd, kept, behind, fwd.hidden)
 
     def _made(self, behind: mx.array, hidden: mx.array) -> mx.array:
         """Features [B, L, H] of the tokens behind every position [B, L] and the hidden states there."""
