@@ -6,7 +6,7 @@ drafting that does not pay stops, and is probed again at growing distances.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -14,6 +14,7 @@ from mlx_mtp.round_times import SAMPLES, RoundTimes
 from mlx_mtp.rows import BOUND, NOTHING, RequestError
 
 MAX_WIDTH = 15  # the widest round; the cache's rings leave room for it
+AT_ONCE = 8  # rounds without drafts that are reckoned with together: what is decided for each costs time
 
 
 class Depth(Protocol):
@@ -87,13 +88,16 @@ class Acceptance:
         self._prior = self.HOPELESS if outlook % BOUND == NOTHING else self.PRIOR
         self._hits, self._tries = [0.0] * most, [0.0] * most
         self._slow, self._rounds = [self._prior] * most, [0] * most
+        self._unfaded = 0  # rounds since the counts were faded
         self._expected: list[float] = []  # none: to be reckoned anew
 
     def record(self, width: int, kept: Sequence[int]) -> None:
         """A round in which these rows kept so many columns of width + 1."""
-        self._expected = []
-        self._hits = [x * self.FADE for x in self._hits]
-        self._tries = [x * self.FADE for x in self._tries]
+        self._unfaded += 1
+        if not width and self._unfaded < AT_ONCE:
+            return
+        fade, self._unfaded, self._expected = self.FADE**self._unfaded, 0, []
+        self._hits, self._tries = [x * fade for x in self._hits], [x * fade for x in self._tries]
         for i in range(min(width, len(self._hits))):
             judged = [columns - 1 > i for columns in kept if columns > i]  # all drafts before i were kept
             if judged:
@@ -143,7 +147,7 @@ class Auto:
 
     GAIN, WORTH = 1.03, 1.01  # a new width must look so much better than the present one, the present than width 0
     FIRST = 2  # the first width: what is wasted if nothing is kept
-    LOSS, ALLOWANCE = 0.01, 3  # share of the time, on top of so many rounds of width 0
+    LOSS, ALLOWANCE = 0.005, 3  # share of the time, on top of so many rounds of width 0
     MEMORY = 0.999  # per round: about a thousand rounds stand in the ledger
     MISSES = 16  # after which a width is taken to be none that the drafter can draft
     PAUSE = 6  # rounds between two shapes that are tried for their time
@@ -167,6 +171,8 @@ class Auto:
         self._trial: tuple[int, int] | None = None
         self._wait, self._since, self._probing = self.FIRST_PROBE, 0, 0
         self._chosen = 0  # for the round that comes
+        self._resting: dict[tuple[int, ...], bool] = {}  # outlooks for which width 0 is best, and whether to look again
+        self._rested = 0  # rounds that this has stood
 
     @property
     def settled(self) -> int:
@@ -174,12 +180,17 @@ class Auto:
         return self._width
 
     def choose(self, outlook: Sequence[int]) -> int:
-        self._chosen = self._choose(outlook)
+        self._chosen = self._choose(tuple(outlook))
         return self._chosen
 
-    def _choose(self, outlook: Sequence[int]) -> int:
+    def _choose(self, outlook: tuple[int, ...]) -> int:
+        if self._left() < 0:
+            return 0
+        if outlook in self._resting:
+            self._quiet += 1
+            return self._probe(self._resting[outlook])
         rows, known = len(outlook), self._times.known(len(outlook))
-        if 0 not in known or self._left() < 0:
+        if 0 not in known:
             return 0
         hopeful = any(o % BOUND != NOTHING for o in outlook)
         costs, tokens = self._times.costs(rows), self._tokens(outlook)
@@ -201,7 +212,10 @@ class Auto:
             if trial is not None:
                 self._trial, self._quiet = (rows, trial), 0
                 return trial
-        return self._width or (self._probe() if hopeful else 0)
+        if self._width:
+            return self._width
+        self._resting[outlook] = hopeful
+        return self._probe(hopeful)
 
     def _meeting(self, rows: int, known: frozenset[int], tokens: list[float]) -> int | None:
         """The width that is being timed for the first time, if one is: the first of all, or one that is on trial."""
@@ -213,11 +227,12 @@ class Auto:
         return None
 
     def record(self, width: int, kept: list[int], seconds: float | None, outlook: Sequence[int]) -> None:
-        by_outlook: defaultdict[int, list[int]] = defaultdict(list)
-        for columns, o in zip(kept, outlook, strict=True):
-            by_outlook[o].append(columns)
-        for o, columns in by_outlook.items():
-            self._acceptance(o).record(width, columns)
+        self._rested += 1
+        if width or self._rested >= AT_ONCE:
+            self._resting, self._rested = {}, 0
+        for one in set(outlook):
+            columns = [k for k, o in zip(kept, outlook, strict=True) if o == one] if width else kept
+            self._acceptance(one).record(width, columns)
         shape = len(kept), width
         if shape not in self._seen:
             self._seen.add(shape)  # the first round of a shape also pays for building its kernels
@@ -246,11 +261,14 @@ class Auto:
 
     def _tokens(self, outlook: Sequence[int]) -> list[float]:
         """Tokens a row is expected to gain from a round, by width; mean over rows."""
-        counts = Counter(outlook)
-        if len(counts) == 1:
+        kinds = set(outlook)
+        if len(kinds) == 1:
             return self._acceptance(outlook[0]).tokens
-        parts = [(n / len(outlook), self._acceptance(o).tokens) for o, n in counts.items()]
-        return [sum(share * tokens[width] for share, tokens in parts) for width in range(self._most + 1)]
+        mean = [0.0] * (self._most + 1)
+        for o in kinds:
+            share = outlook.count(o) / len(outlook)
+            mean = [x + share * tokens for x, tokens in zip(mean, self._acceptance(o).tokens, strict=True)]
+        return mean
 
     def _best(self, known: frozenset[int], rates: list[float]) -> int:
         """The best of the widths whose cost is known; the present one unless another is clearly better, or it is hardly
@@ -263,10 +281,13 @@ class Auto:
     def _worth_trying(self, rows: int, known: frozenset[int], costs: list[float], rates: list[float]) -> int | None:
         """An untimed width that would win if it took no longer than the next narrower timed one; of those about as good
         the narrowest, which costs least if it does not win."""
+        wanted = self.GAIN * rates[self._width]
+        if max(rates) < wanted:
+            return None
         widths = [w for w in range(1, self._most + 1) if w not in known and self._missed[rows, w] < self.MISSES]
         unknown = [w for w in widths if self._affordable(w, max(known), costs)]
         best = max((rates[w] for w in unknown), default=0.0)
-        wanted = max(self.GAIN * rates[self._width], best / self.GAIN)
+        wanted = max(wanted, best / self.GAIN)
         return next((w for w in unknown if rates[w] >= wanted), None)
 
     def _left(self) -> float:
@@ -289,8 +310,10 @@ class Auto:
             self._unseen, self._recheck = 0, min(2 * self._recheck, most)
         return self._unseen >= self._recheck
 
-    def _probe(self) -> int:
+    def _probe(self, hopeful: bool) -> int:
         """Width of a round while drafting does not pay: 0, except for a narrow look at growing distances."""
+        if not hopeful:
+            return 0
         self._since += 1
         if self._since >= self._wait:
             self._since, self._wait, self._probing = (

@@ -29,6 +29,8 @@ class RoundTimes:
         self._most = most
         self._rows = 0
         self._last: deque[tuple[int, float]] = deque(maxlen=2 * NEAR + 1)  # (width, log of seconds), of `_rows` rows
+        self._alike = 0  # of the last rounds have the same width
+        self._paces: deque[float] = deque(maxlen=NEAR)  # of the last rounds, each less what its width costs
         self._first: defaultdict[tuple[int, int], list[float]] = defaultdict(list)  # comparisons with rounds before
         self._paired: defaultdict[tuple[int, int], deque[float]] = defaultdict(lambda: deque(maxlen=KEPT))
         self._levels: dict[tuple[int, int], float] = {}  # logarithm of the cost
@@ -40,11 +42,15 @@ class RoundTimes:
         if rows != self._rows:
             self._rows = rows
             self._last.clear()
+            self._paces.clear()
         took = math.log(max(seconds, 1e-9))
         if width not in self._known[rows]:
             self._meet(rows, width, took)
+        self._alike = self._alike + 1 if self._last and self._last[-1][0] == width else 1
         self._last.append((width, took))
-        if len(self._last) == 2 * NEAR + 1:
+        if width in self._known[rows]:
+            self._paces.append(took - self._levels[rows, width])
+        if self._alike < len(self._last) == 2 * NEAR + 1:
             self._compare(rows)
 
     def _meet(self, rows: int, width: int, took: float) -> None:
@@ -65,18 +71,18 @@ class RoundTimes:
 
     def _plain(self) -> float | None:
         """Its logarithm, with as many rows as ran last."""
-        rows = self._rows
-        known = [took - self._levels[rows, w] for w, took in self._last if w in self._known[rows]]
-        return statistics.median(known[-NEAR:]) if known else None
+        return statistics.median(self._paces) if self._paces else None
 
     def _compare(self, rows: int) -> None:
         """The round in the middle of those that were last told of, with the others."""
         last = list(self._last)
         width, took = last[NEAR]
-        other = next((w for w, _ in last[NEAR - 1 :: -1] if w != width), width)
+        other = next((w for w, _ in last[NEAR - 1 :: -1] if w != width), None)
+        if other is None or other not in self._known[rows]:
+            return
         before = [t for w, t in last[:NEAR] if w == other]
         after = [t for w, t in last[NEAR + 1 :] if w == other]
-        if other == width or not before or not after or other not in self._known[rows]:
+        if not after:
             return
         sides = statistics.median(before), statistics.median(after)
         if abs(sides[0] - sides[1]) > STEADY:
