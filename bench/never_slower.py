@@ -13,9 +13,9 @@ that both sides write the same text.
 use too. It counts twice what runs at the same time.
 
 rate: tokens of rounds over their seconds, from when every row has its first token to when the first row ends. ratio: of
-the two rates within a repeat; median, least and most. A policy keeps what it learnt from cell to cell, as in a process
-that serves. drafting, probing: share of its time in rounds with drafts, and in those to find something out. Ends with 1
-if a median ratio is below `--least`.
+the two rates over all repeats, so that a rare dear round counts as it should; then the least and the most of a repeat.
+A policy keeps what it learnt from cell to cell, as in a process that serves. drafting, probing: share of its time in
+rounds with drafts, and in those to find something out. Ends with 1 if a ratio is below `--least`.
 """
 
 from __future__ import annotations
@@ -105,11 +105,11 @@ class Cell:
 
     @property
     def ratio(self) -> float:
-        return statistics.median(self.ratios)
+        return statistics.mean(self.auto_tok_s) / statistics.mean(self.plain_tok_s)
 
     def line(self) -> str:
         spread = f"{self.ratio:.3f} ({min(self.ratios):.2f}..{max(self.ratios):.2f})"
-        rates = f"{statistics.median(self.plain_tok_s):.0f} | {statistics.median(self.auto_tok_s):.0f}"
+        rates = f"{statistics.mean(self.plain_tok_s):.0f} | {statistics.mean(self.auto_tok_s):.0f}"
         shares = f"{self.drafting:.0%} | {self.probing:.1%}"
         return f"| {self.drafter} | {self.prompts} | {self.rows} | {spread} | {rates} | {shares} |"
 
