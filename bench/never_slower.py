@@ -68,13 +68,13 @@ class Watched(Auto):
         self.all_s = self.drafting_s = self.probing_s = 0.0
         self.finding: deque[bool] = deque()  # of the rounds under way: whether they are to find something out
 
-    def choose(self, outlook: Sequence[int]) -> int:
-        width = super().choose(outlook)
+    def choose(self, outlook: Sequence[int], owed: int = 0) -> int:
+        width = super().choose(outlook, owed)
         self.finding.append(width != self.settled)
         return width
 
-    def record(self, width: int, kept: list[int], seconds: float | None, outlook: Sequence[int]) -> None:
-        super().record(width, kept, seconds, outlook)
+    def record(self, width: int, kept: list[int], seconds: float | None, outlook: Sequence[int], owed: int = 0) -> None:
+        super().record(width, kept, seconds, outlook, owed)
         took, finding = seconds or 0.0, self.finding.popleft()
         self.all_s += took
         self.drafting_s += took if width else 0.0

@@ -97,7 +97,7 @@ class Timed(Constant):
         super().__init__(0)
         self.seconds: list[float] = []
 
-    def record(self, width: int, kept: list[int], seconds: float | None, outlook: Sequence[int]) -> None:
+    def record(self, width: int, kept: list[int], seconds: float | None, outlook: Sequence[int], owed: int = 0) -> None:
         self.seconds += [] if seconds is None else [seconds]
 
 

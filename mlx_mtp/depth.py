@@ -6,7 +6,7 @@ drafting that does not pay stops, and is probed again at growing distances.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -27,15 +27,19 @@ class Depth(Protocol):
     @property
     def drafts(self) -> bool: ...
 
-    def choose(self, outlook: Sequence[int]) -> int:
-        """Width of the next round, 0 .. MAX_WIDTH, over rows of which this is the newest known outlook."""
+    def choose(self, outlook: Sequence[int], owed: int = 0) -> int:
+        """Width of the next round, 0 .. MAX_WIDTH, over rows of which this is the newest known outlook.
+
+        owed: columns that they have computed since they were last drafted for. A drafter with a cache of its own may
+        have to compute them first.
+        """
         ...
 
-    def record(self, width: int, kept: list[int], seconds: float | None, outlook: Sequence[int]) -> None:
+    def record(self, width: int, kept: list[int], seconds: float | None, outlook: Sequence[int], owed: int = 0) -> None:
         """A round of `width` drafted tokens a row: row i kept `kept[i]` columns, of width + 1.
 
         seconds: what the round took, or None where the time says nothing (a prompt chunk ran beside it, or the
-        engine had been idle). outlook: what `choose` was given for this round.
+        engine had been idle). outlook, owed: what `choose` was given for this round.
         """
         ...
 
@@ -46,10 +50,10 @@ class Constant:
     def __init__(self, width: int) -> None:
         self._width, self.drafts = width, width > 0
 
-    def choose(self, outlook: Sequence[int]) -> int:
+    def choose(self, outlook: Sequence[int], owed: int = 0) -> int:
         return self._width
 
-    def record(self, width: int, kept: list[int], seconds: float | None, outlook: Sequence[int]) -> None:
+    def record(self, width: int, kept: list[int], seconds: float | None, outlook: Sequence[int], owed: int = 0) -> None:
         pass
 
 
@@ -65,10 +69,10 @@ class Heuristic:
     def __init__(self, width: int = 4, most: int = MAX_WIDTH) -> None:
         self._width, self._most = width, most
 
-    def choose(self, outlook: Sequence[int]) -> int:
+    def choose(self, outlook: Sequence[int], owed: int = 0) -> int:
         return self._width
 
-    def record(self, width: int, kept: list[int], seconds: float | None, outlook: Sequence[int]) -> None:
+    def record(self, width: int, kept: list[int], seconds: float | None, outlook: Sequence[int], owed: int = 0) -> None:
         if width and kept:
             full = sum(k == width + 1 for k in kept) * 2 >= len(kept)
             self._width = min(self._most, self._width + 2) if full else max(1, self._width - 1)
@@ -138,6 +142,8 @@ class Auto:
     next narrower one takes; where that would be fast enough to win, the shape is tried. Steps in the cost, as kernels
     have them, are found this way. A round during which one of another width was built does not count: where the host
     is the slower one it takes as long as that building.
+    Rounds that must make up for many without drafts say what that costs (a draft model reads all it has missed), and
+    nothing about their width. Drafting is taken up again where the ledger can bear it, or some rounds' gain pays it.
     A width is worth its drafts only if it is clearly better than width 0. While it drafts, rounds of width 0 are run
     now and then, for all is judged by them: as often as a small share of the time allows, which is the more often the
     less drafting seems to gain. Where width 0 is best, a narrow round is tried at growing distances, unless no drafter
@@ -154,6 +160,8 @@ class Auto:
     FIRST_PROBE, LAST_PROBE, PROBE_WIDTH, PROBE_ROUNDS = 24, 768, 1, 2
     FIRST_CHECK, LAST_CHECK, CHECK_ROUNDS = 5, 256, 2  # rounds with drafts before some without
     CHECK_SHARE = 0.005  # of the time that those may cost
+    OWED, OWED_SHARE = 16, 0.05  # columns a row that are not made up in passing; share of a round that is not noise
+    PAYBACK = 64  # rounds whose gain may pay for making up
     drafts = True
 
     def __init__(self, most: int = 8) -> None:
@@ -173,27 +181,33 @@ class Auto:
         self._chosen = 0  # for the round that comes
         self._resting: dict[tuple[int, ...], bool] = {}  # outlooks for which width 0 is best, and whether to look again
         self._rested = 0  # rounds that this has stood
+        self._made_up: deque[tuple[int, float]] = deque(maxlen=5)  # columns that were owed, and what they took
+        self._column_s = 0.0  # what one does
 
     @property
     def settled(self) -> int:
         """The width it takes to be the best; a round of another one is there to find something out."""
         return self._width
 
-    def choose(self, outlook: Sequence[int]) -> int:
-        self._chosen = self._choose(tuple(outlook))
+    def choose(self, outlook: Sequence[int], owed: int = 0) -> int:
+        self._chosen = self._choose(tuple(outlook), owed * self._column_s)
         return self._chosen
 
-    def _choose(self, outlook: tuple[int, ...]) -> int:
-        if self._left() < 0:
+    def _choose(self, outlook: tuple[int, ...], owed_s: float) -> int:
+        left = self._left()
+        if left < 0:
             return 0
         if outlook in self._resting:
             self._quiet += 1
-            return self._probe(self._resting[outlook])
+            return self._probe(self._resting[outlook] and owed_s <= left)
         rows, known = len(outlook), self._times.known(len(outlook))
         if 0 not in known:
             return 0
         hopeful = any(o % BOUND != NOTHING for o in outlook)
         costs, tokens = self._times.costs(rows), self._tokens(outlook)
+        gain = max(tokens[w] - costs[w] for w in known)
+        if owed_s > left + self.PAYBACK * gain * self._plain_s:
+            return 0
         drafted = len(known) > 1
         meeting = self._meeting(rows, known, tokens) if hopeful else None
         if meeting is not None and self._missed[rows, meeting] < self.MISSES:
@@ -226,7 +240,7 @@ class Auto:
             return self._trial[1]
         return None
 
-    def record(self, width: int, kept: list[int], seconds: float | None, outlook: Sequence[int]) -> None:
+    def record(self, width: int, kept: list[int], seconds: float | None, outlook: Sequence[int], owed: int = 0) -> None:
         self._rested += 1
         if width or self._rested >= AT_ONCE:
             self._resting, self._rested = {}, 0
@@ -234,13 +248,15 @@ class Auto:
             columns = [k for k, o in zip(kept, outlook, strict=True) if o == one] if width else kept
             self._acceptance(one).record(width, columns)
         shape = len(kept), width
+        owed = owed if width and owed > self.OWED * len(kept) else 0
         if shape not in self._seen:
             self._seen.add(shape)  # the first round of a shape also pays for building its kernels
+            self._gained_s -= owed * self._column_s
         elif seconds is not None:
-            self._time(*shape, sum(kept) / len(kept), seconds)
+            self._time(*shape, sum(kept) / len(kept), seconds, owed)
 
-    def _time(self, rows: int, width: int, tokens: float, seconds: float) -> None:
-        """A round brought so many tokens a row, and took so long."""
+    def _time(self, rows: int, width: int, tokens: float, seconds: float, owed: int) -> None:
+        """A round brought so many tokens a row, and took so long; columns that it has made up for, if many."""
         plain_s, known = self._times.plain_s(rows), self._times.known(rows)
         if plain_s is None and {0, width} <= known:  # the first round with so many rows again
             plain_s = seconds / self._times.costs(rows)[width]
@@ -249,10 +265,20 @@ class Auto:
             self._plain_s = plain_s
             self._gained_s = self.MEMORY * self._gained_s + rounds * (tokens * plain_s - seconds if width else 0.0)
             self._spent_s = self.MEMORY * self._spent_s + rounds * seconds
+        if owed and plain_s is not None:
+            self._make_up(owed, seconds - plain_s * self._times.costs(rows)[width])
+        if owed * self._column_s > self.OWED_SHARE * seconds:
+            return
         if width == self._chosen:
             self._times.learn(rows, width, seconds)
         elif self._chosen not in known:
             self._missed[rows, self._chosen] += 1
+
+    def _make_up(self, owed: int, seconds: float) -> None:
+        """A round with drafts took so much longer than its width does, after so many columns without."""
+        self._made_up.append((owed, seconds))
+        columns, took = (sum(parts) for parts in zip(*self._made_up, strict=True))
+        self._column_s = max(0.0, took / columns)
 
     def _acceptance(self, outlook: int) -> Acceptance:
         if outlook not in self._kept:
@@ -336,11 +362,11 @@ class Apart:
     def __init__(self, free: Depth, bound: Depth) -> None:
         self._free, self._bound = free, bound
 
-    def choose(self, outlook: Sequence[int]) -> int:
-        return self._of(outlook).choose(outlook)
+    def choose(self, outlook: Sequence[int], owed: int = 0) -> int:
+        return self._of(outlook).choose(outlook, owed)
 
-    def record(self, width: int, kept: list[int], seconds: float | None, outlook: Sequence[int]) -> None:
-        self._of(outlook).record(width, kept, seconds, outlook)
+    def record(self, width: int, kept: list[int], seconds: float | None, outlook: Sequence[int], owed: int = 0) -> None:
+        self._of(outlook).record(width, kept, seconds, outlook, owed)
 
     def _of(self, outlook: Sequence[int]) -> Depth:
         return self._bound if any(o >= BOUND for o in outlook) else self._free

@@ -157,9 +157,10 @@ class Engine:
         begun = _asking([c.row for c in chunks if c.last])
         most = max((r.request.logprobs or 0 for r in (*active, *begun)), default=0)
         most = min(most, self.target.config.vocab_size)
+        owed = sum(r.unasked for r in active)
         outs, scores, draft, guide, width, experts, weighed = [], [], None, None, 0, [], False
         if decoded:
-            planned = self._width(active, known)
+            planned = self._width(active, known, owed)
             guide = self._guide(decoded, active, planned)
             round_ = self._round(decoded, active, planned, guide, most)
             draft, experts, width = round_.draft, round_.experts, round_.judged.tokens.shape[1] - 1
@@ -174,7 +175,7 @@ class Engine:
         scored = [*((r, width + 1) for r in _asking(active)), *((r, 1) for r in begun)]
         out = mx.concatenate([*outs, *experts, *scores])
         flags = weighed, bool(experts)
-        return Pass(decoded, active, width, chunks, prefixes, draft, guide, out, known, *flags, scored, most)
+        return Pass(decoded, active, width, chunks, prefixes, draft, guide, out, known, owed, *flags, scored, most)
 
     def _join(self, row: Row) -> None:
         prompt, most, n = len(row.request.prompt), row.request.max_tokens, row.prefilled
@@ -185,10 +186,10 @@ class Engine:
         self._history.join(row.request)
         self._bonus = mx.concatenate([self._bonus, mx.zeros((1,), mx.int32)])
 
-    def _width(self, active: list[Row], prospects: tuple[int, ...]) -> int:
+    def _width(self, active: list[Row], prospects: tuple[int, ...], owed: int) -> int:
         """The depth policy's width, but no wider than the longest row can still use."""
         useful = max((r.room for r in active), default=1) - 1
-        return max(0, min(self.depth.choose(prospects), useful))
+        return max(0, min(self.depth.choose(prospects, owed), useful))
 
     def _round(self, decoded: list[Row], active: list[Row], width: int, guide: Guide | None, most: int) -> Round:
         """Draft, verify, commit. most: log-probabilities of so many tokens go with each where they are asked for."""
@@ -221,7 +222,7 @@ class Engine:
         self._history.add(rows, judged.tokens, kept)
         self._bonus = mx.concatenate([newest, self._bonus[len(decoded) :]])
         for row in active:
-            row.pending += 1
+            row.pending, row.unasked = row.pending + 1, 0 if asks else row.unasked + 1 + width
         experts = [distinct_experts(pass_.routed)[None]] if pass_.routed else []
         scores = logprobs.packed_rows(logits, judged.tokens, asking, most)
         read = pack(draft, judged.right), experts, scores
@@ -440,7 +441,7 @@ class Engine:
             alone_s, own = None if done.chunks else seconds, [i for i, r in enumerate(done.decoded) if r in done.active]
             if done.width and done.guide is not None and done.guide.certain:
                 return  # forced drafts say nothing about the drafter
-            self.depth.record(done.width, [kept[i] for i in own], alone_s, done.outlook)
+            self.depth.record(done.width, [kept[i] for i in own], alone_s, done.outlook, done.owed)
             judged = None if weighed is None else weighed.of(own)
             right = judged.right if judged is not None else [kept[i] - 1 for i in own]
             if done.width and self.confidence is not None:

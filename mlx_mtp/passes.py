@@ -23,7 +23,7 @@ class Pass:
     decoded row's kept count, then, if `weighed`, what was cut, then one number per chunk (the first token, where the
     prompt ends here), then the round's distinct experts summed over layers, where there are any (`counted`), then per
     row of `scored` as many tokens' log-probabilities as it has columns, with the `most` best. outlook: of the active
-    rows, what was known when the width was chosen.
+    rows, what was known when the width was chosen; owed: columns that they had computed since a draft was asked for.
     """
 
     decoded: list[Row]
@@ -35,6 +35,7 @@ class Pass:
     guide: Guide | None
     out: mx.array
     outlook: tuple[int, ...]
+    owed: int
     weighed: bool
     counted: bool
     scored: list[tuple[Row, int]]

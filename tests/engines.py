@@ -168,10 +168,10 @@ class Listed:
     def __init__(self, widths: Sequence[int]) -> None:
         self._widths = itertools.cycle(widths)
 
-    def choose(self, outlook: Sequence[int]) -> int:
+    def choose(self, outlook: Sequence[int], owed: int = 0) -> int:
         return next(self._widths)
 
-    def record(self, width: int, kept: list[int], seconds: float | None, outlook: Sequence[int]) -> None:
+    def record(self, width: int, kept: list[int], seconds: float | None, outlook: Sequence[int], owed: int = 0) -> None:
         pass
 
 
@@ -182,7 +182,7 @@ class Noting(Listed):
         super().__init__(widths)
         self.told: list[tuple[int, list[int], float | None]] = []
 
-    def record(self, width: int, kept: list[int], seconds: float | None, outlook: Sequence[int]) -> None:
+    def record(self, width: int, kept: list[int], seconds: float | None, outlook: Sequence[int], owed: int = 0) -> None:
         assert outlook
         self.told.append((width, kept, seconds))
 

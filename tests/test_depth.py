@@ -278,6 +278,32 @@ def test_a_drafter_that_never_knows_anything_is_not_asked(rows):
     assert [depth.choose([NOTHING] * rows) for _ in range(50)] == [0] * 50
 
 
+def made_up_for(chance: Callable[[int], float], per_draft: float, rows: int, length: int) -> float:
+    """Time over plain decoding's with a drafter that has to compute every column it has missed, at a fiftieth of a
+    plain round each, and texts that end after so many rounds."""
+    depth, rng, owed, took, tokens = Auto(), random.Random(0), 0, 0.0, 0.0
+    for n in range(5000):
+        owed = owed if n % length else 0
+        width = depth.choose([USUAL] * rows, owed)
+        kept = [1 + next((k for k in range(width) if rng.random() >= chance(n)), width) for _ in range(rows)]
+        seconds = 1 + per_draft * width + (owed / 50 if width else 0)
+        depth.record(width, kept, seconds * (1 + 0.05 * abs(rng.gauss(0, 1))), [USUAL] * rows, owed)
+        owed = 0 if width else owed + rows
+        took, tokens = took + seconds, tokens + sum(kept) / rows
+    return took / tokens
+
+
+@pytest.mark.parametrize(("rows", "length"), [(1, 128), (1, 5000), (8, 128), (8, 1000), (8, 5000)])
+def test_a_useless_drafter_that_must_catch_up_is_seldom_asked(rows, length):
+    assert made_up_for(lambda n: 0.05, 0.5, rows, length) < 1.01
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_a_drafter_that_must_catch_up_is_asked_again_where_that_is_cheap(rows):
+    assert made_up_for(lambda n: 0.8 if n // 700 % 2 else 0.1, 0.2, rows, 128) < 0.8
+    assert made_up_for(lambda n: 0.8, 0.2, rows, 5000) < 0.6
+
+
 def test_outlooks_are_told_apart():
     """Half of the time a drafter is always right and says so: it drafts wide then, and not otherwise."""
     places = [[MAX_WIDTH, USUAL + 1]] * 60 + [[0, USUAL]] * 60

@@ -1,5 +1,7 @@
 """A whole model as a drafter: it drafts what it would say, whatever it has seen late, or twice, or not at all."""
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 import pytest
 from engines import Job, Listed, Models, engine_of, prompts, request, run, smallest
@@ -88,3 +90,17 @@ def test_another_vocabulary_is_refused_with_both_sizes():
     with pytest.raises(PairingError, match="vocabulary 48, target has 64; .*the same tokenizer.*: use another"):
         check(large, small, "use another")
     assert check(small, small, "") == [] and MTP.name == "mtp"
+
+
+def test_the_policy_hears_how_many_columns_a_draft_would_have_to_make_up_for():
+    models, heard = smallest(), []
+
+    class Owing(Listed):
+        def choose(self, outlook: Sequence[int], owed: int = 0) -> int:
+            heard.append((len(outlook), owed))
+            return super().choose(outlook, owed)
+
+    jobs = [request(prompt, 12) for prompt in prompts(models, (5, 5))]
+    engine = engine_of(models, "rand", Owing([0, 0, 0, 2]))
+    run(engine, jobs)
+    assert heard[:6] == [(2, 0), (2, 2), (2, 4), (2, 6), (2, 0), (2, 2)]

@@ -261,9 +261,9 @@ def test_a_mixed_round_is_a_constrained_one_and_tells_its_rows_apart():
     seen = []
 
     class Outlooks(Noting):
-        def choose(self, outlook: Sequence[int]) -> int:
+        def choose(self, outlook: Sequence[int], owed: int = 0) -> int:
             seen.append(tuple(outlook))
-            return super().choose(outlook)
+            return super().choose(outlook, owed)
 
     engine = watched(Apart(Noting(1), Outlooks(2)))
     run(engine, [answer(TOOLS["glob"]), free("x = ", 40)])
