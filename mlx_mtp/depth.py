@@ -143,7 +143,7 @@ class Auto:
     have them, are found this way. A round during which one of another width was built does not count: where the host
     is the slower one it takes as long as that building.
     Rounds that must make up for many without drafts say what that costs (a draft model reads all it has missed), and
-    nothing about their width. Drafting is taken up again where the ledger can bear it, or some rounds' gain pays it.
+    nothing about their width. Drafting is taken up again where the ledger can bear that: at a text's beginning, mostly.
     A width is worth its drafts only if it is clearly better than width 0. While it drafts, rounds of width 0 are run
     now and then, for all is judged by them: as often as a small share of the time allows, which is the more often the
     less drafting seems to gain. Where width 0 is best, a narrow round is tried at growing distances, unless no drafter
@@ -154,6 +154,7 @@ class Auto:
     GAIN, WORTH = 1.03, 1.01  # a new width must look so much better than the present one, the present than width 0
     FIRST = 2  # the first width: what is wasted if nothing is kept
     LOSS, ALLOWANCE = 0.005, 3  # share of the time, on top of so many rounds of width 0
+    CREDIT = 8  # of what has been gained may be lost again, in rounds of width 0: one text does not pay for another
     MEMORY = 0.999  # per round: about a thousand rounds stand in the ledger
     MISSES = 16  # after which a width is taken to be none that the drafter can draft
     PAUSE = 6  # rounds between two shapes that are tried for their time
@@ -161,7 +162,6 @@ class Auto:
     FIRST_CHECK, LAST_CHECK, CHECK_ROUNDS = 5, 256, 2  # rounds with drafts before some without
     CHECK_SHARE = 0.005  # of the time that those may cost
     OWED, OWED_SHARE = 16, 0.05  # columns a row that are not made up in passing; share of a round that is not noise
-    PAYBACK = 64  # rounds whose gain may pay for making up
     drafts = True
 
     def __init__(self, most: int = 8) -> None:
@@ -190,24 +190,19 @@ class Auto:
         return self._width
 
     def choose(self, outlook: Sequence[int], owed: int = 0) -> int:
-        self._chosen = self._choose(tuple(outlook), owed * self._column_s)
+        bearable = owed * self._column_s <= self._left()
+        self._chosen = self._choose(tuple(outlook)) if bearable else 0
         return self._chosen
 
-    def _choose(self, outlook: tuple[int, ...], owed_s: float) -> int:
-        left = self._left()
-        if left < 0:
-            return 0
+    def _choose(self, outlook: tuple[int, ...]) -> int:
         if outlook in self._resting:
             self._quiet += 1
-            return self._probe(self._resting[outlook] and owed_s <= left)
+            return self._probe() if self._resting[outlook] else 0
         rows, known = len(outlook), self._times.known(len(outlook))
         if 0 not in known:
             return 0
         hopeful = any(o % BOUND != NOTHING for o in outlook)
         costs, tokens = self._times.costs(rows), self._tokens(outlook)
-        gain = max(tokens[w] - costs[w] for w in known)
-        if owed_s > left + self.PAYBACK * gain * self._plain_s:
-            return 0
         drafted = len(known) > 1
         meeting = self._meeting(rows, known, tokens) if hopeful else None
         if meeting is not None and self._missed[rows, meeting] < self.MISSES:
@@ -229,7 +224,7 @@ class Auto:
         if self._width:
             return self._width
         self._resting[outlook] = hopeful
-        return self._probe(hopeful)
+        return self._probe() if hopeful else 0
 
     def _meeting(self, rows: int, known: frozenset[int], tokens: list[float]) -> int | None:
         """The width that is being timed for the first time, if one is: the first of all, or one that is on trial."""
@@ -263,7 +258,8 @@ class Auto:
         if plain_s is not None:
             rounds = 1 if self._times.begun(rows, width) else 2  # the shape's first one is reckoned with now
             self._plain_s = plain_s
-            self._gained_s = self.MEMORY * self._gained_s + rounds * (tokens * plain_s - seconds if width else 0.0)
+            gained_s = self.MEMORY * self._gained_s + rounds * (tokens * plain_s - seconds if width else 0.0)
+            self._gained_s = min(gained_s, self.CREDIT * plain_s)
             self._spent_s = self.MEMORY * self._spent_s + rounds * seconds
         if owed and plain_s is not None:
             self._make_up(owed, seconds - plain_s * self._times.costs(rows)[width])
@@ -336,10 +332,8 @@ class Auto:
             self._unseen, self._recheck = 0, min(2 * self._recheck, most)
         return self._unseen >= self._recheck
 
-    def _probe(self, hopeful: bool) -> int:
+    def _probe(self) -> int:
         """Width of a round while drafting does not pay: 0, except for a narrow look at growing distances."""
-        if not hopeful:
-            return 0
         self._since += 1
         if self._since >= self._wait:
             self._since, self._wait, self._probing = (
