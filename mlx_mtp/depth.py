@@ -261,10 +261,12 @@ class Auto:
             gained_s = self.MEMORY * self._gained_s + rounds * (tokens * plain_s - seconds if width else 0.0)
             self._gained_s = min(gained_s, self.CREDIT * plain_s)
             self._spent_s = self.MEMORY * self._spent_s + rounds * seconds
-        if owed and plain_s is not None:
-            self._make_up(owed, seconds - plain_s * self._times.costs(rows)[width])
-        if owed * self._column_s > self.OWED_SHARE * seconds:
-            return
+        if owed:
+            if plain_s is not None:  # a width that is not known takes at most a plain round a token
+                usual = self._times.costs(rows)[width] if width in known else 1 + width
+                self._make_up(owed, max(0.0, seconds - usual * plain_s))
+            if width not in known or owed * self._column_s > self.OWED_SHARE * seconds:
+                return
         if width == self._chosen:
             self._times.learn(rows, width, seconds)
         elif self._chosen not in known:
@@ -274,7 +276,7 @@ class Auto:
         """A round with drafts took so much longer than its width does, after so many columns without."""
         self._made_up.append((owed, seconds))
         columns, took = (sum(parts) for parts in zip(*self._made_up, strict=True))
-        self._column_s = max(0.0, took / columns)
+        self._column_s = took / columns
 
     def _acceptance(self, outlook: int) -> Acceptance:
         if outlook not in self._kept:
