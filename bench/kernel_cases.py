@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 import numpy as np
 
-from mlx_mtp.kernels import attend, experts, gate_up, head, rows_qmv, verdict
+from mlx_mtp.kernels import attend, delta, experts, gate_up, head, rows_qmv, verdict
 from mlx_mtp.kernels.choice import Draw
 from mlx_mtp.kernels.matrix import Matrix
 from mlx_mtp.models.config import LayerConfig, MoeConfig
+from mlx_mtp.models.qwen3_5 import DeltaConfig, QwenConfig
 from mlx_mtp.shapes import Shape
 
 Layout = tuple[int, int, str] | None
@@ -274,9 +275,45 @@ def judged(found: Shape, noisy: bool) -> Case:
     return Case("verdict", what, lambda n: 2 * n * vocabulary + 4 * hidden, held, make, axis=1)
 
 
+def recurrence(config: DeltaConfig) -> Case:
+    """A round of one row, of which every column counts, in float32."""
+    keys, heads, k, v = config.key_heads, config.value_heads, config.key_dim, config.value_dim
+
+    def make(seed: int) -> Work:
+        state, mixed, qk, decay, beta = (
+            normal(5 * seed + i, 1, *sizes).astype(mx.float32)
+            for i, sizes in enumerate(
+                [(heads, v, k), (MOST, config.channels), (MOST, 2 * keys, k), (MOST, heads), (MOST, heads)]
+            )
+        )
+        qk, decay, beta = mx.fast.rms_norm(qk, None, 1e-6) * k**-0.5, mx.sigmoid(decay + 2), mx.sigmoid(beta)
+        parts = [[mx.contiguous(x[:, :n]) for x in (qk, decay, beta)] for n in range(MOST + 1)]
+        mx.eval(state, parts)
+
+        def given(x: mx.array) -> delta.Given:
+            qk, decay, beta = parts[x.shape[1]]
+            return delta.Given(qk, x, decay, beta)
+
+        span = delta.Span(None, 0, 0, None, True)
+        return Work(
+            mixed,
+            lambda x: delta.why_not(state, given(x)),
+            lambda x: list(delta.delta(state, given(x), span)),
+            lambda x: list(delta.reference(state, given(x), span)),
+            lambda x: list(delta.reference(state, given(x), span)),
+        )
+
+    held = 4 * heads * v * k
+    column = 4 * (2 * keys * k + 2 * heads * v + 2 * heads)
+    what = f"{keys}/{heads} heads of {k}, values of {v}"
+    return Case("delta", what, lambda n: 2 * held + n * column, held, make, axis=1)
+
+
 def cases(found: Shape, layout: Layout, context: int) -> list[Case]:
-    """What a target step and a drafter step of a size consist of."""
+    """What a target step and a drafter step of a size consist of; of Qwen 3.5 only what no other target has."""
     config = found.target
+    if isinstance(config, QwenConfig):
+        return [recurrence(config.delta)]
     hidden = config.hidden_size
     layers = [next(c for c in config.layers if (c.window is None) == full) for full in (False, True)]
     out = []

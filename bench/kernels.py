@@ -35,7 +35,7 @@ from kernel_cases import LAYOUTS, MOST, Arrays, Case, Work, attempt, cases, diff
 from mlx_mtp import __version__  # noqa: E402
 from mlx_mtp.kernels.trials import KERNELS, TOLERANCE  # noqa: E402
 from mlx_mtp.provenance import provenance  # noqa: E402
-from mlx_mtp.shapes import SIZES, shape  # noqa: E402
+from mlx_mtp.shapes import ALL_SIZES, shape  # noqa: E402
 
 COPY_VALUES = 2**27  # float32: half a gigabyte, read and written
 LEAST_CALLS = 8  # of a run
@@ -220,16 +220,16 @@ def show(found: Line) -> None:
     times = f"{cell(found.us, '.1f'):>8} us {cell(found.gb_s, '.0f'):>5} GB/s x{cell(found.ratio, '.2f')}"
     mlx = f"MLX {cell(found.mlx_us, '.1f'):>8} us {cell(found.mlx_gb_s, '.0f'):>5} GB/s x{cell(found.mlx_ratio, '.2f')}"
     right = f"error {cell(found.error, '.1e')} (MLX {cell(found.mlx_error, '.1e')}) alone {found.alone}"
-    place = f"{found.size:8}{found.kernel:9}{found.what:44}{found.columns:3}"
+    place = f"{found.size:12}{found.kernel:9}{found.what:44}{found.columns:3}"
     print(f"{place} {times}  {mlx}  copy {found.copy_gb_s:.0f} GB/s  {right} {found.note}".rstrip(), flush=True)
 
 
 def dry_run(work: list[tuple[str, Case]], columns: list[int], room_bytes: float) -> None:
-    print(f"{'size':8}{'kernel':9}{'shape':44}{'copies':>7}{'MB held':>9}  MB a call at 1 and {columns[-1]} columns")
+    print(f"{'size':12}{'kernel':9}{'shape':44}{'copies':>7}{'MB held':>9}  MB a call at 1 and {columns[-1]} columns")
     for size, case in work:
         moved = " ".join(f"{case.moves(n) / 1e6:9.3f}" for n in (1, columns[-1]))
         copies = case.copies(room_bytes)
-        print(f"{size:8}{case.kernel:9}{case.what:44}{copies:7}{copies * case.holds / 1e6:9.1f}  {moved}")
+        print(f"{size:12}{case.kernel:9}{case.what:44}{copies:7}{copies * case.holds / 1e6:9.1f}  {moved}")
     kernels = len({case.kernel for _, case in work})
     print(f"{len(work)} cases of {kernels} kernels, {len(columns)} numbers of columns, two sides")
 
@@ -262,7 +262,7 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--csv", type=Path, help="results; the same name with .json says where and how")
     parser.add_argument("--dry-run", action="store_true", help="list the work and measure nothing")
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["31B", "26B-A4B", "E4B"])
+    parser.add_argument("--sizes", nargs="+", choices=ALL_SIZES, default=["31B", "26B-A4B", "E4B", "Qwen3.5-4B"])
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS))
     parser.add_argument("--layout", choices=LAYOUTS, default="affine4", help="of all weights")
     parser.add_argument("--context", type=int, default=8192, help="positions in the cache")

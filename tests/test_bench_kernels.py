@@ -13,10 +13,11 @@ import pytest
 from mlx_mtp.doctor import on_gpu
 from mlx_mtp.kernels.matrix import Matrix
 from mlx_mtp.models.config import MoeConfig
+from mlx_mtp.models.qwen3_5 import DeltaConfig
 from mlx_mtp.shapes import shape
 
 BENCH = Path(__file__).parent.parent / "bench"
-KERNELS = {"rows_qmv", "gate_up", "experts", "attend", "head", "verdict"}
+KERNELS = {"rows_qmv", "gate_up", "experts", "attend", "head", "verdict"}  # of a Gemma 4 target
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,8 @@ def tiny_cases(made, layout: str) -> dict:
     target = replace(found.target, hidden_size=64, vocab_size=4096, layers=layers, moe=MoeConfig(4, 2, 64))
     text = replace(found.drafter.text, hidden_size=64)
     small = replace(found, target=target, drafter=replace(found.drafter, text=text))
-    return {case.kernel: case for case in reversed(made.cases(small, made.LAYOUTS[layout], 40))}
+    every = [*made.cases(small, made.LAYOUTS[layout], 40), made.recurrence(DeltaConfig(2, 4, 32, 16, 4))]
+    return {case.kernel: case for case in reversed(every)}
 
 
 def test_the_work_list_has_every_kernel_at_every_size(bench, capsys):
@@ -53,6 +55,7 @@ def test_the_work_list_has_every_kernel_at_every_size(bench, capsys):
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:-1]]
     for size, kernels in {"31B": KERNELS - {"experts"}, "26B-A4B": KERNELS, "E4B": KERNELS - {"experts"}}.items():
         assert {row[1] for row in rows if row[0] == size} == kernels
+    assert {row[1] for row in rows if row[0] == "Qwen3.5-4B"} == {"delta"}
     down = next(row for row in rows if row[:3] == ["31B", "rows_qmv", "down"])
     assert down[-2:] == ["65.082", "65.888"], "5376 x 21504 at 4.5 bits, and 1 or 16 rows in and out"
 
@@ -90,7 +93,7 @@ def test_on_an_nvidia_gpu_kernels_are_built_through_the_translation(bench):
         assert mx.fast.metal_kernel is before
 
 
-@pytest.mark.parametrize("kernel", sorted(KERNELS))
+@pytest.mark.parametrize("kernel", sorted({*KERNELS, "delta"}))
 def test_both_sides_of_a_case_are_timed_and_compared_with_the_reference(bench, made, kernel, tmp_path, capsys):
     case = tiny_cases(made, "bf16" if kernel == "gate_up" else "affine4")[kernel]
     plan = bench.Plan([1, 2], 2, 4.0 * case.holds, 64)
