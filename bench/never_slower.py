@@ -54,6 +54,7 @@ from mlx_mtp.text import Text  # noqa: E402
 
 DFLASH = ROOT / "tests" / "fixtures" / "tiny_dflash"
 PREFIX_BYTES = 2**28  # a prompt is computed once
+KINDS = ("code", "chat", "edit")
 DRAWN = Sampling(temperature=1.0, seed=1)
 
 Make = Callable[[Cache], Drafter]
@@ -243,6 +244,7 @@ def measure(cell: Cell, plain: Side, auto: Side, wanted: Sequence[Request], args
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--drafter", nargs="+", help="of those that are named in the table; all if unset")
+    parser.add_argument("--prompts", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 8])
     parser.add_argument("--tokens", type=int, default=64, help="of every row")
     parser.add_argument("--repeats", type=int, default=5)
@@ -265,7 +267,7 @@ def main() -> None:
         if args.drafter and name not in args.drafter:
             continue
         auto = Side(engine_of(target, make, Watched()), clock)
-        for rows, kind in itertools.product(args.batch, wanted):
+        for rows, kind in itertools.product(args.batch, args.prompts):
             cells.append(Cell(name, kind, rows))
             measure(cells[-1], plain, auto, wanted[kind][:rows], args)
             print(cells[-1].line(), flush=True)
