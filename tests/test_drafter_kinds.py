@@ -6,7 +6,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from checkpoints import FIXTURES
-from engines import Listed, Models, engine_of, prompts, qwen, request, smallest
+from engines import Job, Listed, Models, engine_of, prompts, qwen, request, run, smallest
 from mlx.utils import tree_flatten
 
 from mlx_mtp.bench.graph import primitives
@@ -111,6 +111,22 @@ def operations_a_round(models: Models, kind: str, rows: int) -> float:
 def test_a_drafter_that_is_not_asked_adds_few_operations_to_a_round(kind, most):
     models = qwen() if kind == "head" else smallest()
     assert operations_a_round(models, kind, 2) - operations_a_round(models, "plain", 2) <= most
+
+
+@pytest.mark.parametrize("kind", ["rand", "near", "dflash", "lookup", "rand+lookup", "near+lookup", "head"])
+def test_a_dispatch_leaves_nothing_of_a_drafter_to_be_evaluated(kind):
+    models, left = qwen() if kind == "head" else smallest(), []
+    engine = engine_of(models, kind, Listed([*[0] * 20, 2, 0, 3, 0, 0]))
+    engine.hands_over_first = False  # as on a GPU
+    dispatch = engine._dispatch
+
+    def look(built: Pass) -> None:
+        dispatch(built)
+        left.append(primitives(engine.drafter.state()).total())
+
+    engine._dispatch = look
+    run(engine, [Job(request(p, 40 + 9 * i), 5 * i) for i, p in enumerate(prompts(models, (5, 9, 3)))])
+    assert len(left) > 40 and not any(left)
 
 
 def waits_a_round(models: Models, kind: str, monkeypatch: pytest.MonkeyPatch) -> float:
