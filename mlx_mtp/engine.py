@@ -1,9 +1,10 @@
 """The round: draft, verify, commit, for any number of rows. One loop serves every drafter, batch size and width.
 
 While one pass runs on the device the graph of the next is built, for shapes do not depend on what will be kept. The
-host then reads the finished pass once (`read`, the only place where it waits), and at once dispatches the next. So
+host then reads the finished pass once (`_read`, the only place where it waits), and at once dispatches the next. So
 nothing is in flight when a pass is dispatched, which is what lets MLX write the cache in place, and the device waits
-for a read and a dispatch but never for Python to build or emit anything.
+for a read and a dispatch but never for Python to build anything, nor for what the policy and the drafters' listeners
+make of the texts (`_heed`).
 
 The price: a row's end is seen one pass late, and its last pass is wasted, unless no row is left that needs the pass;
 then the pass is undone before it was ever dispatched.
@@ -39,7 +40,7 @@ from mlx_mtp.drafters import Drafter
 from mlx_mtp.guide import Guide, Plan, beginning
 from mlx_mtp.models.experts import distinct_experts
 from mlx_mtp.models.families import Target
-from mlx_mtp.passes import Pass, Round
+from mlx_mtp.passes import Heard, Pass, Round
 from mlx_mtp.prefixes import Prefix
 from mlx_mtp.processors import History, check_ids
 from mlx_mtp.rows import USUAL, Draft, Event, Forward, Request, Stats, TokenLogprob
@@ -127,7 +128,7 @@ class Engine:
         running, undo = self._running, self._state()
         assert running is not None
         ahead = None if running.chunks else self._build()
-        events = self._read(running, away_s)
+        events, heard = self._read(running, away_s)
         if ahead is not None and ahead.wanted():
             del undo  # MLX copies a buffer that is still referred to instead of writing into it
             if self.hands_over_first:
@@ -136,6 +137,7 @@ class Engine:
                 self._dispatch(ahead)
         else:
             self._undo(ahead, undo)
+        self._heed(running, heard)
         self._drop_done()
         self._left_s = self.clock()
         return events
@@ -360,7 +362,7 @@ class Engine:
         for row in built.active:
             row.pending -= 1
 
-    def _read(self, done: Pass, away_s: float) -> list[Event]:
+    def _read(self, done: Pass, away_s: float) -> tuple[list[Event], Heard]:
         """Wait for a pass, and turn what it brought into events. away_s: how long the caller had kept us waiting."""
         values = iter(cast(list[int], done.out.tolist()))
         self.host_reads += 1
@@ -373,7 +375,7 @@ class Engine:
         experts = next(values) / len(self.target.layers) if done.counted else 0.0
         size = logprobs.packed_size(done.most)
         scores = {row.id: list(islice(values, count * size)) for row, count in done.scored}
-        events = []
+        events, said = [], []
         for i, row in enumerate(done.decoded):
             if row.index >= 0:
                 self.cache.settle(row.index, columns - kept[i])
@@ -381,9 +383,10 @@ class Engine:
                 row.stats.host_reads += 1
                 row.stats.device_s += now - self._sent_s
                 row.stats.experts += experts
-                said = tokens[i][: kept[i]]
+                own = tokens[i][: kept[i]]
                 tried = done.width, weighed.live[i] if weighed else done.width
-                events.append(self._emit(row, said, tried, now, _told(row, scores, said, done.most)))
+                events.append(self._emit(row, own, tried, now, _told(row, scores, own, done.most)))
+                said.append((row, events[-1].tokens))
         for chunk, first in zip(done.chunks, firsts, strict=True):
             row = chunk.row
             row.stats.host_reads += 1
@@ -392,8 +395,11 @@ class Engine:
                 row.stats.first_passes = self._work[0] - row.arrived[0]
                 row.stats.first_columns = self._work[1] - row.arrived[1]
                 events.append(self._emit(row, [first], None, now, _told(row, scores, [first], done.most)))
-        self._report(done, kept, weighed, experts, now, away_s)
-        return events
+                said.append((row, events[-1].tokens))
+        late = self._last is None or away_s > 0.2 * (now - self._last)
+        seconds = None if late or self._last is None else now - self._last
+        self._last = now
+        return events, Heard(said, kept, weighed, experts, now - self._sent_s, seconds)
 
     def _emit(
         self, row: Row, tokens: list[int], tried: tuple[int, int] | None, now: float, scores: tuple[TokenLogprob, ...]
@@ -407,8 +413,6 @@ class Engine:
         if end is not None:
             tokens = tokens[: end + 1]
         row.tokens += tokens
-        if row.listener is not None:
-            row.outlook = row.listener.hear(tokens)
         if row.follower is not None:
             row.follower.advance(tokens)
         stats, reason = row.stats, None
@@ -427,28 +431,34 @@ class Engine:
         row.stats.peak_memory_bytes = mx.get_peak_memory()
         self.total.add(row.stats)
 
-    def _report(
-        self, done: Pass, kept: list[int], weighed: Judged | None, experts: float, now: float, away_s: float
-    ) -> None:
-        """Tell whoever decides what a pass kept, and what it took if its time is its own."""
-        seconds = None if self._last is None or away_s > 0.2 * (now - self._last) else now - self._last
-        self._last = now
+    def _heed(self, done: Pass, heard: Heard) -> None:
+        """Learn from a pass what the passes after the next are chosen by; nobody waits for that."""
+        for row, tokens in heard.said:
+            if row.listener is not None and not row.done:
+                row.outlook = row.listener.hear(tokens)
         if done.chunks:
-            self.scheduler.timed_chunks(now - self._sent_s, done.chunks, bool(done.decoded))
-        elif seconds is not None:
-            self.scheduler.timed_round(seconds)
+            self.scheduler.timed_chunks(heard.took_s, done.chunks, bool(done.decoded))
+        elif heard.seconds is not None:
+            self.scheduler.timed_round(heard.seconds)
         if done.decoded:
-            alone_s, own = None if done.chunks else seconds, [i for i, r in enumerate(done.decoded) if r in done.active]
-            if done.width and done.guide is not None and done.guide.certain:
-                return  # forced drafts say nothing about the drafter
-            self.depth.record(done.width, [kept[i] for i in own], alone_s, done.outlook, done.owed)
-            judged = None if weighed is None else weighed.of(own)
-            right = judged.right if judged is not None else [kept[i] - 1 for i in own]
-            if done.width and self.confidence is not None:
-                self.confidence.record(judged, (len(done.decoded), done.width), experts, alone_s)
-            if done.width and self.first_drafts < JUDGED:
-                guessed = [n > 0 for n, outlook in zip(right, done.outlook, strict=True) if outlook == USUAL]
-                self.first_drafts, self.first_kept = self.first_drafts + len(guessed), self.first_kept + sum(guessed)
+            self._judge_drafts(done, heard, None if done.chunks else heard.seconds)
+
+    def _judge_drafts(self, done: Pass, heard: Heard, alone_s: float | None) -> None:
+        """Tell whoever decides about drafts what a round kept, and what it took if its time is its own."""
+        if done.width and done.guide is not None and done.guide.certain:
+            return  # forced drafts say nothing about the drafter
+        own = [i for i, r in enumerate(done.decoded) if r in done.active]
+        kept = [heard.kept[i] for i in own]
+        self.depth.record(done.width, kept, alone_s, done.outlook, done.owed)
+        if not done.width:
+            return
+        judged = None if heard.weighed is None else heard.weighed.of(own)
+        if self.confidence is not None:
+            self.confidence.record(judged, (len(done.decoded), done.width), heard.experts, alone_s)
+        if self.first_drafts < JUDGED:
+            right = judged.right if judged is not None else [k - 1 for k in kept]
+            guessed = [n > 0 for n, outlook in zip(right, done.outlook, strict=True) if outlook == USUAL]
+            self.first_drafts, self.first_kept = self.first_drafts + len(guessed), self.first_kept + sum(guessed)
 
     def _drop_done(self) -> None:
         for row in [r for r in self.scheduler.rows if r.done]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_mtp.accept import Verdict
+from mlx_mtp.confidence import Judged
 from mlx_mtp.guide import Guide
 from mlx_mtp.prefixes import Prefix
 from mlx_mtp.scheduler import Chunk, Row
@@ -54,6 +55,23 @@ class Pass:
     @property
     def columns(self) -> int:
         return len(self.decoded) * (self.width + 1) + sum(c.count for c in self.chunks)
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What the host has read of a pass, for whoever decides about later ones.
+
+    said: new tokens of rows that had any. kept: columns, by row of `decoded`. weighed: what was cut, if it was.
+    experts: distinct ones a layer. took_s: from the dispatch on. seconds: since the pass before was read; None where
+    that says nothing of this one.
+    """
+
+    said: list[tuple[Row, tuple[int, ...]]]
+    kept: list[int]
+    weighed: Judged | None
+    experts: float
+    took_s: float
+    seconds: float | None
 
 
 @dataclass(frozen=True)

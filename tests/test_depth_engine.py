@@ -14,7 +14,7 @@ from test_depth import COSTS, STEPS, Cost
 from mlx_mtp.cache import Cache
 from mlx_mtp.depth import MAX_WIDTH, Auto, Constant, Depth
 from mlx_mtp.drafters.draft_model import DraftModel
-from mlx_mtp.engine import Engine, Pass
+from mlx_mtp.engine import Engine, Heard, Pass
 from mlx_mtp.rows import GREEDY, Draft, Event, Request, Sampling
 from mlx_mtp.sampling import Sampler
 from mlx_mtp.scheduler import Limits
@@ -53,14 +53,14 @@ class OnMachine(Engine):
         self.clock = lambda: self.now_s
         self.passes: list[Ran] = []
 
-    def _read(self, done: Pass, away_s: float) -> list[Event]:
+    def _read(self, done: Pass, away_s: float) -> tuple[list[Event], Heard]:
         parts = [(len(done.decoded), done.width)] if done.decoded else []
         parts += [(1, min(chunk.count - 1, 8)) for chunk in done.chunks]
         self.now_s += sum(self.cost(*part) for part in parts)
-        events = super()._read(done, away_s)
+        events, heard = super()._read(done, away_s)
         busy = len({id(row) for row in done.decoded} | {id(chunk.row) for chunk in done.chunks})
         self.passes.append(Ran(parts, sum(len(event.tokens) for event in events), busy == self.rows))
-        return events
+        return events, heard
 
 
 def seconds_a_token(passes: list[Ran], cost: Cost) -> float:

@@ -27,6 +27,8 @@ from engines import (
 )
 
 from mlx_mtp.confidence import Confidence, Sizes
+from mlx_mtp.depth import Constant
+from mlx_mtp.drafters.lookup import Echo
 from mlx_mtp.drafters.mtp import MtpDrafter
 from mlx_mtp.engine import Engine, Pass
 from mlx_mtp.models.gemma4_assistant import Assistant
@@ -227,6 +229,28 @@ def test_a_first_token_is_handed_over_before_the_next_pass_is_dispatched(passes)
     assert {passes_ahead for begins, passes_ahead in ahead[False] if begins} == {0}
     assert {passes_ahead for begins, passes_ahead in ahead[False] if not begins} == {0, 1}
     assert {passes_ahead for _, passes_ahead in ahead[True]} == {0}
+
+
+def test_the_next_pass_is_dispatched_before_anything_is_learned_from_the_last(passes, monkeypatch):
+    """Neither the policy nor what listens to the texts keeps the device waiting, but at a prompt's and at a text's end,
+    where nothing is built ahead."""
+    models, learned, hear = fixture("edge"), [], Echo.hear
+
+    class Policy(Constant):
+        def record(self, width, kept, seconds, outlook, owed=0):
+            learned.append(("record", len(passes) - engine.host_reads))
+
+    def watched(self, tokens):
+        learned.append(("hear", len(passes) - engine.host_reads))
+        return hear(self, tokens)
+
+    monkeypatch.setattr(Echo, "hear", watched)
+    engine = engine_of(models, "lookup", Policy(2))
+    wanted = [request(goldens("edge")[f"{name}/ids"], 12) for name in ("short", "w")]
+    run(engine, wanted)
+    ahead = Counter(learned)
+    assert ahead["hear", 1] > 8 and ahead["hear", 0] <= 3  # after the prompts' passes, and where one text has ended
+    assert ahead["record", 1] > 4 and ahead["record", 0] == 1 and len(ahead) == 4
 
 
 @pytest.mark.parametrize("hands_over_first", [False, True])

@@ -21,7 +21,7 @@ from mlx_mtp.cache import Cache
 from mlx_mtp.depth import MAX_WIDTH, depth_of
 from mlx_mtp.drafters.mtp import MtpDrafter
 from mlx_mtp.drafters.plain import PlainDrafter
-from mlx_mtp.engine import Engine, Pass
+from mlx_mtp.engine import Engine, Heard, Pass
 from mlx_mtp.rows import GREEDY, Event, Request
 from mlx_mtp.scheduler import Limits
 from mlx_mtp.shapes import read_configs, shape
@@ -55,7 +55,7 @@ class CountingEngine(Engine):
         self._history.restore(history)
         self._running, self._sent_s = replace(built, out=hollow(built.out, 1)), 0.0
 
-    def _read(self, done: Pass, away_s: float) -> list[Event]:
+    def _read(self, done: Pass, away_s: float) -> tuple[list[Event], Heard]:
         self._last = None  # nothing takes any time
         return super()._read(done, 0.0)
 
