@@ -179,7 +179,7 @@ class Auto:
         self._trial: tuple[int, int] | None = None
         self._wait, self._since, self._probing = self.FIRST_PROBE, 0, 0
         self._chosen = 0  # for the round that comes
-        self._resting: dict[tuple[int, ...], bool] = {}  # outlooks for which width 0 is best, and whether to look again
+        self._resting: dict[tuple[int, ...], bool] = {}  # sorted outlooks where width 0 is best: whether to look again
         self._rested = 0  # rounds that this has stood
         self._made_up: deque[tuple[int, float]] = deque(maxlen=5)  # columns that were owed, and what they took
         self._column_s = 0.0  # what one does
@@ -191,7 +191,7 @@ class Auto:
 
     def choose(self, outlook: Sequence[int], owed: int = 0) -> int:
         bearable = owed * self._column_s <= self._left()
-        self._chosen = self._choose(tuple(outlook)) if bearable else 0
+        self._chosen = self._choose(tuple(sorted(outlook))) if bearable else 0
         return self._chosen
 
     def _choose(self, outlook: tuple[int, ...]) -> int:

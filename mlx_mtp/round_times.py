@@ -31,6 +31,7 @@ class RoundTimes:
         self._last: deque[tuple[int, float]] = deque(maxlen=2 * NEAR + 1)  # (width, log of seconds), of `_rows` rows
         self._alike = 0  # of the last rounds have the same width
         self._paces: deque[float] = deque(maxlen=NEAR)  # of the last rounds, each less what its width costs
+        self._plain: float | None = None  # the logarithm of a plain round's seconds now: the median of the paces
         self._first: defaultdict[tuple[int, int], list[float]] = defaultdict(list)  # comparisons with rounds before
         self._paired: defaultdict[tuple[int, int], deque[float]] = defaultdict(lambda: deque(maxlen=KEPT))
         self._levels: dict[tuple[int, int], float] = {}  # logarithm of the cost
@@ -43,6 +44,7 @@ class RoundTimes:
             self._rows = rows
             self._last.clear()
             self._paces.clear()
+            self._plain = None
         took = math.log(max(seconds, 1e-9))
         if width not in self._known[rows]:
             self._meet(rows, width, took)
@@ -50,12 +52,13 @@ class RoundTimes:
         self._last.append((width, took))
         if width in self._known[rows]:
             self._paces.append(took - self._levels[rows, width])
+            self._plain = statistics.median(self._paces)
         if self._alike < len(self._last) == 2 * NEAR + 1:
             self._compare(rows)
 
     def _meet(self, rows: int, width: int, took: float) -> None:
         """One of the first rounds of a width, with nothing but those before it to compare it with."""
-        plain = self._plain() if width else took
+        plain = self._plain if width else took
         if plain is None:
             return
         first = self._first[rows, width]
@@ -66,12 +69,7 @@ class RoundTimes:
 
     def plain_s(self, rows: int) -> float | None:
         """Seconds of a round of width 0 now, from the last rounds; None if none with so many rows ran lately."""
-        plain = self._plain() if rows == self._rows else None
-        return None if plain is None else math.exp(plain)
-
-    def _plain(self) -> float | None:
-        """Its logarithm, with as many rows as ran last."""
-        return statistics.median(self._paces) if self._paces else None
+        return None if rows != self._rows or self._plain is None else math.exp(self._plain)
 
     def _compare(self, rows: int) -> None:
         """The round in the middle of those that were last told of, with the others."""

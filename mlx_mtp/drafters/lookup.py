@@ -115,12 +115,14 @@ class Echo:
         outlook, sums = self._without, self._sums
         for token in tokens:
             self._add((token,))
-            outlook, known = self._without, len(sums)
+            outlook, known, repeats = self._without, len(sums), True
             for length, power, prompt, heard, matched in self._runs:
                 if length >= known:
                     break
                 run = (sums[-1] - sums[-1 - length] * power) & MASK
-                if run in heard or prompt[bisect_left(prompt, run)] == run:
+                # A run that is new is the end of none that is not.
+                repeats = repeats and (run in heard or prompt[bisect_left(prompt, run)] == run)
+                if repeats:
                     outlook = matched
                 else:
                     heard.add(run)
