@@ -103,7 +103,8 @@ class Told:
         hidden, taps = self.target.forward(ids, self.cache.open(rows, columns), self.drafter.taps)
         counts = mx.array(kept, mx.int32)
         self.cache.commit(rows, counts, columns)
-        self.drafter.observe(Forward(rows, ids, hidden, taps, drafted), counts)
+        still = frozenset(i for i, count in enumerate(kept) if not count)
+        self.drafter.observe(Forward(rows, ids, hidden, taps, drafted, still=still), counts)
         mx.eval(self.cache.state(), self.drafter.state())
         for row, count in zip(range(rows.start, rows.stop), kept, strict=True):
             self.cache.settle(row, columns - count)

@@ -2,7 +2,7 @@
 
 Not when it is observed: MLX's GPU backends hold on to what a queued draft reads, and copy a buffer that is written
 meanwhile (read in their source, not measured; a CPU copies nothing either way). Rounds without drafts leave their
-columns to be stored together, so that while nothing is drafted the drafter's weights are read once in 16 rounds, and
+columns to be stored together, so that while nothing is drafted the drafter's weights are read once in 32 rounds, and
 a round has no operation of the drafter's: features are made of what passes have shown when they are stored.
 Knows nothing of what features are, nor how a draft is made.
 """
@@ -22,17 +22,21 @@ from mlx_mtp.rows import Forward
 
 @dataclass(frozen=True)
 class Seen:
-    """What a pass showed of every row: arrays [R, L, ...], of which the first kept [R] columns became true."""
+    """What a pass showed of every row: arrays [R, L, ...], of which the first kept [R] columns became true; `whole` if
+    that is known to be all of them, as of a round without drafts."""
 
     shown: tuple[mx.array, ...]
     kept: mx.array
+    whole: bool = False
 
     def rows(self, order: list[int]) -> Seen:
         index = mx.array(order, mx.int32)
-        return Seen(tuple(x[index] for x in self.shown), self.kept[index])
+        return Seen(tuple(x[index] for x in self.shown), self.kept[index], self.whole)
 
     def padded(self, rows: int) -> Seen:
         """With rows that have seen nothing behind the others."""
+        if rows == len(self.kept):
+            return self
         return Seen(tuple(fit_rows(x, rows) for x in self.shown), fit_rows(self.kept, rows))
 
     def behind(self, rows: int) -> Seen:
@@ -58,9 +62,9 @@ class FeatureDrafter:
         lengths are read."""
         self._features, self._remember, self._rows = features, remember, target_cache
         self._column_bytes = column_bytes
-        self._most = target_cache.max_width + 1
         # Twice as wide: a row's ring also holds a block or rejected columns behind what its snapshots may be old.
-        self._cache = Cache(specs, 2 * self._most, target_cache.dtype)
+        self._most = 2 * (target_cache.max_width + 1)
+        self._cache = Cache(specs, self._most, target_cache.dtype)
         self._seen: list[Seen] = []  # not stored yet, oldest first
         self._undrafted = False  # whether one of them was no round with drafts
 
@@ -75,7 +79,7 @@ class FeatureDrafter:
         full = columns + sum(seen.shown[0].shape[1] for seen in self._seen) > self._most
         if full:
             self._store()
-        seen = Seen(shown, kept)
+        seen = Seen(shown, kept, whole=not fwd.drafted and not fwd.still)
         self._seen.append(seen.behind(fwd.rows.start) if fwd.rows.start else seen)  # one token of a prompt
         self._undrafted = self._undrafted or not fwd.drafted
         return None if full else (shown, kept)
@@ -87,12 +91,13 @@ class FeatureDrafter:
         seen = [s.padded(len(self._cache.bounds)) for s in self._seen]
         shown = zip(*(s.shown for s in seen), strict=True)
         features = self._features(*(mx.concatenate(list(parts), axis=1) for parts in shown))
-        true = [mx.arange(s.shown[0].shape[1]) < s.kept[:, None] for s in seen]
         rows, columns = slice(0, features.shape[0]), features.shape[1]
-        if len(true) > 1:  # what is true of a row comes first, in its order
-            place = mx.arange(columns) + mx.where(mx.concatenate(true, axis=1), 0, columns)
-            features = mx.take_along_axis(features, mx.argsort(place, axis=1)[..., None], axis=1)
-        self._take(rows, features, sum((s.kept for s in seen[1:]), seen[0].kept))
+        if all(s.whole for s in seen):
+            kept = mx.full((rows.stop,), columns, mx.int32)
+        else:
+            kept = sum((s.kept for s in seen[1:]), seen[0].kept)
+            features = _true_first(features, seen)
+        self._take(rows, features, kept)
         self._seen, self._undrafted = [], False
 
     def _take(self, rows: slice, features: mx.array, kept: mx.array) -> None:
@@ -130,9 +135,18 @@ class FeatureDrafter:
         self._seen = [seen.padded(last + 1).rows(order) for seen in self._seen] if order else []
 
     def state(self) -> Any:
-        return self._cache.state(), [(seen.shown, seen.kept) for seen in self._seen], self._undrafted
+        return self._cache.state(), [(seen.shown, seen.kept, seen.whole) for seen in self._seen], self._undrafted
 
     def restore(self, state: Any) -> None:
         cache, seen, self._undrafted = state
         self._cache.restore(cache)
-        self._seen = [Seen(*pair) for pair in seen]
+        self._seen = [Seen(*one) for one in seen]
+
+
+def _true_first(features: mx.array, seen: list[Seen]) -> mx.array:
+    """Features [R, L, F] of passes side by side, with what became true of a row before the rest, in its order."""
+    if len(seen) == 1:
+        return features
+    true = mx.concatenate([mx.arange(s.shown[0].shape[1]) < s.kept[:, None] for s in seen], axis=1)
+    place = mx.where(true, 0, features.shape[1]) + mx.arange(features.shape[1])
+    return mx.take_along_axis(features, mx.argsort(place, axis=1)[..., None], axis=1)
