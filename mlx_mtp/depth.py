@@ -30,8 +30,7 @@ class Depth(Protocol):
     def choose(self, outlook: Sequence[int], owed: int = 0) -> int:
         """Width of the next round, 0 .. MAX_WIDTH, over rows of which this is the newest known outlook.
 
-        owed: columns that they have computed since they were last drafted for. A drafter with a cache of its own may
-        have to compute them first.
+        owed: columns that the drafter would have to compute first, in all, because it was not asked lately.
         """
         ...
 
@@ -162,6 +161,7 @@ class Auto:
     FIRST_CHECK, LAST_CHECK, CHECK_ROUNDS = 5, 256, 2  # rounds with drafts before some without
     CHECK_SHARE = 0.005  # of the time that those may cost
     OWED, OWED_SHARE = 16, 0.05  # columns a row that are not made up in passing; share of a round that is not noise
+    OWED_COST = 1 / 16  # of a column, in rounds of width 0, before it is known
     drafts = True
 
     def __init__(self, most: int = 8) -> None:
@@ -182,7 +182,7 @@ class Auto:
         self._resting: dict[tuple[int, ...], bool] = {}  # sorted outlooks where width 0 is best: whether to look again
         self._rested = 0  # rounds that this has stood
         self._made_up: deque[tuple[int, float]] = deque(maxlen=5)  # columns that were owed, and what they took
-        self._column_s = 0.0  # what one does
+        self._column_s: float | None = None  # what one does
 
     @property
     def settled(self) -> int:
@@ -190,7 +190,7 @@ class Auto:
         return self._width
 
     def choose(self, outlook: Sequence[int], owed: int = 0) -> int:
-        bearable = owed * self._column_s <= self._left()
+        bearable = self._owed_s(owed) <= self._left()
         self._chosen = self._choose(tuple(sorted(outlook))) if bearable else 0
         return self._chosen
 
@@ -246,7 +246,7 @@ class Auto:
         owed = owed if width and owed > self.OWED * len(kept) else 0
         if shape not in self._seen:
             self._seen.add(shape)  # the first round of a shape also pays for building its kernels
-            self._gained_s -= owed * self._column_s
+            self._gained_s -= self._owed_s(owed)
         elif seconds is not None:
             self._time(*shape, sum(kept) / len(kept), seconds, owed)
 
@@ -265,12 +265,17 @@ class Auto:
             if plain_s is not None:  # a width that is not known takes at most a plain round a token
                 usual = self._times.costs(rows)[width] if width in known else 1 + width
                 self._make_up(owed, max(0.0, seconds - usual * plain_s))
-            if width not in known or owed * self._column_s > self.OWED_SHARE * seconds:
+            if width not in known or self._owed_s(owed) > self.OWED_SHARE * seconds:
                 return
-        if width == self._chosen:
+        broken_off = width not in known and not self._chosen  # a trial, by the ledger: better known than tried again
+        if width == self._chosen or broken_off:
             self._times.learn(rows, width, seconds)
         elif self._chosen not in known:
             self._missed[rows, self._chosen] += 1
+
+    def _owed_s(self, owed: int) -> float:
+        """Seconds that a round with drafts takes longer where so many columns come first."""
+        return owed * (self.OWED_COST * self._plain_s if self._column_s is None else self._column_s)
 
     def _make_up(self, owed: int, seconds: float) -> None:
         """A round with drafts took so much longer than its width does, after so many columns without."""

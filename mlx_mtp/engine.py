@@ -159,7 +159,7 @@ class Engine:
         begun = _asking([c.row for c in chunks if c.last])
         most = max((r.request.logprobs or 0 for r in (*active, *begun)), default=0)
         most = min(most, self.target.config.vocab_size)
-        owed = sum(r.unasked for r in active)
+        owed = self.drafter.owed(slice(0, len(decoded)))
         outs, scores, draft, guide, width, experts, weighed = [], [], None, None, 0, [], False
         if decoded:
             planned = self._width(active, known, owed)
@@ -224,7 +224,7 @@ class Engine:
         self._history.add(rows, judged.tokens, kept)
         self._bonus = mx.concatenate([newest, self._bonus[len(decoded) :]])
         for row in active:
-            row.pending, row.unasked = row.pending + 1, 0 if asks else row.unasked + 1 + width
+            row.pending += 1
         experts = [distinct_experts(pass_.routed)[None]] if pass_.routed else []
         scores = logprobs.packed_rows(logits, judged.tokens, asking, most)
         read = pack(draft, judged.right), experts, scores

@@ -49,8 +49,7 @@ class Row:
     """A live request, equal to none but itself. index: its place in the cache, -1 while it waits.
 
     prefilled: prompt tokens in the cache or on their way. tokens: what the host has read so far.
-    pending: rounds dispatched or built whose verdict the host has not read. unasked: columns computed since the drafter
-    was last asked for it.
+    pending: rounds dispatched or built whose verdict the host has not read.
     begin: the kept beginning of its prompt, if any, until it joins. stops: lengths of the prompt at which a prefix
     will be kept, ascending; no chunk runs past the next. tail: how many last tokens of its prompt no chunk has with
     others before them. marked: the last length at which a prefix was kept. awaits: while it waits, how much of its
@@ -67,7 +66,6 @@ class Row:
     tokens: list[int] = field(default_factory=list)
     stats: Stats = field(default_factory=Stats)
     pending: int = 0
-    unasked: int = 0
     done: bool = False
     begin: Prefix | None = None
     stops: list[int] = field(default_factory=list)

@@ -59,6 +59,11 @@ class Drafter(Protocol):
         """
         ...
 
+    def owed(self, rows: slice) -> int:
+        """Columns that the next draft for these rows would have to compute before its own, in all, because none was
+        asked for lately; 0 if they are never more than a few."""
+        ...
+
     def row_bytes(self, positions: int) -> int:
         """The most memory of its own that a row which ends at `positions` takes here, beside the target's cache."""
         ...

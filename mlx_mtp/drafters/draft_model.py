@@ -125,6 +125,9 @@ class DraftModel:
     def snapshot(self, row: int, length: int) -> Any:
         return self._cache.snapshot(row, length), self._texts.snapshot(row, length), self._behind[row]
 
+    def owed(self, rows: slice) -> int:
+        return sum(max(0, behind - 1) for behind in self._behind[rows])
+
     def row_bytes(self, positions: int) -> int:
         return self._cache.row_bytes(self._target.capacity(positions)) + self._texts.row_bytes(positions)
 

@@ -123,6 +123,9 @@ class FeatureDrafter:
         self._store()
         return self._cache.snapshot(row, length)
 
+    def owed(self, rows: slice) -> int:
+        return 0
+
     def row_bytes(self, positions: int) -> int:
         unstored = self._most * (self._column_bytes + 4) + 4
         return self._cache.row_bytes(self._rows.capacity(positions)) + unstored

@@ -76,6 +76,9 @@ class LookupDrafter:
     def snapshot(self, row: int, length: int) -> Any:
         return self._under.snapshot(row, length), self._texts.snapshot(row, length)
 
+    def owed(self, rows: slice) -> int:
+        return self._under.owed(rows)
+
     def row_bytes(self, positions: int) -> int:
         return self._under.row_bytes(positions) + self._texts.row_bytes(positions)
 

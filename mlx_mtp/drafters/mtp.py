@@ -105,6 +105,9 @@ class MtpDrafter:
         # Keys and values are the target's, and the next column, which always comes, brings its hidden state.
         return None
 
+    def owed(self, rows: slice) -> int:
+        return 0
+
     def row_bytes(self, positions: int) -> int:
         return self._target.config.hidden_size * self._cache.dtype.size
 

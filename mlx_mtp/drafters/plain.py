@@ -30,6 +30,9 @@ class PlainDrafter:
     def snapshot(self, row: int, length: int) -> None:
         return None
 
+    def owed(self, rows: slice) -> int:
+        return 0
+
     def row_bytes(self, positions: int) -> int:
         return 0
 
