@@ -3,17 +3,20 @@
     python bench/never_slower.py --json out.json
 
 For every kind of drafter (two of them with random weights), kind of prompt and batch, on the embedded target, in one
-process: two engines take turns, a round each, so that what slows the machine down slows both; whichever has had less
-time is next. Both run the same requests again and again. First `--seconds` of each side that do not count, in which the
-policy may still be learning; then `--repeats` times as many. The plain side has no drafter at all, so what a drafter
-costs that is not asked counts too. Code and edits are written greedily, chats drawn at temperature 1 with a seed, so
-that both sides write the same text.
+process: two engines take turns, a round each, so that what slows the machine down slows both. Which is first is drawn
+for every pair of rounds, so that neither runs behind its own rounds more often than the other, which is faster. Both
+run the same requests again and again. First `--seconds` of each side that do not count, in which the policy may still
+be learning; then `--repeats` times as many, and up to `--most` times while the ratio's standard error leaves open on
+which side of `--least` it is. The plain side has no drafter at all, so what a drafter costs that is not asked counts
+too. Code and edits are written greedily, chats drawn at temperature 1 with a seed, so that both sides write the same
+text.
 
 --cpu-time takes the process's own processor time, for the figures and as the policy's clock: for a machine that others
 use too. It counts twice what runs at the same time.
 
 rate: tokens of rounds over their seconds, from when every row has its first token to when the first row ends. ratio: of
-the two rates over all repeats, so that a rare dear round counts as it should; then the least and the most of a repeat.
+the two rates over all repeats, so that a rare dear round counts as it should; its standard error, from the repeats'
+ratios; then the least and the most of those.
 A policy keeps what it learnt from cell to cell, as in a process that serves. drafting, probing: share of its time in
 rounds with drafts, and in those to find something out. Ends with 1 if a ratio is below `--least`.
 """
@@ -23,6 +26,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import random
 import statistics
 import sys
 import time
@@ -108,8 +112,12 @@ class Cell:
     def ratio(self) -> float:
         return statistics.mean(self.auto_tok_s) / statistics.mean(self.plain_tok_s)
 
+    @property
+    def error(self) -> float:
+        return statistics.stdev(self.ratios) / len(self.ratios) ** 0.5
+
     def line(self) -> str:
-        spread = f"{self.ratio:.3f} ({min(self.ratios):.2f}..{max(self.ratios):.2f})"
+        spread = f"{self.ratio:.3f} ± {self.error:.3f} ({min(self.ratios):.2f}..{max(self.ratios):.2f})"
         rates = f"{statistics.mean(self.plain_tok_s):.0f} | {statistics.mean(self.auto_tok_s):.0f}"
         shares = f"{self.drafting:.0%} | {self.probing:.1%}"
         return f"| {self.drafter} | {self.prompts} | {self.rows} | {spread} | {rates} | {shares} |"
@@ -223,15 +231,18 @@ class Side:
 
 def measure(cell: Cell, plain: Side, auto: Side, wanted: Sequence[Request], args: argparse.Namespace) -> None:
     """Fill in a cell."""
-    policy = auto.engine.depth
+    policy, order = auto.engine.depth, random.Random(0)
     assert isinstance(policy, Watched)
     auto.drain()
     policy.finding.clear()  # a round that nobody needed was undone
     for side in (plain, auto):
         side.begin(wanted)
-    for repeat in range(args.repeats + 1):
+    for repeat in range(args.most + 1):
+        if repeat > args.repeats and abs(cell.ratio - args.least) > 2 * cell.error:
+            break
         while min(plain.seconds, auto.seconds) < args.seconds:
-            min(plain, auto, key=lambda side: side.seconds).round()
+            for side in order.sample((plain, auto), 2):
+                side.round()
         if not repeat:
             policy.shares()
         rates = plain.rate(), auto.rate()
@@ -247,7 +258,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--prompts", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 8])
     parser.add_argument("--tokens", type=int, default=64, help="of every row")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=6)
+    parser.add_argument("--most", type=int, default=18, help="repeats of a case that is hard to tell")
     parser.add_argument("--seconds", type=float, default=0.5, help="of each side in a repeat")
     parser.add_argument("--least", type=float, default=0.97, help="the least ratio that passes")
     parser.add_argument("--cpu-time", action="store_true", help="by the process's processor time")
