@@ -396,8 +396,7 @@ class Engine:
                 row.stats.first_columns = self._work[1] - row.arrived[1]
                 events.append(self._emit(row, [first], None, now, _told(row, scores, [first], done.most)))
                 said.append((row, events[-1].tokens))
-        late = self._last is None or away_s > 0.2 * (now - self._last)
-        seconds = None if late or self._last is None else now - self._last
+        seconds = None if self._last is None or away_s > 0.2 * (now - self._last) else now - self._last
         self._last = now
         return events, Heard(said, kept, weighed, experts, now - self._sent_s, seconds)
 
