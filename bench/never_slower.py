@@ -237,7 +237,7 @@ def measure(cell: Cell, plain: Side, auto: Side, wanted: Sequence[Request], args
     policy.finding.clear()  # a round that nobody needed was undone
     for side in (plain, auto):
         side.begin(wanted)
-    for repeat in range(args.most + 1):
+    for repeat in range(max(args.repeats, args.most) + 1):
         if repeat > args.repeats and abs(cell.ratio - args.least) > 2 * cell.error:
             break
         while min(plain.seconds, auto.seconds) < args.seconds:
@@ -264,7 +264,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--least", type=float, default=0.97, help="the least ratio that passes")
     parser.add_argument("--cpu-time", action="store_true", help="by the process's processor time")
     parser.add_argument("--json", type=Path)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.repeats < 2:
+        parser.error(f"--repeats is {args.repeats}; expected at least 2, for a standard error")
+    return args
 
 
 def main() -> None:
