@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from mlx_mtp.round_times import SAMPLES, RoundTimes
 from mlx_mtp.rows import BOUND, NOTHING, RequestError
@@ -81,7 +81,7 @@ class Acceptance:
     """How many drafts are kept, by position, at two speeds: counts that fade with every round, over a slow mean that
     remembers. Pooled over rows."""
 
-    FADE = 0.96  # per round: about 25 rounds count
+    FADE = 0.96  # per round of a row: about 25 count, which eight rows have in three
     SLOW = 1 / 64  # weight of a round in the slow mean
     PRIOR, PRIOR_WEIGHT = 0.7, 2.0  # of a draft being kept, before there is evidence; and of the slow mean
     HOPELESS = 0.02  # the same of rows whose drafter has nothing: not worth a try
@@ -99,7 +99,7 @@ class Acceptance:
         self._unfaded += 1
         if not width and self._unfaded < AT_ONCE:
             return
-        fade, self._unfaded, self._expected = self.FADE**self._unfaded, 0, []
+        fade, self._unfaded, self._expected = self.FADE ** (self._unfaded * len(kept)), 0, []
         self._hits, self._tries = [x * fade for x in self._hits], [x * fade for x in self._tries]
         for i in range(min(width, len(self._hits))):
             judged = [columns - 1 > i for columns in kept if columns > i]  # all drafts before i were kept
@@ -131,6 +131,17 @@ class Acceptance:
         return totals
 
 
+class Recorded(NamedTuple):
+    """What `record` is told of a round, and the width that was chosen last by then."""
+
+    width: int
+    kept: list[int]
+    seconds: float | None
+    outlook: Sequence[int]
+    owed: int
+    chosen: int
+
+
 class Auto:
     """The width with the most expected tokens per expected second, from what this machine and text have shown.
 
@@ -142,19 +153,22 @@ class Auto:
     have them, are found this way. A round during which one of another width was built does not count: where the host
     is the slower one it takes as long as that building.
     Rounds that must make up for many without drafts say what that costs (a draft model reads all it has missed), and
-    nothing about their width. Drafting is taken up again where the ledger can bear that: at a text's beginning, mostly.
+    nothing about their width. Drafting is taken up again where the budget bears that: at a text's beginning, mostly.
     A width is worth its drafts only if it is clearly better than width 0. While it drafts, rounds of width 0 are run
     now and then, for all is judged by them: as often as a small share of the time allows, which is the more often the
     less drafting seems to gain. Where width 0 is best, a narrow round is tried at growing distances, unless no drafter
-    has anything. A ledger holds what drafting has gained and lost against width 0; while it shows a loss of more than
-    LOSS, nothing is drafted, and no shape is tried that could make it as much.
+    has anything.
+    What drafting loses against width 0 it takes from a budget, counted in rounds of width 0. Its gains and LOSS of all
+    time go in, up to BUDGET tokens, which is the fewer rounds the more rows there are. While nothing is left nothing is
+    drafted, and no shape is tried that could take more than there is. So no n rounds, of whatever texts, lose much more
+    than LOSS * n and that budget.
     """
 
     GAIN, WORTH = 1.03, 1.01  # a new width must look so much better than the present one, the present than width 0
     FIRST = 2  # the first width: what is wasted if nothing is kept
-    LOSS, ALLOWANCE = 0.005, 3  # share of the time, on top of so many rounds of width 0
-    CREDIT = 8  # of what has been gained may be lost again, in rounds of width 0: one text does not pay for another
-    MEMORY = 0.999  # per round: about a thousand rounds stand in the ledger
+    LOSS = 0.006  # share of the time
+    BUDGET = 20  # tokens that all rows together may lose at once: one text's gain does not pay for another's loss
+    MEMORY = 0.999  # per round: after a thousand a loss is forgotten
     MISSES = 16  # after which a width is taken to be none that the drafter can draft
     PAUSE = 6  # rounds between two shapes that are tried for their time
     FIRST_PROBE, LAST_PROBE, PROBE_WIDTH, PROBE_ROUNDS = 24, 768, 1, 2
@@ -172,8 +186,7 @@ class Auto:
         self._seen: set[tuple[int, int]] = set()
         self._recheck, self._unseen = self.FIRST_CHECK, 0
         self._width = min(self.FIRST, most)
-        self._gained_s = self._spent_s = 0.0  # the ledger
-        self._plain_s = 0.0  # a round of width 0 now
+        self._left = self.BUDGET / 2  # rounds of width 0 that may still be lost
         self._missed: Counter[tuple[int, int]] = Counter()  # rounds of another width while an unknown one was chosen
         self._quiet = 0  # rounds since a shape was tried for its time
         self._trial: tuple[int, int] | None = None
@@ -181,8 +194,9 @@ class Auto:
         self._chosen = 0  # for the round that comes
         self._resting: dict[tuple[int, ...], bool] = {}  # sorted outlooks where width 0 is best: whether to look again
         self._rested = 0  # rounds that this has stood
-        self._made_up: deque[tuple[int, float]] = deque(maxlen=5)  # columns that were owed, and what they took
-        self._column_s: float | None = None  # what one does
+        self._heard: list[Recorded] = []  # rounds that nothing has been made of yet
+        self._made_up: deque[tuple[int, float]] = deque(maxlen=5)  # columns that were owed, and the rounds they took
+        self._column = self.OWED_COST  # what one takes
 
     @property
     def settled(self) -> int:
@@ -190,14 +204,17 @@ class Auto:
         return self._width
 
     def choose(self, outlook: Sequence[int], owed: int = 0) -> int:
-        bearable = self._owed_s(owed) <= self._left()
-        self._chosen = self._choose(tuple(sorted(outlook))) if bearable else 0
+        if owed * self._column <= self._left:
+            self._chosen = self._choose(tuple(sorted(outlook)))
+        else:
+            self._chosen, self._since = 0, self._since + 1
         return self._chosen
 
     def _choose(self, outlook: tuple[int, ...]) -> int:
         if outlook in self._resting:
             self._quiet += 1
             return self._probe() if self._resting[outlook] else 0
+        self._learn()
         rows, known = len(outlook), self._times.known(len(outlook))
         if 0 not in known:
             return 0
@@ -217,7 +234,7 @@ class Auto:
             if self._overdue(rows, tokens, rates):
                 return 0
         if drafted and self._quiet > self.PAUSE:
-            trial = self._worth_trying(rows, known, costs, rates)
+            trial = self._worth_trying(rows, known, costs, tokens)
             if trial is not None:
                 self._trial, self._quiet = (rows, trial), 0
                 return trial
@@ -237,51 +254,55 @@ class Auto:
 
     def record(self, width: int, kept: list[int], seconds: float | None, outlook: Sequence[int], owed: int = 0) -> None:
         self._rested += 1
+        self._heard.append(Recorded(width, kept, seconds, outlook, owed, self._chosen))
         if width or self._rested >= AT_ONCE:
             self._resting, self._rested = {}, 0
-        for one in set(outlook):
-            columns = [k for k, o in zip(kept, outlook, strict=True) if o == one] if width else kept
-            self._acceptance(one).record(width, columns)
-        shape = len(kept), width
-        owed = owed if width and owed > self.OWED * len(kept) else 0
-        if shape not in self._seen:
-            self._seen.add(shape)  # the first round of a shape also pays for building its kernels
-            self._gained_s -= self._owed_s(owed)
-        elif seconds is not None:
-            self._time(*shape, sum(kept) / len(kept), seconds, owed)
+            self._learn()
 
-    def _time(self, rows: int, width: int, tokens: float, seconds: float, owed: int) -> None:
-        """A round brought so many tokens a row, and took so long; columns that it has made up for, if many."""
+    def _learn(self) -> None:
+        """From the rounds that nothing has been made of yet."""
+        for heard in self._heard:
+            for one in set(heard.outlook):
+                columns = [k for k, o in zip(heard.kept, heard.outlook, strict=True) if o == one]
+                self._acceptance(one).record(heard.width, columns)
+            rows, width = len(heard.kept), heard.width
+            owed = heard.owed if width and heard.owed > self.OWED * rows else 0
+            if (rows, width) not in self._seen:
+                self._seen.add((rows, width))  # the first round of a shape also pays for building its kernels
+                self._left -= owed * self._column
+            elif heard.seconds is not None:
+                self._time(heard, heard.seconds, owed)
+        self._heard = []
+
+    def _time(self, heard: Recorded, seconds: float, owed: int) -> None:
+        """A round took so long; columns that it has made up for, if many."""
+        rows, width, chosen = len(heard.kept), heard.width, heard.chosen
         plain_s, known = self._times.plain_s(rows), self._times.known(rows)
         if plain_s is None and {0, width} <= known:  # the first round with so many rows again
             plain_s = seconds / self._times.costs(rows)[width]
-        if plain_s is not None:
+        took = None if plain_s is None else seconds / plain_s
+        if took is not None:
             rounds = 1 if self._times.begun(rows, width) else 2  # the shape's first one is reckoned with now
-            self._plain_s = plain_s
-            gained_s = self.MEMORY * self._gained_s + rounds * (tokens * plain_s - seconds if width else 0.0)
-            self._gained_s = min(gained_s, self.CREDIT * plain_s)
-            self._spent_s = self.MEMORY * self._spent_s + rounds * seconds
+            gained = sum(heard.kept) / rows - took if width else 0.0
+            left = self.MEMORY * self._left + rounds * (gained + self.LOSS * took)
+            self._left = min(left, self.BUDGET / rows)
         if owed:
-            if plain_s is not None:  # a width that is not known takes at most a plain round a token
+            if took is not None:  # a width that is not known takes at most a plain round a token
                 usual = self._times.costs(rows)[width] if width in known else 1 + width
-                self._make_up(owed, max(0.0, seconds - usual * plain_s))
-            if width not in known or self._owed_s(owed) > self.OWED_SHARE * seconds:
+                self._make_up(owed, max(0.0, took - usual))
+            if width not in known or took is None or owed * self._column > self.OWED_SHARE * took:
                 return
-        broken_off = width not in known and not self._chosen  # a trial, by the ledger: better known than tried again
-        if width == self._chosen or broken_off:
+        broken_off = width not in known and not chosen  # a trial, for want of a budget: better known than tried again
+        if width == chosen or broken_off:
             self._times.learn(rows, width, seconds)
-        elif self._chosen not in known:
-            self._missed[rows, self._chosen] += 1
+        elif chosen not in known:
+            self._missed[rows, chosen] += 1
 
-    def _owed_s(self, owed: int) -> float:
-        """Seconds that a round with drafts takes longer where so many columns come first."""
-        return owed * (self.OWED_COST * self._plain_s if self._column_s is None else self._column_s)
-
-    def _make_up(self, owed: int, seconds: float) -> None:
+    def _make_up(self, owed: int, took: float) -> None:
         """A round with drafts took so much longer than its width does, after so many columns without."""
-        self._made_up.append((owed, seconds))
-        columns, took = (sum(parts) for parts in zip(*self._made_up, strict=True))
-        self._column_s = took / columns
+        self._made_up.append((owed, took))
+        columns, rounds = (sum(parts) for parts in zip(*self._made_up, strict=True))
+        self._column = rounds / columns
 
     def _acceptance(self, outlook: int) -> Acceptance:
         if outlook not in self._kept:
@@ -307,26 +328,24 @@ class Auto:
             width = self._width
         return width if rates[width] > self.WORTH else 0
 
-    def _worth_trying(self, rows: int, known: frozenset[int], costs: list[float], rates: list[float]) -> int | None:
+    def _worth_trying(self, rows: int, known: frozenset[int], costs: list[float], tokens: list[float]) -> int | None:
         """An untimed width that would win if it took no longer than the next narrower timed one; of those about as good
         the narrowest, which costs least if it does not win."""
+        rates = [t / c for t, c in zip(tokens, costs, strict=True)]
         wanted = self.GAIN * rates[self._width]
         if max(rates) < wanted:
             return None
         widths = [w for w in range(1, self._most + 1) if w not in known and self._missed[rows, w] < self.MISSES]
-        unknown = [w for w in widths if self._affordable(w, max(known), costs)]
+        unknown = [w for w in widths if self._affordable(w, max(known), costs, tokens)]
         best = max((rates[w] for w in unknown), default=0.0)
         wanted = max(wanted, best / self.GAIN)
         return next((w for w in unknown if rates[w] >= wanted), None)
 
-    def _left(self) -> float:
-        """Seconds that may still be lost."""
-        return self._gained_s + self.LOSS * self._spent_s + self.ALLOWANCE * self._plain_s
-
-    def _affordable(self, width: int, widest: int, costs: list[float]) -> bool:
-        """Whether the loss would be borne if timing a width brought nothing and the cost went on as it has so far."""
-        slope = (costs[widest] - 1) / widest
-        return (SAMPLES + 1) * slope * width * self._plain_s <= self._left()
+    def _affordable(self, width: int, widest: int, costs: list[float], tokens: list[float]) -> bool:
+        """Whether the loss would be borne if timing a width brought no more than the widest that is known, and the cost
+        went on as it has so far."""
+        cost = 1 + (costs[widest] - 1) / widest * width
+        return (SAMPLES + 1) * (cost - tokens[min(width, widest)]) <= self._left
 
     def _overdue(self, rows: int, tokens: list[float], rates: list[float]) -> bool:
         """Whether it is long since rounds of width 0 were seen, by which all the others are judged."""

@@ -122,6 +122,39 @@ def test_auto_loses_little_against_the_best_fixed_width_and_nothing_against_none
     assert found[worst][1] < 0.03, (worst, found[worst])
 
 
+def simulate_turns(depth: Depth, turns: list[tuple[float, int]], cost: Cost, rows: int, seed: int) -> list[float]:
+    """Time over plain decoding's in turn after turn, each of so many rounds that keep a draft with such a chance."""
+    rng, found = random.Random(seed), []
+    for chance, rounds in turns:
+        seconds = tokens = 0.0
+        for _ in range(rounds):
+            width = depth.choose([USUAL] * rows)
+            kept = [next((k for k in range(width) if rng.random() >= chance), width) + 1 for _ in range(rows)]
+            took = cost(rows, width) / cost(rows, 0)
+            seconds, tokens = seconds + took, tokens + sum(kept) / rows
+            depth.record(width, kept, took * (1 + 0.05 * abs(rng.gauss(0, 1))), [USUAL] * rows)
+        found.append(seconds / tokens)
+    return found
+
+
+def after_good(chance: float, cost: Cost) -> tuple[float, float]:
+    """Mean and greatest time over plain decoding's of eight prompts of 128 tokens behind others with good drafts."""
+    turns = [(0.8, 300), (chance, 128)] * 3
+    found = [ratio for seed in range(4) for ratio in simulate_turns(Auto(), turns, cost, 8, seed)[1::2]]
+    return sum(found) / len(found), max(found)
+
+
+@pytest.mark.parametrize("per_draft", [0.3, 0.45])
+@pytest.mark.parametrize("chance", [0.1, 0.3, 0.5])
+def test_what_good_texts_have_gained_is_not_spent_on_the_next(chance, per_draft):
+    assert after_good(chance, linear(0.0, per_draft))[1] < 1.04
+
+
+def test_eight_rows_tell_sooner_than_one_that_drafts_have_become_worse():
+    assert after_good(0.1, recorded)[0] < 0.96
+    assert after_good(0.3, recorded)[0] < 0.83
+
+
 PACES: dict[str, Callable[[int], float]] = {
     "slow half of the time": lambda n: 2.0 if n // 60 % 2 else 1.0,
     "slow now and then": lambda n: 1.5 if n // 25 % 2 else 1.0,
@@ -279,11 +312,11 @@ def test_a_drafter_that_never_knows_anything_is_not_asked(rows):
 
 
 def made_up_for(
-    chance: Callable[[int], float], per_draft: float, rows: int, length: int, column: float = 0.02
+    chance: Callable[[int], float], per_draft: float, rows: int, length: int, column: float = 0.02, seed: int = 0
 ) -> tuple[float, float]:
     """Time over plain decoding's with a drafter that has to compute every column it has missed, and texts that end
     after so many rounds; and the most that it took to make up for once. column: of that, in plain rounds."""
-    depth, rng, owed, took, tokens, most = Auto(), random.Random(0), 0, 0.0, 0.0, 0.0
+    depth, rng, owed, took, tokens, most = Auto(), random.Random(seed), 0, 0.0, 0.0, 0.0
     for n in range(5000):
         owed = owed if n % length else 0
         width = depth.choose([USUAL] * rows, owed)
@@ -311,7 +344,8 @@ def test_nobody_waits_for_a_drafter_that_reads_what_it_has_missed(per_draft, col
 
 @pytest.mark.parametrize("rows", [1, 8])
 def test_a_drafter_that_must_catch_up_is_asked_again_where_that_is_cheap(rows):
-    assert made_up_for(lambda n: 0.8 if n // 700 % 2 else 0.1, 0.2, rows, 128)[0] < 0.8
+    for seed in range(4):
+        assert made_up_for(lambda n: 0.8 if n // 700 % 2 else 0.1, 0.2, rows, 128, seed=seed)[0] < 0.8
     assert made_up_for(lambda n: 0.8, 0.2, rows, 5000)[0] < 0.6
 
 
