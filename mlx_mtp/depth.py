@@ -160,14 +160,15 @@ class Auto:
     has anything.
     What drafting loses against width 0 it takes from a budget, counted in rounds of width 0. Its gains and LOSS of all
     time go in, up to BUDGET tokens, which is the fewer rounds the more rows there are. While nothing is left nothing is
-    drafted, and no shape is tried that could take more than there is. So no n rounds, of whatever texts, lose much more
-    than LOSS * n and that budget.
+    drafted, and no shape is tried that could take more than there is; of what was lost beyond, DEBT at most is counted.
     """
 
     GAIN, WORTH = 1.03, 1.01  # a new width must look so much better than the present one, the present than width 0
     FIRST = 2  # the first width: what is wasted if nothing is kept
     LOSS = 0.006  # share of the time
-    BUDGET = 20  # tokens that all rows together may lose at once: one text's gain does not pay for another's loss
+    # Tokens of all rows: what they may lose at once, for one text's gain does not pay for another's loss; and what of a
+    # greater loss counts, as of a round that hung.
+    BUDGET, DEBT = 20, 6
     MEMORY = 0.999  # per round: after a thousand a loss is forgotten
     MISSES = 16  # after which a width is taken to be none that the drafter can draft
     PAUSE = 6  # rounds between two shapes that are tried for their time
@@ -285,7 +286,7 @@ class Auto:
             rounds = 1 if self._times.begun(rows, width) else 2  # the shape's first one is reckoned with now
             gained = sum(heard.kept) / rows - took if width else 0.0
             left = self.MEMORY * self._left + rounds * (gained + self.LOSS * took)
-            self._left = min(left, self.BUDGET / rows)
+            self._left = max(min(left, self.BUDGET / rows), -self.DEBT / rows)
         if owed:
             if took is not None:  # a width that is not known takes at most a plain round a token
                 usual = self._times.costs(rows)[width] if width in known else 1 + width

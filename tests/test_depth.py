@@ -150,6 +150,17 @@ def test_what_good_texts_have_gained_is_not_spent_on_the_next(chance, per_draft)
     assert after_good(chance, linear(0.0, per_draft))[1] < 1.04
 
 
+@pytest.mark.parametrize("rows", [1, 8])
+def test_one_round_that_hung_does_not_end_drafting(rows):
+    """Somebody else had the machine, for as long as a hundred rounds take."""
+    depth, cost = Auto(), linear(0.0, 0.2)
+    before, *_ = simulate_turns(depth, [(0.8, 200)], cost, rows, 0)
+    assert depth.settled and before < 0.7
+    depth.record(depth.settled, [1] * rows, 100.0, [USUAL] * rows)
+    assert depth.choose([USUAL] * rows) == 0
+    assert simulate_turns(depth, [(0.8, 800), (0.8, 200)], cost, rows, 1)[1] < 0.7
+
+
 def test_eight_rows_tell_sooner_than_one_that_drafts_have_become_worse():
     assert after_good(0.1, recorded)[0] < 0.96
     assert after_good(0.3, recorded)[0] < 0.83
