@@ -9,9 +9,10 @@ from engines import Listed, engine_of, fixture, request, run, smallest
 
 from mlx_mtp.cache import Cache
 from mlx_mtp.depth import MAX_WIDTH, Auto
-from mlx_mtp.drafters import Drafter
+from mlx_mtp.drafters import Drafter, lookup
 from mlx_mtp.drafters.lookup import GATE, LONGEST, SURE, LookupDrafter, certain, longest_match
 from mlx_mtp.drafters.plain import PlainDrafter
+from mlx_mtp.drafters.texts import Texts
 from mlx_mtp.rows import GREEDY, NOTHING, USUAL, Candidates, Draft, Forward, Sampling
 from mlx_mtp.sampling import RowSampler, Sampler
 
@@ -84,6 +85,29 @@ def test_rejected_columns_are_not_part_of_the_text():
     said.hear(0, [7, 30, 31, 9, 9, 40], kept=3, drafted=4)  # 30 and 31 are kept, and 40 follows; 9 and 9 never were
     said.hear(0, [40, 7, 30, 31], kept=3)
     assert said.draft(0, 3) == [40, 7, 30]
+
+
+@pytest.mark.parametrize("place", [-1, 1])
+def test_a_match_that_is_off_by_one_is_caught(place, monkeypatch):
+    def shifted(tokens: mx.array, length: mx.array) -> mx.array:
+        return longest_match(tokens, length) + mx.array([0, place])
+
+    monkeypatch.setattr(lookup, "longest_match", shifted)
+    for test in (test_the_draft_is_what_followed_the_match, test_a_draft_that_reaches_the_end_goes_around):
+        with pytest.raises(AssertionError):
+            test()
+
+
+@pytest.mark.parametrize("more", [-1, 1])
+def test_a_text_that_is_off_by_one_behind_a_rejection_is_caught(more, monkeypatch):
+    observe = Texts.observe
+
+    def shifted(self: Texts, fwd: Forward, kept: mx.array) -> object:
+        return observe(self, fwd, kept + (more if fwd.drafted else 0))
+
+    monkeypatch.setattr(Texts, "observe", shifted)
+    with pytest.raises(AssertionError):
+        test_rejected_columns_are_not_part_of_the_text()
 
 
 @pytest.mark.parametrize(

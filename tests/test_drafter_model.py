@@ -12,6 +12,7 @@ from mlx_mtp.depth import MAX_WIDTH
 from mlx_mtp.drafters.draft_model import CHUNK_TOK, DraftModel, check
 from mlx_mtp.drafters.mtp import KIND as MTP
 from mlx_mtp.engine import Engine
+from mlx_mtp.models.gemma4 import Gemma4
 from mlx_mtp.rows import PairingError
 from mlx_mtp.scheduler import Limits
 
@@ -43,6 +44,39 @@ def test_it_is_accepted_completely_after_rows_have_left_before_it():
     wanted = [Job(request(p, 10 + 14 * (i % 3)), i) for i, p in enumerate(prompts(models, lengths))]
     kept, drafted = kept_of_drafted(models, wanted, Limits(max_rows=3, chunk_tok=7, first_chunk_tok=4))
     assert drafted and kept == drafted
+
+
+class OneMore(DraftModel):
+    """Believes that it has read a token more."""
+
+    def _has(self, rows: slice, positions: mx.array) -> None:
+        super()._has(rows, positions + 1)
+
+
+class Late(DraftModel):
+    """Every step but a draft's first runs a position too far."""
+
+    def _run(self, rows: slice, tokens: mx.array, start: mx.array, ahead: int) -> mx.array:
+        return super()._run(rows, tokens, start + (ahead > 0), ahead)
+
+
+class Previous(DraftModel):
+    """Reads what stands a position before."""
+
+    def __init__(self, model: Gemma4, target_cache: Cache) -> None:
+        super().__init__(model, target_cache)
+        read = self._texts.at
+        self._texts.at = lambda rows, positions: read(rows, mx.maximum(positions - 1, 0))
+
+
+@pytest.mark.parametrize("wrong", [OneMore, Late, Previous])
+def test_one_that_is_off_by_one_is_not_accepted_completely(wrong):
+    models = smallest()
+    cache = Cache(models.target.specs, MAX_WIDTH, mx.float32)
+    engine = Engine(models.target, cache, wrong(models.target, cache), Listed(WIDTHS), SMALL_CHUNKS)
+    outcomes = run(engine, [request(p, 70) for p in prompts(models, (9, 5, 17, 30))])
+    kept, drafted = sum(o.stats.kept for o in outcomes), sum(o.stats.drafted for o in outcomes)
+    assert drafted > 100 and kept < 0.9 * drafted
 
 
 class Counted(DraftModel):

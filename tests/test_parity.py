@@ -1,11 +1,13 @@
 """The networks compute what transformers computes: logits, keys, routers, drafts and texts of four small pairs."""
 
+from typing import Any
+
 import mlx.core as mx
 import numpy as np
 import pytest
 from engines import SHAPES, Models, drafter_of, engine_of, fixture, goldens, request, run
 
-from mlx_mtp.cache import Cache
+from mlx_mtp.cache import Cache, View
 from mlx_mtp.depth import MAX_WIDTH
 from mlx_mtp.drafters.mtp import Convention, MtpDrafter
 from mlx_mtp.models import gemma4
@@ -231,6 +233,35 @@ def test_four_draft_steps_are_the_references(shape, kind, mode, prompt, monkeypa
     assert draft.tokens[0].tolist() == g[f"{prompt}/{kind}/{mode}/draft_tokens"].tolist()
     close_logits(draft, 0, g[f"{prompt}/{kind}/{mode}/draft_logits"])
     close(mx.concatenate(hidden, axis=1)[0], g[f"{prompt}/{kind}/{mode}/draft_hidden"])
+
+
+def _a_column_before(drafter: MtpDrafter, fwd: Forward, kept: mx.array) -> mx.array:
+    return OBSERVE(drafter, fwd, kept - 1)
+
+
+def _a_position_on(assistant: Assistant, embedded: mx.array, hidden: mx.array, position: mx.array, views: Any) -> Any:
+    return STEP(assistant, embedded, hidden, position + 1, views)
+
+
+def _one_committed_position_less(cache: Cache, layer: int, rows: slice, window: int | None) -> View:
+    lengths, cache.lengths = cache.lengths, cache.lengths - 1
+    view, cache.lengths = COMMITTED(cache, layer, rows, window), lengths
+    return view
+
+
+OBSERVE, STEP, COMMITTED = MtpDrafter.observe, Assistant.step, Cache.committed
+OFF_BY_ONE = [
+    (MtpDrafter, "observe", _a_column_before),
+    (Assistant, "step", _a_position_on),
+    (Cache, "committed", _one_committed_position_less),
+]
+
+
+@pytest.mark.parametrize(("owner", "name", "wrong"), OFF_BY_ONE)
+def test_a_drafter_that_is_off_by_one_is_caught(owner, name, wrong, monkeypatch):
+    monkeypatch.setattr(owner, name, wrong)
+    with pytest.raises(AssertionError):
+        test_four_draft_steps_are_the_references("edge", "fit", "n_wp1", "short", monkeypatch)
 
 
 @shapes
