@@ -2,23 +2,27 @@
 
     python bench/never_slower.py --json out.json
 
-For every kind of drafter (two of them with random weights), kind of prompt and batch, on the embedded target, in one
-process: two engines take turns, a round each, so that what slows the machine down slows both. Which is first is drawn
-for every pair of rounds, so that neither runs behind its own rounds more often than the other, which is faster. Both
-run the same requests again and again. First `--seconds` of each side that do not count, in which the policy may still
-be learning; then `--repeats` times as many, and up to `--most` times while the ratio's standard error leaves open on
-which side of `--least` it is. The plain side has no drafter at all, so what a drafter costs that is not asked counts
+For every kind of drafter (two of them with random weights), kind of prompt and batch, on the embedded target: two
+engines take turns, a round each, so that what slows the machine down slows both. Which is first is drawn for every pair
+of rounds, so that neither runs behind its own rounds more often than the other, which is faster. Both run the same
+requests again and again: for `--before` seconds each that do not count, in which the policy may still be learning, then
+for `--seconds` each that do. The plain side has no drafter at all, so what a drafter costs that is not asked counts
 too. Code and edits are written greedily, chats drawn at temperature 1 with a seed, so that both sides write the same
 text.
+
+Two equal engines of one process differ by about a percent for as long as it lives, by where their memory lies. So all
+is done again in other processes, `--processes` of them, where the engines are made in an order that is drawn; and in up
+to `--most`, for a drafter of which some case's standard error leaves open on which side of `--least` it is. "none" is
+another plain engine in the drafter's place: what the measure says where nothing is to be found.
 
 --cpu-time takes the process's own processor time, for the figures and as the policy's clock: for a machine that others
 use too. It counts twice what runs at the same time.
 
 rate: tokens of rounds over their seconds, from when every row has its first token to when the first row ends. ratio: of
-the two rates over all repeats, so that a rare dear round counts as it should; its standard error, from the repeats'
-ratios; then the least and the most of those.
-A policy keeps what it learnt from cell to cell, as in a process that serves. drafting, probing: share of its time in
-rounds with drafts, and in those to find something out. Ends with 1 if a ratio is below `--least`.
+the two sides' rates, mean of all processes; its standard error, from theirs; then the least and the most of them.
+A policy keeps what it learnt from case to case, as in a process that serves. drafting, probing: share of its time in
+rounds with drafts, and in those of another width than the one it takes to be the best. Ends with 1 if a ratio is below
+`--least`.
 """
 
 from __future__ import annotations
@@ -32,7 +36,9 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, astuple, dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,8 +67,12 @@ PREFIX_BYTES = 2**28  # a prompt is computed once
 KINDS = ("code", "chat", "edit")
 DRAWN = Sampling(temperature=1.0, seed=1)
 
+NONE = "none"  # in a drafter's place
+NAMES = (NONE, "mtp", "dflash", "draft model", "mtp, random", "dflash, random", "lookup", "mtp+lookup")
+
 Make = Callable[[Cache], Drafter]
 Clock = Callable[[], float]
+Key = tuple[str, str, int]  # of a case
 
 
 class Watched(Auto):
@@ -71,7 +81,7 @@ class Watched(Auto):
     def __init__(self) -> None:
         super().__init__()
         self.all_s = self.drafting_s = self.probing_s = 0.0
-        self.finding: deque[bool] = deque()  # of the rounds under way: whether they are to find something out
+        self.finding: deque[bool] = deque()  # of the rounds under way: whether of another width than the best
 
     def choose(self, outlook: Sequence[int], owed: int = 0) -> int:
         width = super().choose(outlook, owed)
@@ -92,38 +102,56 @@ class Watched(Auto):
         return found
 
 
+@dataclass(frozen=True)
+class Turn:
+    """What one process found of a case."""
+
+    plain_tok_s: float
+    auto_tok_s: float
+    drafting: float
+    probing: float
+
+    @property
+    def ratio(self) -> float:
+        return self.auto_tok_s / self.plain_tok_s
+
+
 @dataclass
-class Cell:
+class Case:
     """One drafter on one kind of prompts at one batch."""
 
     drafter: str
     prompts: str
     rows: int
-    plain_tok_s: list[float] = field(default_factory=list)
-    auto_tok_s: list[float] = field(default_factory=list)
-    drafting: float = 0.0
-    probing: float = 0.0
-
-    @property
-    def ratios(self) -> list[float]:
-        return [a / p for a, p in zip(self.auto_tok_s, self.plain_tok_s, strict=True)]
+    turns: list[Turn] = field(default_factory=list)
 
     @property
     def ratio(self) -> float:
-        return statistics.mean(self.auto_tok_s) / statistics.mean(self.plain_tok_s)
+        return statistics.mean(turn.ratio for turn in self.turns)
 
     @property
     def error(self) -> float:
-        return statistics.stdev(self.ratios) / len(self.ratios) ** 0.5
+        return statistics.stdev(turn.ratio for turn in self.turns) / len(self.turns) ** 0.5
+
+    def open(self, least: float) -> bool:
+        """Whether it is hard to tell on which side of a ratio it is."""
+        return abs(self.ratio - least) <= 2 * self.error
 
     def line(self) -> str:
-        spread = f"{self.ratio:.3f} ± {self.error:.3f} ({min(self.ratios):.2f}..{max(self.ratios):.2f})"
-        rates = f"{statistics.mean(self.plain_tok_s):.0f} | {statistics.mean(self.auto_tok_s):.0f}"
-        shares = f"{self.drafting:.0%} | {self.probing:.1%}"
-        return f"| {self.drafter} | {self.prompts} | {self.rows} | {spread} | {rates} | {shares} |"
+        ratios = [turn.ratio for turn in self.turns]
+        spread = f"{self.ratio:.3f} ± {self.error:.3f} ({min(ratios):.2f}..{max(ratios):.2f}, {len(ratios)})"
+        plain, auto, drafting, probing = (statistics.mean(part) for part in zip(*map(astuple, self.turns), strict=True))
+        return (
+            f"| {self.drafter} | {self.prompts} | {self.rows} | {spread} | {plain:.0f} | {auto:.0f} "
+            f"| {drafting:.0%} | {probing:.1%} |"
+        )
 
 
 # what is run --------------------------------------------------------------------------------------------------
+
+
+def nothing(cache: Cache) -> Drafter:
+    return PlainDrafter()
 
 
 def makers(target: LoadedTarget) -> dict[str, Make]:
@@ -168,7 +196,7 @@ def requests(target: LoadedTarget, tokens: int) -> dict[str, list[Request]]:
     text, held_out = Text.from_dir(target.path), json.loads((DATA / "prompts.json").read_text())
     code = [tuple(text.encode(p)) for p in held_out["code"][:8]]
     chat = [tuple(text.chat([{"role": "user", "content": p}])) for p in held_out["chat"][:8]]
-    plain = engine_of(target, lambda cache: PlainDrafter(), Constant(0))
+    plain = engine_of(target, nothing, Constant(0))
     said: dict[int, list[int]] = {plain.submit(Request(ids, 48)): [] for ids in code}
     while not plain.idle:
         for event in plain.step():
@@ -229,68 +257,84 @@ class Side:
         return rate
 
 
-def measure(cell: Cell, plain: Side, auto: Side, wanted: Sequence[Request], args: argparse.Namespace) -> None:
-    """Fill in a cell."""
-    policy, order = auto.engine.depth, random.Random(0)
-    assert isinstance(policy, Watched)
-    auto.drain()
-    policy.finding.clear()  # a round that nobody needed was undone
-    for side in (plain, auto):
+def by_turns(sides: Sequence[Side], seconds: float, order: random.Random) -> list[float]:
+    """Rounds of both sides until each has run so long; their tokens a second."""
+    while min(side.seconds for side in sides) < seconds:
+        for side in order.sample(sides, len(sides)):
+            side.round()
+    return [side.rate() for side in sides]
+
+
+def measured(sides: Sequence[Side], wanted: Sequence[Request], args: argparse.Namespace, order: random.Random) -> Turn:
+    """What the plain side and the other one make of requests."""
+    policy = sides[1].engine.depth
+    for side in sides:
+        side.drain()
+    if isinstance(policy, Watched):
+        policy.finding.clear()  # a round that nobody needed was undone
+    for side in sides:
         side.begin(wanted)
-    for repeat in range(max(args.repeats, args.most) + 1):
-        if repeat > args.repeats and abs(cell.ratio - args.least) > 2 * cell.error:
-            break
-        while min(plain.seconds, auto.seconds) < args.seconds:
-            for side in order.sample((plain, auto), 2):
-                side.round()
-        if not repeat:
-            policy.shares()
-        rates = plain.rate(), auto.rate()
-        if repeat:
-            cell.plain_tok_s.append(rates[0])
-            cell.auto_tok_s.append(rates[1])
-    cell.drafting, cell.probing = policy.shares()
+    by_turns(sides, args.before, order)
+    if isinstance(policy, Watched):
+        policy.shares()
+    rates = by_turns(sides, args.seconds, order)
+    return Turn(*rates, *(policy.shares() if isinstance(policy, Watched) else (0.0, 0.0)))
+
+
+def turns(process: int, names: Sequence[str], args: argparse.Namespace) -> dict[Key, Turn]:
+    """What this process, a new one, finds of all cases of these drafters."""
+    target, order, found = load_target(str(DATA / "target"), dtype=mx.float32), random.Random(process), {}
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    wanted, made = requests(target, args.tokens), makers(target)
+    for name in names:
+        kinds = [(nothing, Constant(0)), (nothing, Constant(0)) if name == NONE else (made[name], Watched())]
+        sides = {i: Side(engine_of(target, *kinds[i]), clock) for i in order.sample((0, 1), 2)}
+        for rows, kind in itertools.product(args.batch, args.prompts):
+            found[name, kind, rows] = measured([sides[0], sides[1]], wanted[kind][:rows], args, order)
+        print(f"process {process + 1}: {name}", file=sys.stderr, flush=True)
+    return found
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--drafter", nargs="+", help="of those that are named in the table; all if unset")
+    parser.add_argument("--drafter", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--prompts", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 8])
-    parser.add_argument("--tokens", type=int, default=64, help="of every row")
-    parser.add_argument("--repeats", type=int, default=6)
-    parser.add_argument("--most", type=int, default=18, help="repeats of a case that is hard to tell")
-    parser.add_argument("--seconds", type=float, default=0.5, help="of each side in a repeat")
+    parser.add_argument("--tokens", type=int, default=128, help="of every row")
+    parser.add_argument("--before", type=float, default=1.0, help="seconds of each side that do not count yet")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each side in every process")
+    parser.add_argument("--processes", type=int, default=3)
+    parser.add_argument("--most", type=int, default=9, help="processes for a drafter of which a case is hard to tell")
     parser.add_argument("--least", type=float, default=0.97, help="the least ratio that passes")
     parser.add_argument("--cpu-time", action="store_true", help="by the process's processor time")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    if args.repeats < 2:
-        parser.error(f"--repeats is {args.repeats}; expected at least 2, for a standard error")
+    if args.processes < 2:
+        parser.error(f"--processes is {args.processes}; expected at least 2, for a standard error")
     return args
 
 
 def main() -> None:
     args = arguments()
-    target = load_target(str(DATA / "target"), dtype=mx.float32)
-    wanted, cells = requests(target, args.tokens), []
-    clock = time.process_time if args.cpu_time else time.perf_counter
-    plain = Side(engine_of(target, lambda cache: PlainDrafter(), Constant(0)), clock)
+    keys = itertools.product(args.drafter, args.batch, args.prompts)
+    cases = {(name, kind, rows): Case(name, kind, rows) for name, rows, kind in keys}
+    for process in range(max(args.processes, args.most)):
+        hard = {case.drafter for case in cases.values() if process < args.processes or case.open(args.least)}
+        names = [name for name in args.drafter if name in hard]
+        if not names:
+            break
+        with ProcessPoolExecutor(1, get_context("spawn")) as new:
+            for key, turn in new.submit(turns, process, names, args).result().items():
+                cases[key].turns.append(turn)
+        if args.json:
+            found = {"provenance": provenance(sys.argv, __version__), "cases": [asdict(c) for c in cases.values()]}
+            args.json.write_text(json.dumps(found, indent=1) + "\n")
     print("| drafter | prompts | rows | auto / width 0 | plain tok/s | auto tok/s | drafting | probing |")
-    print("|---" * 8 + "|", flush=True)
-    for name, make in makers(target).items():
-        if args.drafter and name not in args.drafter:
-            continue
-        auto = Side(engine_of(target, make, Watched()), clock)
-        for rows, kind in itertools.product(args.batch, args.prompts):
-            cells.append(Cell(name, kind, rows))
-            measure(cells[-1], plain, auto, wanted[kind][:rows], args)
-            print(cells[-1].line(), flush=True)
-    if args.json:
-        found = {"provenance": provenance(sys.argv, __version__), "cells": [asdict(cell) for cell in cells]}
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
-    slow = [cell for cell in cells if cell.ratio < args.least]
-    print(f"{len(slow)} of {len(cells)} below {args.least}", file=sys.stderr)
+    print("|---" * 8 + "|")
+    for case in cases.values():
+        print(case.line())
+    slow = [case for case in cases.values() if case.ratio < args.least]
+    print(f"{len(slow)} of {len(cases)} below {args.least}", file=sys.stderr)
     sys.exit(bool(slow))
 
 
