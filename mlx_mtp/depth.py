@@ -235,7 +235,7 @@ class Auto:
             if self._overdue(rows, tokens, rates):
                 return 0
         if drafted and self._quiet > self.PAUSE:
-            trial = self._worth_trying(rows, known, costs, tokens)
+            trial = self._worth_trying(rows, known, costs, tokens, rates)
             if trial is not None:
                 self._trial, self._quiet = (rows, trial), 0
                 return trial
@@ -329,10 +329,11 @@ class Auto:
             width = self._width
         return width if rates[width] > self.WORTH else 0
 
-    def _worth_trying(self, rows: int, known: frozenset[int], costs: list[float], tokens: list[float]) -> int | None:
+    def _worth_trying(
+        self, rows: int, known: frozenset[int], costs: list[float], tokens: list[float], rates: list[float]
+    ) -> int | None:
         """An untimed width that would win if it took no longer than the next narrower timed one; of those about as good
         the narrowest, which costs least if it does not win."""
-        rates = [t / c for t, c in zip(tokens, costs, strict=True)]
         wanted = self.GAIN * rates[self._width]
         if max(rates) < wanted:
             return None
