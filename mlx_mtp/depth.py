@@ -10,7 +10,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from mlx_mtp.round_times import SAMPLES, RoundTimes
+from mlx_mtp.round_times import PROVEN, SAMPLES, RoundTimes
 from mlx_mtp.rows import BOUND, NOTHING, RequestError
 
 MAX_WIDTH = 15  # the widest round; the cache's rings leave room for it
@@ -150,8 +150,10 @@ class Auto:
     it is put down to that knowledge, so that the delay is part of the estimate.
     Times are those of `RoundTimes`. They never fall with the width, so a shape not yet seen takes at least what the
     next narrower one takes; where that would be fast enough to win, the shape is tried. Steps in the cost, as kernels
-    have them, are found this way. A round during which one of another width was built does not count: where the host
-    is the slower one it takes as long as that building.
+    have them, are found this way. It is tried right behind rounds of width 0, once the present width has been compared
+    with such: what is inferred from a width that was timed in a bad moment is wrong, and seems to be right. A round
+    during which one of another width was built does not count: where the host is the slower one it takes as long as
+    that building.
     Rounds that must make up for many without drafts say what that costs (a draft model reads all it has missed), and
     nothing about their width. Drafting is taken up again where the budget bears that: at a text's beginning, mostly.
     A width is worth its drafts only if it is clearly better than width 0. While it drafts, rounds of width 0 are run
@@ -234,8 +236,11 @@ class Auto:
             self._wait = self.FIRST_PROBE
             if self._overdue(rows, tokens, rates):
                 return 0
-        if drafted and self._quiet > self.PAUSE:
+        if drafted and self._quiet > self.PAUSE and (not self._width or self._times.comparisons(rows, self._width)):
             trial = self._worth_trying(rows, known, costs, tokens, rates)
+            if trial is not None and self._width and self._unseen:  # rounds to compare it with come first
+                self._unseen = self._recheck
+                return 0
             if trial is not None:
                 self._trial, self._quiet = (rows, trial), 0
                 return trial
@@ -351,14 +356,15 @@ class Auto:
 
     def _overdue(self, rows: int, tokens: list[float], rates: list[float]) -> bool:
         """Whether it is long since rounds of width 0 were seen, by which all the others are judged."""
+        compared = self._times.comparisons(rows, self._width)
+        wait = self._recheck if compared else SAMPLES
         self._unseen += 1
-        if self._unseen >= self._recheck + self.CHECK_ROUNDS:
+        if self._unseen >= wait + self.CHECK_ROUNDS:
             dear = self.CHECK_ROUNDS * (rates[self._width] - 1)  # tokens that a look costs
             longest = int(dear / (self.CHECK_SHARE * tokens[self._width]))
-            proven = self._times.proven(rows, self._width)
-            most = min(max(longest, self.FIRST_CHECK), self.LAST_CHECK) if proven else self.FIRST_CHECK
+            most = min(max(longest, self.FIRST_CHECK), self.LAST_CHECK) if compared >= PROVEN else self.FIRST_CHECK
             self._unseen, self._recheck = 0, min(2 * self._recheck, most)
-        return self._unseen >= self._recheck
+        return self._unseen >= wait
 
     def _probe(self) -> int:
         """Width of a round while drafting does not pay: 0, except for a narrow look at growing distances."""

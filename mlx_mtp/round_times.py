@@ -58,12 +58,16 @@ class RoundTimes:
 
     def _meet(self, rows: int, width: int, took: float) -> None:
         """One of the first rounds of a width, with nothing but those before it to compare it with."""
-        plain = self._plain if width else took
+        if width:
+            beside = [t for w, t in self._last if not w][-NEAR:]  # what is inferred from others may be wrong
+            plain = statistics.median(beside) if beside else self._plain
+        else:
+            plain = took
         if plain is None:
             return
         first = self._first[rows, width]
         first.append(took - plain)
-        if len(first) >= SAMPLES:
+        if len(first) >= (SAMPLES if width else NEAR):
             self._known[rows] |= {width}
         self._settle(rows, width)
 
@@ -94,7 +98,7 @@ class RoundTimes:
 
     def _settle(self, rows: int, width: int) -> None:
         paired, first = self._paired[rows, width], self._first[rows, width]
-        self._levels[rows, width] = statistics.median([*paired, *first[len(paired) :]])
+        self._levels[rows, width] = statistics.median(paired or first)
         self._costs.pop(rows, None)
 
     def known(self, rows: int) -> frozenset[int]:
@@ -105,9 +109,9 @@ class RoundTimes:
         """Whether this shape has been timed at all."""
         return (rows, width) in self._first
 
-    def proven(self, rows: int, width: int) -> bool:
-        """Whether this shape has been compared with others often enough to be believed."""
-        return not width or len(self._paired[rows, width]) >= PROVEN
+    def comparisons(self, rows: int, width: int) -> int:
+        """How often this shape has been compared with others, of the last KEPT times."""
+        return len(self._paired[rows, width])
 
     def costs(self, rows: int) -> list[float]:
         """Of a round, by width: 1 for width 0, and never less than a narrower one's. A width that is not known costs

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mlx_mtp.depth import MAX_WIDTH, Auto, Constant, Depth, Heuristic, depth_of
-from mlx_mtp.round_times import SAMPLES
+from mlx_mtp.round_times import NEAR
 from mlx_mtp.rows import BOUND, NOTHING, USUAL, RequestError
 
 Cost = Callable[[int, int], float]  # (rows, width) -> seconds of a round
@@ -200,7 +200,7 @@ def simulate_busy(depth: Depth, chance: float, cost: Cost, noise: Sequence[float
 
 
 @pytest.mark.parametrize("noise", NOISE)
-@pytest.mark.parametrize("chance, per_draft", [(0.09, 0.125), (0.09, 0.3), (0.3, 0.3)])
+@pytest.mark.parametrize("chance, per_draft", [(0.09, 0.125), (0.09, 0.3), (0.3, 0.3), (0.96, 1.6), (1.0, 1.6)])
 def test_a_machine_that_others_use_misleads_nobody(chance, per_draft, noise):
     """Rounds take half or twice as long for no reason of theirs, for a while or once, and drafts hardly pay."""
     found = [simulate_busy(Auto(), chance, linear(0.0, per_draft), NOISE[noise], seed) for seed in range(16)]
@@ -281,8 +281,10 @@ def simulate_host(depth: Depth, text: list[int], cost: Cost, build: Cost) -> flo
 def test_a_slow_host_misleads_nobody(text):
     """Drafts are dear to build: a round of width 0 before one with drafts takes as long as building that."""
     cost, build = linear(0.04, 0.04), linear(0.0, 0.8)
-    places = acceptance(text, 1500)
-    assert simulate_host(Auto(), places, cost, build) < 1.03 * simulate_host(Constant(0), places, cost, build)
+    found = [simulate_host(Auto(), acceptance(text, 1500, seed), cost, build) / 1500 for seed in range(8)]
+    print([round(f, 3) for f in found])
+    assert sum(found) / len(found) < 1.02
+    assert max(found) < 1.04
 
 
 def simulate_outlook(depth: Depth, places: list[list[int]], cost: Cost, rows: int, tokens: int) -> float:
@@ -423,7 +425,7 @@ def test_constrained_rounds_are_learnt_apart_and_a_drafter_with_nothing_is_no_mo
         width = auto.choose([USUAL])
         auto.record(width, [1], 1.0 + width, [USUAL])
     assert auto.choose([USUAL]) == 0
-    for _ in range(SAMPLES + 1):  # what a round without drafts takes; the first also builds
+    for _ in range(NEAR + 1):  # what a round without drafts takes; the first also builds
         assert auto.choose([BOUND + USUAL]) == 0
         auto.record(0, [1], 1.0, [BOUND + USUAL])
     assert auto.choose([BOUND + USUAL]) == Auto.FIRST

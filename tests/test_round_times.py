@@ -26,9 +26,11 @@ COST = {0: 1.0, 2: 1.4, 4: 1.9}
 
 
 def test_a_width_is_known_after_two_rounds_and_costs_what_they_took_beside_those_before():
-    times = told([0, 0, 2], COST)
+    times = told([0, 0], COST)
+    assert times.known(1) == frozenset() and times.begun(1, 0)
+    times = told([0, 0, 0, 2], COST)
     assert times.known(1) == {0} and times.begun(1, 2) and not times.begun(1, 3)
-    times = told([0, 0, 2, 2], COST)
+    times = told([0, 0, 0, 2, 2], COST)
     assert times.known(1) == {0, 2} and times.costs(1)[2] == pytest.approx(1.4)
 
 
@@ -39,26 +41,28 @@ def test_a_width_is_known_after_two_rounds_and_costs_what_they_took_beside_those
 )
 def test_costs_do_not_depend_on_the_pace_of_the_machine(pace):
     times = told(looks(2, 20), COST, pace)
-    assert times.proven(1, 2) and times.costs(1)[2] == pytest.approx(1.4, rel=0.03)
+    assert times.comparisons(1, 2) == KEPT and times.costs(1)[2] == pytest.approx(1.4, rel=0.03)
 
 
-def test_a_width_first_seen_while_the_machine_was_slow_is_put_right_by_a_few_looks():
+def test_a_width_first_seen_while_the_machine_was_slow_is_put_right_by_a_look():
     def slow_at_first(n: int) -> float:
         return 2.0 if n < 4 else 1.0
 
-    assert told(looks(2, 1), COST, slow_at_first).costs(1)[2] < 1.2
-    assert told(looks(2, PROVEN + 1), COST, slow_at_first).costs(1)[2] == pytest.approx(1.4, rel=0.01)
+    assert told(looks(2, 0), COST, slow_at_first).costs(1)[2] < 1.2
+    assert told(looks(2, 1), COST, slow_at_first).costs(1)[2] == pytest.approx(1.4, rel=0.01)
+
+
+def test_a_width_is_first_compared_with_rounds_of_width_0_and_not_with_what_others_seem_to_cost():
+    """The machine was slow when width 2 was timed, which seems to cost less than it does ever since."""
+    times = told([0] * 4 + [2] * 10 + [0, 0, 4, 4], COST, lambda n: 2.0 if n < 4 else 1.0)
+    assert times.costs(1)[2] < 1.2 and times.costs(1)[4] == pytest.approx(1.9)
 
 
 def test_a_round_says_nothing_if_the_machine_changed_around_it():
     look = 4 + 10  # the first look
     steady, changed = told(looks(2, 1), COST), told(looks(2, 1), COST, lambda n: 2.0 if n >= look else 1.0)
-    assert not changed.proven(1, 2) and changed.costs(1)[2] == pytest.approx(1.4)
-    for _ in range(PROVEN - 1):
-        for times in (steady, changed):
-            for width in [0] + [2] * 10:
-                times.learn(1, width, 0.02 * COST[width])
-    assert steady.proven(1, 2) and not changed.proven(1, 2)
+    assert not changed.comparisons(1, 2) and changed.costs(1)[2] == pytest.approx(1.4)
+    assert steady.comparisons(1, 2) == 1
 
 
 def test_one_round_that_was_interrupted_moves_nothing():
@@ -89,7 +93,7 @@ def test_costs_never_fall_with_the_width_and_the_better_known_one_prevails():
 
 
 def test_nothing_costs_less_than_a_round_without_drafts_and_what_is_not_known_costs_as_the_next_narrower():
-    times = told([0, 0, 2, 2, 4, 4], {0: 1.0, 2: 0.7, 4: 1.9})
+    times = told([0, 0, 0, 2, 2, 4, 4], {0: 1.0, 2: 0.7, 4: 1.9})
     assert times.costs(1) == pytest.approx([1.0, 1.0, 1.0, 1.0, 1.9, 1.9, 1.9, 1.9, 1.9])
 
 
@@ -102,7 +106,7 @@ def test_batches_of_other_sizes_are_learnt_by_themselves():
 
 
 def test_a_width_that_nothing_can_be_compared_with_stays_unknown():
-    times = told([0, 0, 2, 2], COST)
+    times = told([0, 0, 0, 2, 2], COST)
     for width in (2, 2, 2):
         times.learn(3, width, 0.5)
     assert times.known(3) == frozenset() and times.plain_s(3) is None
