@@ -159,7 +159,7 @@ class Auto:
     A width is worth its drafts only if it is clearly better than width 0. While it drafts, rounds of width 0 are run
     now and then, for all is judged by them: as often as a small share of the time allows, which is the more often the
     less drafting seems to gain. Where width 0 is best, a narrow round is tried at growing distances, unless no drafter
-    has anything.
+    has anything; where drafts would not pay if all of them were kept, at the greatest distance at once.
     What drafting loses against width 0 it takes from a budget, counted in rounds of width 0. Its gains and LOSS of all
     time go in, up to BUDGET tokens, which is the fewer rounds the more rows there are. While nothing is left nothing is
     drafted, and no shape is tried that could take more than there is; of what was lost beyond, DEBT at most is counted.
@@ -195,7 +195,7 @@ class Auto:
         self._trial: tuple[int, int] | None = None
         self._wait, self._since, self._probing = self.FIRST_PROBE, 0, 0
         self._chosen = 0  # for the round that comes
-        self._resting: dict[tuple[int, ...], bool] = {}  # sorted outlooks where width 0 is best: whether to look again
+        self._resting: dict[tuple[int, ...], int] = {}  # sorted outlooks where width 0 is best: least distance of looks
         self._rested = 0  # rounds that this has stood
         self._heard: list[Recorded] = []  # rounds that nothing has been made of yet
         self._made_up: deque[tuple[int, float]] = deque(maxlen=5)  # columns that were owed, and the rounds they took
@@ -216,7 +216,7 @@ class Auto:
     def _choose(self, outlook: tuple[int, ...]) -> int:
         if outlook in self._resting:
             self._quiet += 1
-            return self._probe() if self._resting[outlook] else 0
+            return self._probe(self._resting[outlook])
         self._learn()
         rows, known = len(outlook), self._times.known(len(outlook))
         if 0 not in known:
@@ -224,7 +224,7 @@ class Auto:
         hopeful = any(o % BOUND != NOTHING for o in outlook)
         costs, tokens = self._times.costs(rows), self._tokens(outlook)
         drafted = len(known) > 1
-        meeting = self._meeting(rows, known, tokens) if hopeful else None
+        meeting = self._meeting(rows, known, tokens) if hopeful and (drafted or self._can_pay(rows)) else None
         if meeting is not None and self._missed[rows, meeting] < self.MISSES:
             return 0 if self._times.plain_s(rows) is None else meeting  # where nothing ran it could be compared with
         self._quiet += 1
@@ -246,8 +246,18 @@ class Auto:
                 return trial
         if self._width:
             return self._width
-        self._resting[outlook] = hopeful
-        return self._probe() if hopeful else 0
+        nearest = self.FIRST_PROBE if self._can_pay(rows) else self.LAST_PROBE
+        self._resting[outlook] = nearest if hopeful else 0
+        return self._probe(self._resting[outlook])
+
+    def _can_pay(self, rows: int) -> bool:
+        """Whether drafts would pay if all of them were kept; while none have been timed with so many rows, whether they
+        would with the next fewer."""
+        timed = next((r for r in range(rows, 0, -1) if len(self._times.known(r)) > 1), None)
+        if timed is None:
+            return True
+        costs = self._times.costs(timed)
+        return any((1 + w) / costs[w] > self.WORTH for w in self._times.known(timed) if w)
 
     def _meeting(self, rows: int, known: frozenset[int], tokens: list[float]) -> int | None:
         """The width that is being timed for the first time, if one is: the first of all, or one that is on trial."""
@@ -366,10 +376,13 @@ class Auto:
             self._unseen, self._recheck = 0, min(2 * self._recheck, most)
         return self._unseen >= wait
 
-    def _probe(self) -> int:
-        """Width of a round while drafting does not pay: 0, except for a narrow look at growing distances."""
+    def _probe(self, least: int) -> int:
+        """Width of a round while drafting does not pay: 0, except for a narrow look at growing distances, which are at
+        least so many rounds; 0: none."""
+        if not least:
+            return 0
         self._since += 1
-        if self._since >= self._wait:
+        if self._since >= max(self._wait, least):
             self._since, self._wait, self._probing = (
                 0,
                 min(self.LAST_PROBE, 2 * self._wait),

@@ -237,6 +237,15 @@ def test_batches_that_grow_and_shrink_do_not_pay_for_a_useless_drafter_at_every_
     assert simulate_crowd(0.0, COSTS["old chip"], sweeps=8) < 0.03
 
 
+def test_a_drafter_dearer_than_what_it_could_gain_is_not_timed_at_every_size_of_the_batch():
+    """A draft model as large as its target: nearly all drafts are kept, and each costs more than a token does."""
+    depth, cost = Auto(), linear(0.0, 1.6)
+    assert simulate_turns(depth, [(0.97, 300)], cost, 1, 0)[0] < 1.04
+    assert simulate_turns(depth, [(0.97, 300)], cost, 4, 1) == simulate_turns(depth, [(0.97, 100)], cost, 8, 2) == [1.0]
+    cheaper = simulate_turns(depth, [(0.97, 2000), (0.97, 1000)], linear(0.0, 0.1), 4, 3)
+    assert cheaper[1] < 0.5, "it is looked at again, if seldom"
+
+
 def test_a_width_is_not_tried_where_nothing_has_run_that_it_could_be_compared_with():
     """The batch changes between the rounds of a trial; a round without drafts comes first when it changes back."""
     auto, cost = Auto(), COSTS["memory-bound"]
