@@ -159,10 +159,12 @@ class Auto:
     A width is worth its drafts only if it is clearly better than width 0. While it drafts, rounds of width 0 are run
     now and then, for all is judged by them: as often as a small share of the time allows, which is the more often the
     less drafting seems to gain. Where width 0 is best, a narrow round is tried at growing distances, unless no drafter
-    has anything; where drafts would not pay if all of them were kept, at the greatest distance at once.
-    What drafting loses against width 0 it takes from a budget, counted in rounds of width 0. Its gains and LOSS of all
-    time go in, up to BUDGET tokens, which is the fewer rounds the more rows there are. While nothing is left nothing is
-    drafted, and no shape is tried that could take more than there is; of what was lost beyond, DEBT at most is counted.
+    has anything. Where no known width would pay if all of its drafts were kept, no other is tried, and the distance is
+    the greatest at once.
+    What drafting loses against width 0 it takes from a budget, counted in rounds of width 0; with what a plain round
+    takes longer because one with drafts is built beside it. Its gains and LOSS of all time go in, up to BUDGET tokens,
+    which is the fewer rounds the more rows there are. While nothing is left nothing is drafted, and no shape is tried
+    that could take more than there is; of what was lost beyond, DEBT at most is counted.
     """
 
     GAIN, WORTH = 1.03, 1.01  # a new width must look so much better than the present one, the present than width 0
@@ -175,7 +177,7 @@ class Auto:
     MISSES = 16  # after which a width is taken to be none that the drafter can draft
     PAUSE = 6  # rounds between two shapes that are tried for their time
     FIRST_PROBE, LAST_PROBE, PROBE_WIDTH, PROBE_ROUNDS = 24, 768, 1, 2
-    FIRST_CHECK, LAST_CHECK, CHECK_ROUNDS = 5, 256, 2  # rounds with drafts before some without
+    FIRST_CHECK, LAST_CHECK, CHECK_ROUNDS = 5, 256, 3  # rounds with drafts before some without
     CHECK_SHARE = 0.005  # of the time that those may cost
     OWED, OWED_SHARE = 16, 0.05  # columns a row that are not made up in passing; share of a round that is not noise
     OWED_COST = 1 / 16  # of a column, in rounds of width 0, before it is known
@@ -223,8 +225,8 @@ class Auto:
             return 0
         hopeful = any(o % BOUND != NOTHING for o in outlook)
         costs, tokens = self._times.costs(rows), self._tokens(outlook)
-        drafted = len(known) > 1
-        meeting = self._meeting(rows, known, tokens) if hopeful and (drafted or self._can_pay(rows)) else None
+        drafted, pays = len(known) > 1, self._can_pay(rows)
+        meeting = self._meeting(rows, known, tokens) if hopeful and (drafted or pays) else None
         if meeting is not None and self._missed[rows, meeting] < self.MISSES:
             return 0 if self._times.plain_s(rows) is None else meeting  # where nothing ran it could be compared with
         self._quiet += 1
@@ -236,7 +238,8 @@ class Auto:
             self._wait = self.FIRST_PROBE
             if self._overdue(rows, tokens, rates):
                 return 0
-        if drafted and self._quiet > self.PAUSE and (not self._width or self._times.comparisons(rows, self._width)):
+        compared = not self._width or self._times.comparisons(rows, self._width)
+        if drafted and pays and compared and self._quiet > self.PAUSE:
             trial = self._worth_trying(rows, known, costs, tokens, rates)
             if trial is not None and self._width and self._unseen:  # rounds to compare it with come first
                 self._unseen = self._recheck
@@ -246,8 +249,7 @@ class Auto:
                 return trial
         if self._width:
             return self._width
-        nearest = self.FIRST_PROBE if self._can_pay(rows) else self.LAST_PROBE
-        self._resting[outlook] = nearest if hopeful else 0
+        self._resting[outlook] = 0 if not hopeful else self.FIRST_PROBE if pays else self.LAST_PROBE
         return self._probe(self._resting[outlook])
 
     def _can_pay(self, rows: int) -> bool:
@@ -299,7 +301,8 @@ class Auto:
         took = None if plain_s is None else seconds / plain_s
         if took is not None:
             rounds = 1 if self._times.begun(rows, width) else 2  # the shape's first one is reckoned with now
-            gained = sum(heard.kept) / rows - took if width else 0.0
+            builds = chosen > 0 and chosen in known  # one with drafts beside it, whose own time lacks that
+            gained = sum(heard.kept) / rows - took if width or builds else 0.0
             left = self.MEMORY * self._left + rounds * (gained + self.LOSS * took)
             self._left = max(min(left, self.BUDGET / rows), -self.DEBT / rows)
         if owed:

@@ -30,7 +30,7 @@ class RoundTimes:
         self._rows = 0
         self._last: deque[tuple[int, float]] = deque(maxlen=2 * NEAR + 1)  # (width, log of seconds), of `_rows` rows
         self._alike = 0  # of the last rounds have the same width
-        self._paces: deque[float] = deque(maxlen=NEAR)  # of the last rounds, each less what its width costs
+        self._paces: deque[float] = deque(maxlen=NEAR)  # of the last rounds, each less what its width surely costs
         self._plain: float | None = None  # the logarithm of a plain round's seconds now: the median of the paces
         self._first: defaultdict[tuple[int, int], list[float]] = defaultdict(list)  # comparisons with rounds before
         self._paired: defaultdict[tuple[int, int], deque[float]] = defaultdict(lambda: deque(maxlen=KEPT))
@@ -50,7 +50,9 @@ class RoundTimes:
             self._meet(rows, width, took)
         self._alike = self._alike + 1 if self._last and self._last[-1][0] == width else 1
         self._last.append((width, took))
-        if width in self._known[rows]:
+        if not width and len(self._last) > 1 and self._last[-2][0]:
+            self._paces.clear()  # what was inferred gives way to what is seen
+        if width in self._known[rows] and (not width or self.comparisons(rows, width) >= PROVEN):
             self._paces.append(took - self._levels[rows, width])
             self._plain = statistics.median(self._paces)
         if self._alike < len(self._last) == 2 * NEAR + 1:
@@ -58,11 +60,8 @@ class RoundTimes:
 
     def _meet(self, rows: int, width: int, took: float) -> None:
         """One of the first rounds of a width, with nothing but those before it to compare it with."""
-        if width:
-            beside = [t for w, t in self._last if not w][-NEAR:]  # what is inferred from others may be wrong
-            plain = statistics.median(beside) if beside else self._plain
-        else:
-            plain = took
+        beside = [t for w, t in self._last if not w][-NEAR:] if width else [took]
+        plain = statistics.median(beside) if beside else self._plain
         if plain is None:
             return
         first = self._first[rows, width]

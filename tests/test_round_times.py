@@ -58,6 +58,14 @@ def test_a_width_is_first_compared_with_rounds_of_width_0_and_not_with_what_othe
     assert times.costs(1)[2] < 1.2 and times.costs(1)[4] == pytest.approx(1.9)
 
 
+def test_a_width_that_was_hardly_compared_does_not_say_what_a_plain_round_takes():
+    times = told([0] * 4 + [2] * 3, COST, lambda n: 2.0 if n < 4 else 1.0)
+    assert times.costs(1)[2] == 1 and times.plain_s(1) == pytest.approx(2 * 0.02)
+    for width in (0, 2, 2):
+        times.learn(1, width, 0.02 * COST[width])
+        assert times.plain_s(1) == pytest.approx(0.02)
+
+
 def test_a_round_says_nothing_if_the_machine_changed_around_it():
     look = 4 + 10  # the first look
     steady, changed = told(looks(2, 1), COST), told(looks(2, 1), COST, lambda n: 2.0 if n >= look else 1.0)
