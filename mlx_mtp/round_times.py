@@ -12,8 +12,8 @@ import math
 import statistics
 from collections import defaultdict, deque
 
-SAMPLES = 2  # rounds of a width before its cost is known
-NEAR = 3  # rounds on each side with which a round is compared
+SAMPLES = 2  # rounds of another width before its cost is known
+NEAR = 3  # rounds on each side with which a round is compared; and of width 0 before its time is known
 STEADY = 0.35  # share by which those two sides may differ
 KEPT = 9  # comparisons of a width, whose median counts
 PROVEN = 3  # comparisons after which a cost is believed
