@@ -71,6 +71,11 @@ def test_a_round_says_nothing_if_the_machine_changed_around_it():
     steady, changed = told(looks(2, 1), COST), told(looks(2, 1), COST, lambda n: 2.0 if n >= look else 1.0)
     assert not changed.comparisons(1, 2) and changed.costs(1)[2] == pytest.approx(1.4)
     assert steady.comparisons(1, 2) == 1
+    for _ in range(PROVEN - 1):
+        for times in (steady, changed):
+            for width in [0] + [2] * 10:
+                times.learn(1, width, 0.02 * COST[width])
+    assert changed.comparisons(1, 2) < PROVEN <= steady.comparisons(1, 2)
 
 
 def test_one_round_that_was_interrupted_moves_nothing():
