@@ -262,8 +262,8 @@ class Engine:
             ends = hidden if hidden.shape[1] == 1 else mx.take_along_axis(hidden, (kept - 1)[:, None, None], axis=1)
             newest, scores = self._firsts(chunks, ends, pass_.start + (kept - 1), newest, most)
         for b, (row, count) in enumerate(zip(members, counts, strict=True)):  # to a drafter every prompt is its own
-            own, upto = slice(b, b + 1), slice(0, count)
-            seen = {i: tap[own, upto] for i, tap in tapped.items()}
+            own, upto, first = slice(b, b + 1), slice(0, count), b * columns
+            seen = {i: tap[first : first + count] for i, tap in tapped.items()}
             where = slice(row.index, row.index + 1)
             fwd = Forward(where, tokens[own, upto], hidden[own, upto], seen, 0, newest=newest[own])
             self.drafter.observe(fwd, kept[own])

@@ -386,7 +386,7 @@ class Forward:
 
     rows: the dense slice of rows it ran over. tokens: [B, L] int32.
     hidden: [B, C, H] after the final norm, for the last C of the L columns.
-    taps: outputs of the layers the drafter asked for, [B, L, H] each.
+    taps: outputs of the layers the drafter asked for, [B * L, H] each, row after row.
     drafted: how many trailing columns the drafter proposed; 0 for a prompt chunk.
     picked: [B, H], of `hidden` the column that each row's newest token came from, if that is known already.
     newest: [B] int32, the token behind each row's kept columns: its next bonus, or the prompt's next.

@@ -368,7 +368,7 @@ def test_a_head_fed_a_position_too_early_or_before_the_final_norm_does_not_pass_
 
     class BeforeNorm(QwenMtpDrafter):
         def observe(self, fwd, kept):
-            super().observe(replace(fwd, hidden=fwd.taps[self.taps[0]]), kept)
+            super().observe(replace(fwd, hidden=fwd.taps[self.taps[0]][None]), kept)
 
     for wrong in (Early, Late, BeforeNorm):
         logits, _ = drafts(qwen(), g, 64, wrong)

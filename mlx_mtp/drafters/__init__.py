@@ -32,7 +32,8 @@ class Drafter(Protocol):
 
         A prompt chunk is a pass whose every column is kept and none was drafted.
         A round of width 0 is one too; what it brings is best left alone until the next draft needs it. What is new in
-        `state` since, any tree, is returned then, so that nothing else need be looked through; None: it may be all.
+        `state` since and none of the pass's own arrays, any tree, is returned then, so that nothing else need be looked
+        through; None: it may be all.
         """
         ...
 

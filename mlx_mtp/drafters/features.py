@@ -10,10 +10,11 @@ Knows nothing of what features are, nor how a draft is made.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_mtp.buffers import fit_rows
 from mlx_mtp.cache import Cache, LayerSpec, Pass, Snapshot
@@ -22,28 +23,33 @@ from mlx_mtp.rows import Forward
 
 @dataclass(frozen=True)
 class Seen:
-    """What a pass showed of every row: arrays [R, L, ...], of which the first kept [R] columns became true; `whole` if
-    that is known to be all of them, as of a round without drafts."""
+    """What a pass of L columns showed: arrays [R * L, ...], row after row, of which each row's first kept [R] columns
+    became true; `whole` if that is known to be all of them, as of a round without drafts."""
 
     shown: tuple[mx.array, ...]
     kept: mx.array
+    columns: int
     whole: bool = False
 
+    def places(self, rows: Sequence[int]) -> np.ndarray:
+        """[n, L]: where these rows' columns are in what was shown."""
+        return np.array(rows, np.int32)[:, None] * self.columns + np.arange(self.columns, dtype=np.int32)
+
     def rows(self, order: list[int]) -> Seen:
-        index = mx.array(order, mx.int32)
-        return Seen(tuple(x[index] for x in self.shown), self.kept[index], self.whole)
+        index = mx.array(self.places(order).flatten())
+        return replace(self, shown=tuple(x[index] for x in self.shown), kept=self.kept[mx.array(order, mx.int32)])
 
     def padded(self, rows: int) -> Seen:
         """With rows that have seen nothing behind the others."""
         if rows == len(self.kept):
             return self
-        return Seen(tuple(fit_rows(x, rows) for x in self.shown), fit_rows(self.kept, rows))
+        shown = tuple(fit_rows(x, rows * self.columns) for x in self.shown)
+        return Seen(shown, fit_rows(self.kept, rows), self.columns)
 
     def behind(self, rows: int) -> Seen:
         """With so many rows that have seen nothing before the others."""
-        none = tuple(mx.zeros((rows, *x.shape[1:]), x.dtype) for x in (*self.shown, self.kept))
-        *shown, kept = (mx.concatenate(list(pair)) for pair in zip(none, (*self.shown, self.kept), strict=True))
-        return Seen(tuple(shown), kept)
+        shown = tuple(_behind(x, rows * self.columns) for x in self.shown)
+        return Seen(shown, _behind(self.kept, rows), self.columns)
 
 
 class FeatureDrafter:
@@ -57,7 +63,7 @@ class FeatureDrafter:
         remember: Callable[[mx.array, Pass], None],
         target_cache: Cache,
     ) -> None:
-        """features: of what passes show, arrays [B, L, ...] that take column_bytes a column in all, -> [B, L, F].
+        """features: of what passes show, arrays [N, ...] that take column_bytes a column in all, -> [N, F].
         remember: store features of a pass's columns in all layers. target_cache: of which only the bounds of the rows'
         lengths are read."""
         self._features, self._remember, self._rows = features, remember, target_cache
@@ -69,35 +75,41 @@ class FeatureDrafter:
         self._undrafted = False  # whether one of them was no round with drafts
 
     def _see(self, fwd: Forward, kept: mx.array, *shown: mx.array) -> Any:
-        """A pass has shown arrays [B, L, ...], of which kept [B] columns became true. Returns as `observe`."""
+        """A pass has shown arrays [B * L, ...], of which kept [B] columns of each row became true. Returns as
+        `observe`."""
         columns = fwd.tokens.shape[1]
+        seen = Seen(shown, kept, columns, whole=not fwd.drafted and not fwd.still)
         if columns > 1 and not fwd.drafted:  # a prompt chunk
             if self._undrafted:
                 self._store()
-            self._take(fwd.rows, self._features(*shown), kept)
+            self._take(fwd.rows, self._features(*shown).reshape(len(kept), columns, -1), kept)
             return None
-        full = columns + sum(seen.shown[0].shape[1] for seen in self._seen) > self._most
+        full = columns + sum(seen.columns for seen in self._seen) > self._most
         if full:
             self._store()
-        seen = Seen(shown, kept, whole=not fwd.drafted and not fwd.still)
         self._seen.append(seen.behind(fwd.rows.start) if fwd.rows.start else seen)  # one token of a prompt
         self._undrafted = self._undrafted or not fwd.drafted
-        return None if full else (shown, kept)
+        if full or fwd.rows.start:
+            return None
+        return () if columns == 1 else (shown, kept)  # of one column they are the pass's own
 
     def _store(self) -> None:
         """Write down what was seen and is not stored yet, all of it in one pass."""
         if not self._seen:
             return
-        seen = [s.padded(len(self._cache.bounds)) for s in self._seen]
+        rows = len(self._cache.bounds)
+        seen = [s.padded(rows) for s in self._seen]
         shown = zip(*(s.shown for s in seen), strict=True)
-        features = self._features(*(mx.concatenate(list(parts), axis=1) for parts in shown))
-        rows, columns = slice(0, features.shape[0]), features.shape[1]
+        features = self._features(*(mx.concatenate(list(parts)) for parts in shown))
+        before = np.cumsum([0, *(rows * s.columns for s in seen)], dtype=np.int32)
+        places = [s.places(range(rows)) + n for s, n in zip(seen, before[:-1], strict=True)]
+        order = mx.array(np.concatenate(places, axis=1))  # [R, all columns]
         if all(s.whole for s in seen):
-            kept = mx.full((rows.stop,), columns, mx.int32)
+            kept = mx.full((rows,), order.shape[1], mx.int32)
         else:
             kept = sum((s.kept for s in seen[1:]), seen[0].kept)
-            features = _true_first(features, seen)
-        self._take(rows, features, kept)
+            order = _true_first(order, seen)
+        self._take(slice(0, rows), features[order], kept)
         self._seen, self._undrafted = [], False
 
     def _take(self, rows: slice, features: mx.array, kept: mx.array) -> None:
@@ -138,7 +150,7 @@ class FeatureDrafter:
         self._seen = [seen.padded(last + 1).rows(order) for seen in self._seen] if order else []
 
     def state(self) -> Any:
-        return self._cache.state(), [(seen.shown, seen.kept, seen.whole) for seen in self._seen], self._undrafted
+        return self._cache.state(), [(s.shown, s.kept, s.columns, s.whole) for s in self._seen], self._undrafted
 
     def restore(self, state: Any) -> None:
         cache, seen, self._undrafted = state
@@ -146,10 +158,15 @@ class FeatureDrafter:
         self._seen = [Seen(*one) for one in seen]
 
 
-def _true_first(features: mx.array, seen: list[Seen]) -> mx.array:
-    """Features [R, L, F] of passes side by side, with what became true of a row before the rest, in its order."""
+def _behind(x: mx.array, rows: int) -> mx.array:
+    """x [R, ...] behind so many rows of zeros."""
+    return mx.concatenate([mx.zeros((rows, *x.shape[1:]), x.dtype), x])
+
+
+def _true_first(places: mx.array, seen: list[Seen]) -> mx.array:
+    """Places [R, L] of passes side by side, with what became true of a row before the rest, in its order."""
     if len(seen) == 1:
-        return features
-    true = mx.concatenate([mx.arange(s.shown[0].shape[1]) < s.kept[:, None] for s in seen], axis=1)
-    place = mx.where(true, 0, features.shape[1]) + mx.arange(features.shape[1])
-    return mx.take_along_axis(features, mx.argsort(place, axis=1)[..., None], axis=1)
+        return places
+    true = mx.concatenate([mx.arange(s.columns) < s.kept[:, None] for s in seen], axis=1)
+    rank = mx.where(true, 0, places.shape[1]) + mx.arange(places.shape[1])
+    return mx.take_along_axis(places, mx.argsort(rank, axis=1), axis=1)

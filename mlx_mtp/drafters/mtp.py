@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -78,7 +78,7 @@ class MtpDrafter:
         reach = window + self._convention.extra_keys
         return self._cache.committed(sliding, rows, reach), self._cache.committed(full, rows, None)
 
-    def observe(self, fwd: Forward, kept: mx.array) -> mx.array:
+    def observe(self, fwd: Forward, kept: mx.array) -> Any:
         skipped = fwd.tokens.shape[1] - fwd.hidden.shape[1]
         if fwd.hidden.shape[1] == 1:
             picked = fwd.hidden
@@ -93,7 +93,7 @@ class MtpDrafter:
             self._hidden = picked
         else:
             self._hidden = put(self._hidden, fwd.rows, picked)
-        return self._hidden
+        return () if self._hidden is fwd.hidden else self._hidden
 
     def listener(self, prompt: Sequence[int]) -> None:
         return None

@@ -59,15 +59,16 @@ class QwenMtpDrafter(FeatureDrafter):
 
     def observe(self, fwd: Forward, kept: mx.array) -> Any:
         assert fwd.newest is not None
-        behind = fwd.newest[:, None]
+        behind, hidden = fwd.newest, fwd.hidden
         if fwd.tokens.shape[1] > 1:
-            at, last = mx.arange(fwd.tokens.shape[1]), mx.maximum(kept - 1, 0)[:, None]
-            behind = mx.where(at == last, behind, mx.concatenate([fwd.tokens[:, 1:], behind], axis=1))
-        return self._see(fwd, kept, behind, fwd.hidden)
+            at, last, newest = mx.arange(fwd.tokens.shape[1]), mx.maximum(kept - 1, 0)[:, None], behind[:, None]
+            behind = mx.where(at == last, newest, mx.concatenate([fwd.tokens[:, 1:], newest], axis=1)).flatten()
+            hidden = hidden.reshape(-1, 1, hidden.shape[-1])
+        return self._see(fwd, kept, behind, hidden)
 
     def _made(self, behind: mx.array, hidden: mx.array) -> mx.array:
-        """Features [B, L, H] of the tokens behind every position [B, L] and the hidden states there."""
-        return self._network.features(self._target.embed(behind), hidden)
+        """Features [N, H] of the tokens behind positions [N] and the hidden states there [N, 1, H]."""
+        return self._network.features(self._target.embed(behind), hidden[:, 0])
 
     def _take(self, rows: slice, features: mx.array, kept: mx.array) -> None:
         super()._take(rows, features, kept)

@@ -35,14 +35,14 @@ class Texts:
 
     def observe(self, fwd: Forward, kept: mx.array) -> Any:
         """Take over a pass that has been committed; rows that stood still get what is behind their length anyhow.
-        Returns the arrays that are new."""
+        Returns the arrays that are new, but for the pass's own."""
         rows, waits = fwd.rows, fwd.tokens.shape[1] == 1 and fwd.rows.start == 0 and not fwd.still
         if self._waiting:
             before = self._waiting[0].shape[0]
             if waits and rows.stop == before and len(self._waiting) < UNWRITTEN:
                 self._waiting.append(fwd.tokens)
                 self._newest = fwd.newest
-                return fwd.tokens, fwd.newest
+                return ()
             if rows.start < before:  # else it is a prompt of its own
                 self._write(self.lengths(slice(0, before)) - kept[:before])
         if waits:

@@ -60,7 +60,7 @@ class Target(Protocol):
     def forward(
         self, tokens: mx.array, pass_: Pass, taps: tuple[int, ...] = (), last: mx.array | None = None
     ) -> tuple[mx.array, dict[int, mx.array]]:
-        """tokens [B, L] -> (hidden [B, C, H] after the final norm, outputs [B, L, H] of the layers in `taps`).
+        """tokens [B, L] -> (hidden [B, C, H] after the final norm, outputs [B * L, H] of the layers in `taps`).
 
         last [B] int32: the only column of each row that is asked for; C then is 1, and L otherwise.
         """

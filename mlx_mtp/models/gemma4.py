@@ -232,7 +232,7 @@ class Gemma4(nn.Module):
     def forward(
         self, tokens: mx.array, pass_: Pass, taps: tuple[int, ...] = (), last: mx.array | None = None
     ) -> tuple[mx.array, dict[int, mx.array]]:
-        """tokens [B, L] -> (hidden [B, C, H] after the final norm, outputs [B, L, H] of the layers in `taps`).
+        """tokens [B, L] -> (hidden [B, C, H] after the final norm, outputs [B * L, H] of the layers in `taps`).
 
         last [B] int32: the only column of each row that is asked for. Layers behind the last one that owns keys and
         values then run over that column only, and C is 1. With taps every layer runs over every column.
@@ -254,7 +254,7 @@ class Gemma4(nn.Module):
             if chosen is not None:
                 pass_.routed.append(chosen)
             if i in taps:
-                tapped[i] = h.reshape(rows, columns, -1)
+                tapped[i] = h
         h = h.reshape(rows, columns, -1)
         if last is not None and columns > 1:
             h = mx.take_along_axis(h, last[:, None, None], axis=1)

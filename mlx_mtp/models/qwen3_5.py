@@ -350,7 +350,7 @@ class Qwen(nn.Module):
     def forward(
         self, tokens: mx.array, pass_: Pass, taps: tuple[int, ...] = (), last: mx.array | None = None
     ) -> tuple[mx.array, dict[int, mx.array]]:
-        """tokens [B, L] -> (hidden [B, C, H] after the final norm, outputs [B, L, H] of the layers in `taps`).
+        """tokens [B, L] -> (hidden [B, C, H] after the final norm, outputs [B * L, H] of the layers in `taps`).
 
         last [B] int32: the only column of each row that is asked for; C then is 1.
         """
@@ -358,7 +358,7 @@ class Qwen(nn.Module):
         for i, (block, slot) in enumerate(zip(self.layers, self._slots, strict=True)):
             h = block(h, pass_, slot)
             if i in taps:
-                tapped[i] = h.reshape(*tokens.shape, -1)
+                tapped[i] = h
         h = h.reshape(*tokens.shape, -1)
         if last is not None and tokens.shape[1] > 1:
             h = mx.take_along_axis(h, last[:, None, None], axis=1)
