@@ -82,7 +82,7 @@ class Acceptance:
     remembers. Pooled over rows."""
 
     FADE = 0.96  # per round of a row: about 25 count, which eight rows have in three
-    SLOW = 1 / 64  # weight of a round in the slow mean
+    SLOW = 1 / 64  # least weight of a round in the slow mean, in which the first drafts of all rows weigh the same
     PRIOR, PRIOR_WEIGHT = 0.7, 2.0  # of a draft being kept, before there is evidence; and of the slow mean
     HOPELESS = 0.02  # the same of rows whose drafter has nothing: not worth a try
 
@@ -90,7 +90,7 @@ class Acceptance:
         """most: positions that are kept apart."""
         self._prior = self.HOPELESS if outlook % BOUND == NOTHING else self.PRIOR
         self._hits, self._tries = [0.0] * most, [0.0] * most
-        self._slow, self._rounds = [self._prior] * most, [0] * most
+        self._slow, self._judged = [self._prior] * most, [0] * most
         self._unfaded = 0  # rounds since the counts were faded
         self._expected: list[float] = []  # none: to be reckoned anew
 
@@ -108,8 +108,8 @@ class Acceptance:
                 weight = len(judged) / len(kept)
                 self._hits[i] += share * weight
                 self._tries[i] += weight
-                self._rounds[i] += 1
-                rate = max(self.SLOW, 1 / (self._rounds[i] + 2)) * weight
+                self._judged[i] += len(judged)
+                rate = max(self.SLOW * weight, len(judged) / (self._judged[i] + 2))
                 self._slow[i] += rate * (share - self._slow[i])
 
     @property
@@ -123,9 +123,9 @@ class Acceptance:
         totals, alive, last, level = [1.0], 1.0, self._prior, 1.0
         for i in range(len(self._hits)):
             # Positions rise and fall together: what the slow mean says is scaled by how the position before fares.
-            prior = min(0.97, self._slow[i] * level) if self._rounds[i] else last
+            prior = min(0.97, self._slow[i] * level) if self._judged[i] else last
             last = (self._hits[i] + self.PRIOR_WEIGHT * prior) / (self._tries[i] + self.PRIOR_WEIGHT)
-            level = last / max(self._slow[i], 0.02) if self._rounds[i] else level
+            level = last / max(self._slow[i], 0.02) if self._judged[i] else level
             alive *= last
             totals.append(totals[-1] + alive)
         return totals
@@ -209,7 +209,9 @@ class Auto:
         return self._width
 
     def choose(self, outlook: Sequence[int], owed: int = 0) -> int:
-        if owed * self._column <= self._left:
+        missed = owed > 2 * self.CHECK_ROUNDS * len(outlook)  # more than by two looks at width 0
+        late = owed * self._column if missed else 0.0
+        if late <= self._left:
             self._chosen = self._choose(tuple(sorted(outlook)))
         else:
             self._chosen, self._since = 0, self._since + 1

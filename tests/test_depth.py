@@ -368,7 +368,8 @@ def test_nobody_waits_for_a_drafter_that_reads_what_it_has_missed(per_draft, col
 def test_a_drafter_that_must_catch_up_is_asked_again_where_that_is_cheap(rows):
     for seed in range(4):
         assert made_up_for(lambda n: 0.8 if n // 700 % 2 else 0.1, 0.2, rows, 128, seed=seed)[0] < 0.8
-    assert made_up_for(lambda n: 0.8, 0.2, rows, 5000)[0] < 0.6
+    for seed in (0, 10, 30):  # in one long text: what a look at rounds without drafts leaves to be made up ends nothing
+        assert made_up_for(lambda n: 0.8, 0.2, rows, 5000, seed=seed)[0] < 0.6
 
 
 def test_outlooks_are_told_apart():
