@@ -4,30 +4,35 @@
 
 For every kind of drafter (two of them with random weights), kind of prompt and batch, on the embedded target: two
 engines take turns, a round each, so that what slows the machine down slows both. Which is first is drawn for every pair
-of rounds, so that neither runs behind its own rounds more often than the other, which is faster. Both run the same
-requests again and again: for `--before` seconds each that do not count, in which the policy may still be learning, then
-for `--seconds` each that do. The plain side has no drafter at all, so what a drafter costs that is not asked counts
-too. Code and edits are written greedily, chats drawn at temperature 1 with a seed, so that both sides write the same
-text.
+of rounds, so that neither runs behind its own rounds more often than the other, which is faster. Both begin the same
+requests together, and the one that comes to their end first begins them again, until the other is there too: a set of
+texts. One set does not count, in which the policy may still be learning, then `--sets` do. The plain side has no
+drafter at all, so what a drafter costs that is not asked counts too. Code and edits are written greedily, chats drawn
+at temperature 1 with a seed, so that both sides write the same text.
 
-Two equal engines of one process differ by about a percent for as long as it lives, by where their memory lies. So all
-is done again in other processes, `--processes` of them, where the engines are made in an order that is drawn; and in up
-to `--most`, for a drafter of which some case's standard error leaves open on which side of `--least` it is. "none" is
-another plain engine in the drafter's place: what the measure says where nothing is to be found.
+Of two equal engines the one that begins first is slower by two percent to the end of the text, by where its memory
+lies. So every set has new engines, made and begun in an order that is drawn; the policy stays, as in a process that
+serves. What it has come to believe differs from process to process, so a process is the unit: there are `--processes`
+of them, and up to `--most` for cases that are near `--least`, by NEAR or two standard errors. "none" is another plain
+engine in the drafter's place: what the measure says where nothing is to be found.
 
 --cpu-time takes the process's own processor time, for the figures and as the policy's clock: for a machine that others
 use too. It counts twice what runs at the same time.
 
 rate: tokens of rounds over their seconds, from when every row has its first token to when the first row ends. ratio: of
 the two sides' rates, mean of all processes; its standard error, from theirs; then the least and the most of them.
-A policy keeps what it learnt from case to case, as in a process that serves. drafting, probing: share of its time in
+drafting, probing: share of its time in
 rounds with drafts, and in those of another width than the one it takes to be the best. Ends with 1 if a ratio is below
 `--least`.
+
+A threaded BLAS spins on the second core beside the host's thread: OPENBLAS_NUM_THREADS=1 makes both sides faster and
+the figures steadier.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import json
 import random
@@ -35,10 +40,11 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass, field
-from multiprocessing import get_context
+from functools import partial
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,6 +69,7 @@ from mlx_mtp.scheduler import Limits  # noqa: E402
 from mlx_mtp.text import Text  # noqa: E402
 
 DFLASH = ROOT / "tests" / "fixtures" / "tiny_dflash"
+NEAR = 0.02  # so near to what is asked for, a few processes cannot tell
 PREFIX_BYTES = 2**28  # a prompt is computed once
 KINDS = ("code", "chat", "edit")
 DRAWN = Sampling(temperature=1.0, seed=1)
@@ -75,25 +82,29 @@ Clock = Callable[[], float]
 Key = tuple[str, str, int]  # of a case
 
 
-class Watched(Auto):
-    """The width policy, and where its time went."""
+class Watched:
+    """A width policy, and where its time went."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, policy: Auto | Constant) -> None:
+        self._policy, self.drafts = policy, policy.drafts
         self.all_s = self.drafting_s = self.probing_s = 0.0
-        self.finding: deque[bool] = deque()  # of the rounds under way: whether of another width than the best
+        self._finding: deque[bool] = deque()  # of the rounds under way: whether of another width than the best
 
     def choose(self, outlook: Sequence[int], owed: int = 0) -> int:
-        width = super().choose(outlook, owed)
-        self.finding.append(width != self.settled)
+        width = self._policy.choose(outlook, owed)
+        self._finding.append(isinstance(self._policy, Auto) and width != self._policy.settled)
         return width
 
     def record(self, width: int, kept: list[int], seconds: float | None, outlook: Sequence[int], owed: int = 0) -> None:
-        super().record(width, kept, seconds, outlook, owed)
-        took, finding = seconds or 0.0, self.finding.popleft()
+        self._policy.record(width, kept, seconds, outlook, owed)
+        took, finding = seconds or 0.0, self._finding.popleft()
         self.all_s += took
         self.drafting_s += took if width else 0.0
         self.probing_s += took if finding else 0.0
+
+    def forget(self) -> None:
+        """Rounds under way, which will not be told of: their engine is no more."""
+        self._finding.clear()
 
     def shares(self) -> tuple[float, float]:
         """(drafting, probing) since this was asked last."""
@@ -135,7 +146,7 @@ class Case:
 
     def open(self, least: float) -> bool:
         """Whether it is hard to tell on which side of a ratio it is."""
-        return abs(self.ratio - least) <= 2 * self.error
+        return abs(self.ratio - least) <= max(NEAR, 2 * self.error)
 
     def line(self) -> str:
         ratios = [turn.ratio for turn in self.turns]
@@ -210,12 +221,11 @@ class Side:
     """An engine that runs the same requests again and again, end tokens off, and knows only the time of its own steps:
     a step of it and a step of another can take turns, and what slows the machine down slows both."""
 
-    def __init__(self, engine: Engine, clock: Clock) -> None:
-        self.engine, self._clock = engine, clock
-        self._wanted: Sequence[Request] = ()
+    def __init__(self, engine: Engine, clock: Clock, wanted: Sequence[Request]) -> None:
+        self._engine, self._clock, self._wanted = engine, clock, wanted
         self._spent_s, self._since = 0.0, 0.0
         self._steps = False
-        self.tokens, self.seconds = 0, 0.0
+        self.tokens, self.seconds, self.ended = 0, 0.0, False
         engine.clock = self._own
 
     def _own(self) -> float:
@@ -223,24 +233,20 @@ class Side:
 
     def _step(self) -> tuple[list[Event], float]:
         self._since, self._steps = self._clock(), True
-        events = self.engine.step()
+        events = self._engine.step()
         self._steps = False
         took = self._clock() - self._since
         self._spent_s += took
         return events, took
 
-    def drain(self) -> None:
-        """Run to the end; it does not count."""
-        while not self.engine.idle:
+    def begin(self) -> None:
+        """End what runs, and run the requests until every row has its first token; nothing of that counts."""
+        while not self._engine.idle:
             self._step()
-
-    def begin(self, wanted: Sequence[Request]) -> None:
-        """End what runs, and run new requests until every row has its first token; nothing of that counts."""
-        self.drain()
-        self._wanted, begun = wanted, set()
-        for request in wanted:
-            self.engine.submit(request)
-        while len(begun) < len(wanted):
+        begun = set()
+        for request in self._wanted:
+            self._engine.submit(request)
+        while len(begun) < len(self._wanted):
             begun |= {event.request for event in self._step()[0]}
 
     def round(self) -> None:
@@ -248,51 +254,89 @@ class Side:
         events, took = self._step()
         self.tokens, self.seconds = self.tokens + sum(len(event.tokens) for event in events), self.seconds + took
         if any(event.finish_reason for event in events):
-            self.begin(self._wanted)
+            self.ended = True
+            self.begin()
 
+
+@dataclass
+class Found:
+    """Tokens and seconds of one side."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def add(self, side: Side) -> None:
+        self.tokens, self.seconds = self.tokens + side.tokens, self.seconds + side.seconds
+
+    @property
     def rate(self) -> float:
-        """Tokens a second since this was asked last."""
-        rate = self.tokens / self.seconds if self.seconds else 0.0
-        self.tokens, self.seconds = 0, 0.0
-        return rate
+        return self.tokens / self.seconds
 
 
-def by_turns(sides: Sequence[Side], seconds: float, order: random.Random) -> list[float]:
-    """Rounds of both sides until each has run so long; their tokens a second."""
-    while min(side.seconds for side in sides) < seconds:
+def by_turns(new: Sequence[Callable[[], Side]], order: random.Random) -> list[Side]:
+    """A set of texts on new sides."""
+    made = {i: new[i]() for i in order.sample(range(len(new)), len(new))}
+    for side in order.sample(list(made.values()), len(made)):
+        side.begin()
+    sides = [made[i] for i in range(len(new))]
+    while not all(side.ended for side in sides):
         for side in order.sample(sides, len(sides)):
             side.round()
-    return [side.rate() for side in sides]
+    return sides
 
 
-def measured(sides: Sequence[Side], wanted: Sequence[Request], args: argparse.Namespace, order: random.Random) -> Turn:
-    """What the plain side and the other one make of requests."""
-    policy = sides[1].engine.depth
-    for side in sides:
-        side.drain()
-    if isinstance(policy, Watched):
-        policy.finding.clear()  # a round that nobody needed was undone
-    for side in sides:
-        side.begin(wanted)
-    by_turns(sides, args.before, order)
-    if isinstance(policy, Watched):
-        policy.shares()
-    rates = by_turns(sides, args.seconds, order)
-    return Turn(*rates, *(policy.shares() if isinstance(policy, Watched) else (0.0, 0.0)))
+def measured(new: Sequence[Callable[[], Side]], policy: Watched, sets: int, order: random.Random) -> Turn:
+    """What the plain side and the other one, whose policy is given, make of requests."""
+    found = Found(), Found()
+    for count in range(1 + sets):
+        policy.forget()
+        sides = by_turns(new, order)
+        if count:
+            for sum_, side in zip(found, sides, strict=True):
+                sum_.add(side)
+        else:
+            policy.shares()
+        del sides
+        gc.collect()  # before others are made
+    return Turn(found[0].rate, found[1].rate, *policy.shares())
 
 
-def turns(process: int, names: Sequence[str], args: argparse.Namespace) -> dict[Key, Turn]:
-    """What this process, a new one, finds of all cases of these drafters."""
-    target, order, found = load_target(str(DATA / "target"), dtype=mx.float32), random.Random(process), {}
+def turns(process: int, wanted: Sequence[Key], args: argparse.Namespace) -> Iterator[tuple[Key, Turn]]:
+    """What this process, a new one, finds of cases."""
+    target, order = load_target(str(DATA / "target"), dtype=mx.float32), random.Random(process)
     clock = time.process_time if args.cpu_time else time.perf_counter
-    wanted, made = requests(target, args.tokens), makers(target)
-    for name in names:
-        kinds = [(nothing, Constant(0)), (nothing, Constant(0)) if name == NONE else (made[name], Watched())]
-        sides = {i: Side(engine_of(target, *kinds[i]), clock) for i in order.sample((0, 1), 2)}
-        for rows, kind in itertools.product(args.batch, args.prompts):
-            found[name, kind, rows] = measured([sides[0], sides[1]], wanted[kind][:rows], args, order)
-        print(f"process {process + 1}: {name}", file=sys.stderr, flush=True)
-    return found
+    of, made = requests(target, args.tokens), {NONE: nothing, **makers(target)}
+    for name, cases in itertools.groupby(wanted, key=lambda key: key[0]):
+        policy = Watched(Constant(0) if name == NONE else Auto())
+        for _, kind, rows in cases:
+
+            def side(make: Make, depth: Depth, own: Sequence[Request] = of[kind][:rows]) -> Side:
+                return Side(engine_of(target, make, depth), clock, own)
+
+            new = partial(side, nothing, Constant(0)), partial(side, made[name], policy)
+            yield (name, kind, rows), measured(new, policy, args.sets, order)
+
+
+def work(process: int, wanted: Sequence[Key], args: argparse.Namespace, results: Connection) -> None:
+    """`turns` in a process of its own, which ends when nobody waits for it any more."""
+    parent = parent_process()
+    for found in turns(process, wanted, args):
+        if parent is None or not parent.is_alive():
+            return
+        results.send(found)
+    results.close()
+
+
+def in_new_process(process: int, wanted: Sequence[Key], args: argparse.Namespace) -> Iterator[tuple[Key, Turn]]:
+    """What a new process finds of cases, as it finds it. Raises EOFError if it ends before."""
+    context = get_context("spawn")
+    results, theirs = context.Pipe(duplex=False)
+    new = context.Process(target=work, args=(process, wanted, args, theirs))
+    new.start()
+    theirs.close()
+    for _ in wanted:
+        yield results.recv()
+    new.join()
 
 
 def arguments() -> argparse.Namespace:
@@ -301,10 +345,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--prompts", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 8])
     parser.add_argument("--tokens", type=int, default=128, help="of every row")
-    parser.add_argument("--before", type=float, default=1.0, help="seconds of each side that do not count yet")
-    parser.add_argument("--seconds", type=float, default=3.0, help="of each side in every process")
+    parser.add_argument("--sets", type=int, default=3, help="sets of texts that count, in every process")
     parser.add_argument("--processes", type=int, default=3)
-    parser.add_argument("--most", type=int, default=9, help="processes for a drafter of which a case is hard to tell")
+    parser.add_argument("--most", type=int, default=9, help="processes for cases that are hard to tell")
     parser.add_argument("--least", type=float, default=0.97, help="the least ratio that passes")
     parser.add_argument("--cpu-time", action="store_true", help="by the process's processor time")
     parser.add_argument("--json", type=Path)
@@ -319,16 +362,15 @@ def main() -> None:
     keys = itertools.product(args.drafter, args.batch, args.prompts)
     cases = {(name, kind, rows): Case(name, kind, rows) for name, rows, kind in keys}
     for process in range(max(args.processes, args.most)):
-        hard = {case.drafter for case in cases.values() if process < args.processes or case.open(args.least)}
-        names = [name for name in args.drafter if name in hard]
-        if not names:
-            break
-        with ProcessPoolExecutor(1, get_context("spawn")) as new:
-            for key, turn in new.submit(turns, process, names, args).result().items():
-                cases[key].turns.append(turn)
+        wanted = [key for key, case in cases.items() if process < args.processes or case.open(args.least)]
+        for key, turn in in_new_process(process, wanted, args):
+            cases[key].turns.append(turn)
+            print(f"process {process + 1}: {key} {turn.ratio:.3f}", file=sys.stderr, flush=True)
         if args.json:
             found = {"provenance": provenance(sys.argv, __version__), "cases": [asdict(c) for c in cases.values()]}
             args.json.write_text(json.dumps(found, indent=1) + "\n")
+        if not wanted:
+            break
     print("| drafter | prompts | rows | auto / width 0 | plain tok/s | auto tok/s | drafting | probing |")
     print("|---" * 8 + "|")
     for case in cases.values():
