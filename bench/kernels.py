@@ -287,7 +287,7 @@ def main(arguments: list[str]) -> int:
     if here is None:
         print("no GPU: MLX computes on the CPU here; a Mac or mlx-cuda-13 is needed (see --dry-run)", file=sys.stderr)
         return 2
-    settings = {"machine": provenance(["bench/kernels.py", *arguments], __version__), "backend": here}
+    settings = {"machine": provenance(["python", "bench/kernels.py", *arguments], __version__), "backend": here}
     settings |= {name: value for name, value in vars(args).items() if name != "csv"}
     with kernels_on(here):
         lines = measure_all(work, Plan(columns, args.repeats, room_bytes), args.csv, settings)

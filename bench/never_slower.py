@@ -19,11 +19,12 @@ engine in the drafter's place: what the measure says where nothing is to be foun
 --cpu-time takes the process's own processor time, for the figures and as the policy's clock: for a machine that others
 use too. It counts twice what runs at the same time.
 
+With --json every case is written down as it is found, and --go-on adds to that: what was broken off, or other cases.
+
 rate: tokens of rounds over their seconds, from when every row has its first token to when the first row ends. ratio: of
 the two sides' rates, mean of all processes; its standard error, from theirs; then the least and the most of them.
-drafting, probing: share of its time in
-rounds with drafts, and in those of another width than the one it takes to be the best. Ends with 1 if a ratio is below
-`--least`.
+drafting, probing: share of its time in rounds with drafts, and in those of another width than the one it takes to be
+the best. Ends with 1 if a ratio is below `--least`.
 
 A threaded BLAS spins on the second core beside the host's thread: OPENBLAS_NUM_THREADS=1 makes both sides faster and
 the figures steadier.
@@ -35,6 +36,7 @@ import argparse
 import gc
 import itertools
 import json
+import math
 import random
 import statistics
 import sys
@@ -137,16 +139,24 @@ class Case:
     turns: list[Turn] = field(default_factory=list)
 
     @property
+    def key(self) -> Key:
+        return self.drafter, self.prompts, self.rows
+
+    @property
     def ratio(self) -> float:
         return statistics.mean(turn.ratio for turn in self.turns)
 
     @property
     def error(self) -> float:
+        if len(self.turns) < 2:
+            return math.inf
         return statistics.stdev(turn.ratio for turn in self.turns) / len(self.turns) ** 0.5
 
-    def open(self, least: float) -> bool:
-        """Whether it is hard to tell on which side of a ratio it is."""
-        return abs(self.ratio - least) <= max(NEAR, 2 * self.error)
+    def wants(self, processes: int, most: int, least: float) -> bool:
+        """Whether it needs another process: so many at least, and at most, while it is hard to tell on which side of a
+        ratio it is."""
+        done = len(self.turns)
+        return done < processes or (done < most and abs(self.ratio - least) <= max(NEAR, 2 * self.error))
 
     def line(self) -> str:
         ratios = [turn.ratio for turn in self.turns]
@@ -339,6 +349,15 @@ def in_new_process(process: int, wanted: Sequence[Key], args: argparse.Namespace
     new.join()
 
 
+def earlier(args: argparse.Namespace) -> tuple[list[dict[str, str]], dict[Key, Case]]:
+    """The runs that the file of results tells of and what they found, if it is to be gone on with."""
+    if not args.go_on:
+        return [], {}
+    told = json.loads(args.json.read_text())
+    cases = [Case(**{**case, "turns": [Turn(**turn) for turn in case["turns"]]}) for case in told["cases"]]
+    return told["runs"], {case.key: case for case in cases}
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--drafter", nargs="+", choices=NAMES, default=NAMES)
@@ -351,7 +370,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--least", type=float, default=0.97, help="the least ratio that passes")
     parser.add_argument("--cpu-time", action="store_true", help="by the process's processor time")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--go-on", action="store_true", help="add to what the file of --json tells of")
     args = parser.parse_args()
+    if args.go_on and (args.json is None or not args.json.exists()):
+        parser.error("--go-on needs the --json file of an earlier run")
     if args.processes < 2:
         parser.error(f"--processes is {args.processes}; expected at least 2, for a standard error")
     return args
@@ -359,18 +381,18 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
-    keys = itertools.product(args.drafter, args.batch, args.prompts)
-    cases = {(name, kind, rows): Case(name, kind, rows) for name, rows, kind in keys}
-    for process in range(max(args.processes, args.most)):
-        wanted = [key for key, case in cases.items() if process < args.processes or case.open(args.least)]
-        for key, turn in in_new_process(process, wanted, args):
+    runs, cases = earlier(args)
+    runs.append(provenance(["python", "bench/never_slower.py", *sys.argv[1:]], __version__))
+    asked = itertools.product(args.drafter, args.batch, args.prompts)
+    asked = [cases.setdefault((name, kind, rows), Case(name, kind, rows)) for name, rows, kind in asked]
+    while wanted := [case for case in asked if case.wants(args.processes, args.most, args.least)]:
+        process = max(len(case.turns) for case in cases.values())
+        for key, turn in in_new_process(process, [case.key for case in wanted], args):
             cases[key].turns.append(turn)
-            print(f"process {process + 1}: {key} {turn.ratio:.3f}", file=sys.stderr, flush=True)
-        if args.json:
-            found = {"provenance": provenance(sys.argv, __version__), "cases": [asdict(c) for c in cases.values()]}
-            args.json.write_text(json.dumps(found, indent=1) + "\n")
-        if not wanted:
-            break
+            print(f"process {process + 1}: {', '.join(map(str, key))}: {turn.ratio:.3f}", file=sys.stderr, flush=True)
+            if args.json:
+                found = {"runs": runs, "cases": [asdict(case) for case in cases.values() if case.turns]}
+                args.json.write_text(json.dumps(found, indent=1) + "\n")
     print("| drafter | prompts | rows | auto / width 0 | plain tok/s | auto tok/s | drafting | probing |")
     print("|---" * 8 + "|")
     for case in cases.values():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import subprocess
 import time
 from importlib import metadata
@@ -17,11 +18,11 @@ PACKAGES = ("mlx", "mlx-metal", "mlx-cpu", "mlx-cuda-12", "mlx-cuda-13", "mlx-lm
 
 
 def provenance(command: list[str], version: str) -> dict[str, str]:
-    """Plain text by name. command: the arguments that made the report; version: of this package."""
+    """Plain text by name. command: what made the report, word by word; version: of this package."""
     found = {fact.item: fact for fact in facts()}
     out = {
         "when": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "command": " ".join(["mlx-mtp", *command]),
+        "command": shlex.join(command),
         "mlx-mtp": version,
         "commit": _commit(),
         "chip": chip_brand() or _processor(),

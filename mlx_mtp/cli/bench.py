@@ -66,7 +66,7 @@ def bench(options: Bench) -> None:
         rounds=options.rounds,
         repeats=options.repeats,
     )
-    found = provenance(sys.argv[1:], __version__)
+    found = provenance(["mlx-mtp", *sys.argv[1:]], __version__)
     if options.primitives:
         _count(options, sizes, found)
     else:

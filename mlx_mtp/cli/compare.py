@@ -78,7 +78,7 @@ def compare(options: Compare) -> None:
         _preload_openblas()
     loads, contenders = _contenders(options)
     how = Protocol(options.tokens, options.repeats, options.cool_down, options.one_at_a_time)
-    machine = provenance(sys.argv[1:], __version__)
+    machine = provenance(["mlx-mtp", *sys.argv[1:]], __version__)
     say("; ".join(f"{name} {value}" for name, value in machine.items() if name not in ("when", "command")))
     pool, tables = Pool(loads, options.one_at_a_time), []
     try:
