@@ -16,6 +16,9 @@ serves. What it has come to believe differs from process to process, so a proces
 of them, and up to `--most` for cases that are near `--least`, by NEAR or two standard errors. "none" is another plain
 engine in the drafter's place: what the measure says where nothing is to be found.
 
+--cold instead asks what a program that ends with its eight prompts would see: every case has a new policy, its prompts
+come one after another, `rows` of them at once, and all of it counts.
+
 --cpu-time takes the process's own processor time, for the figures and as the policy's clock: for a machine that others
 use too. It counts twice what runs at the same time.
 
@@ -82,6 +85,7 @@ NAMES = (NONE, "mtp", "dflash", "draft model", "mtp, random", "dflash, random", 
 Make = Callable[[Cache], Drafter]
 Clock = Callable[[], float]
 Key = tuple[str, str, int]  # of a case
+New = Callable[[Sequence[Request]], "Side"]
 
 
 class Watched:
@@ -161,6 +165,7 @@ class Case:
     def line(self) -> str:
         ratios = [turn.ratio for turn in self.turns]
         spread = f"{self.ratio:.3f} ± {self.error:.3f} ({min(ratios):.2f}..{max(ratios):.2f}, {len(ratios)})"
+        spread = spread if len(ratios) > 1 else f"{self.ratio:.3f} (1)"
         plain, auto, drafting, probing = (statistics.mean(part) for part in zip(*map(astuple, self.turns), strict=True))
         return (
             f"| {self.drafter} | {self.prompts} | {self.rows} | {spread} | {plain:.0f} | {auto:.0f} "
@@ -283,9 +288,9 @@ class Found:
         return self.tokens / self.seconds
 
 
-def by_turns(new: Sequence[Callable[[], Side]], order: random.Random) -> list[Side]:
+def by_turns(new: Sequence[New], wanted: Sequence[Request], order: random.Random) -> list[Side]:
     """A set of texts on new sides."""
-    made = {i: new[i]() for i in order.sample(range(len(new)), len(new))}
+    made = {i: new[i](wanted) for i in order.sample(range(len(new)), len(new))}
     for side in order.sample(list(made.values()), len(made)):
         side.begin()
     sides = [made[i] for i in range(len(new))]
@@ -295,17 +300,20 @@ def by_turns(new: Sequence[Callable[[], Side]], order: random.Random) -> list[Si
     return sides
 
 
-def measured(new: Sequence[Callable[[], Side]], policy: Watched, sets: int, order: random.Random) -> Turn:
-    """What the plain side and the other one, whose policy is given, make of requests."""
+def measured(
+    new: Sequence[New], policy: Watched, sets: Sequence[Sequence[Request]], before: int, order: random.Random
+) -> Turn:
+    """What the plain side and the other one, whose policy is given, make of sets of requests, of which the first
+    `before` do not count."""
     found = Found(), Found()
-    for count in range(1 + sets):
+    for place, wanted in enumerate(sets):
         policy.forget()
-        sides = by_turns(new, order)
-        if count:
+        sides = by_turns(new, wanted, order)
+        if place < before:
+            policy.shares()
+        else:
             for sum_, side in zip(found, sides, strict=True):
                 sum_.add(side)
-        else:
-            policy.shares()
         del sides
         gc.collect()  # before others are made
     return Turn(found[0].rate, found[1].rate, *policy.shares())
@@ -316,15 +324,23 @@ def turns(process: int, wanted: Sequence[Key], args: argparse.Namespace) -> Iter
     target, order = load_target(str(DATA / "target"), dtype=mx.float32), random.Random(process)
     clock = time.process_time if args.cpu_time else time.perf_counter
     of, made = requests(target, args.tokens), {NONE: nothing, **makers(target)}
+
+    def side(make: Make, depth: Depth, own: Sequence[Request]) -> Side:
+        return Side(engine_of(target, make, depth), clock, own)
+
+    def policy_of(name: str) -> Watched:
+        return Watched(Constant(0) if name == NONE else Auto())
+
     for name, cases in itertools.groupby(wanted, key=lambda key: key[0]):
-        policy = Watched(Constant(0) if name == NONE else Auto())
+        policy = policy_of(name)
         for _, kind, rows in cases:
-
-            def side(make: Make, depth: Depth, own: Sequence[Request] = of[kind][:rows]) -> Side:
-                return Side(engine_of(target, make, depth), clock, own)
-
+            texts, before = of[kind], 1
+            sets = [texts[:rows]] * (before + args.sets)
+            if args.cold:
+                policy, before = policy_of(name), 0
+                sets = [texts[i : i + rows] for i in range(0, len(texts), rows)]
             new = partial(side, nothing, Constant(0)), partial(side, made[name], policy)
-            yield (name, kind, rows), measured(new, policy, args.sets, order)
+            yield (name, kind, rows), measured(new, policy, sets, before, order)
 
 
 def work(process: int, wanted: Sequence[Key], args: argparse.Namespace, results: Connection) -> None:
@@ -365,6 +381,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 8])
     parser.add_argument("--tokens", type=int, default=128, help="of every row")
     parser.add_argument("--sets", type=int, default=3, help="sets of texts that count, in every process")
+    parser.add_argument(
+        "--cold", action="store_true", help="all eight prompts, a new policy a case, from its first round"
+    )
     parser.add_argument("--processes", type=int, default=3)
     parser.add_argument("--most", type=int, default=9, help="processes for cases that are hard to tell")
     parser.add_argument("--least", type=float, default=0.97, help="the least ratio that passes")
