@@ -113,7 +113,11 @@ def main() -> None:
         for name, runs in found.items()
     }
     lengths = {"short_tokens": len(short), "long_tokens": len(long), "running_tokens": args.tokens}
-    out = {"machine": provenance(["python", "bench/latency.py"], __version__), **lengths, "milliseconds": medians}
+    out = {
+        "machine": provenance(["python", "bench/latency.py", *sys.argv[1:]], __version__),
+        **lengths,
+        "milliseconds": medians,
+    }
     line = json.dumps(out, indent=1) + "\n"
     if args.json:
         args.json.write_text(line)

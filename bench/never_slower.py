@@ -56,6 +56,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import mlx.core as mx  # noqa: E402
+import numpy as np  # noqa: E402
 from drafters import DATA, quantised  # noqa: E402
 from mlx.utils import tree_map  # noqa: E402
 
@@ -165,7 +166,6 @@ class Case:
     def line(self) -> str:
         ratios = [turn.ratio for turn in self.turns]
         spread = f"{self.ratio:.3f} ± {self.error:.3f} ({min(ratios):.2f}..{max(ratios):.2f}, {len(ratios)})"
-        spread = spread if len(ratios) > 1 else f"{self.ratio:.3f} (1)"
         plain, auto, drafting, probing = (statistics.mean(part) for part in zip(*map(astuple, self.turns), strict=True))
         return (
             f"| {self.drafter} | {self.prompts} | {self.rows} | {spread} | {plain:.0f} | {auto:.0f} "
@@ -273,23 +273,8 @@ class Side:
             self.begin()
 
 
-@dataclass
-class Found:
-    """Tokens and seconds of one side."""
-
-    tokens: int = 0
-    seconds: float = 0.0
-
-    def add(self, side: Side) -> None:
-        self.tokens, self.seconds = self.tokens + side.tokens, self.seconds + side.seconds
-
-    @property
-    def rate(self) -> float:
-        return self.tokens / self.seconds
-
-
-def by_turns(new: Sequence[New], wanted: Sequence[Request], order: random.Random) -> list[Side]:
-    """A set of texts on new sides."""
+def by_turns(new: Sequence[New], wanted: Sequence[Request], order: random.Random) -> list[tuple[int, float]]:
+    """A set of texts on new sides: tokens and seconds of each."""
     made = {i: new[i](wanted) for i in order.sample(range(len(new)), len(new))}
     for side in order.sample(list(made.values()), len(made)):
         side.begin()
@@ -297,7 +282,7 @@ def by_turns(new: Sequence[New], wanted: Sequence[Request], order: random.Random
     while not all(side.ended for side in sides):
         for side in order.sample(sides, len(sides)):
             side.round()
-    return sides
+    return [(side.tokens, side.seconds) for side in sides]
 
 
 def measured(
@@ -305,18 +290,17 @@ def measured(
 ) -> Turn:
     """What the plain side and the other one, whose policy is given, make of sets of requests, of which the first
     `before` do not count."""
-    found = Found(), Found()
+    counted = []
     for place, wanted in enumerate(sets):
         policy.forget()
-        sides = by_turns(new, wanted, order)
+        found = by_turns(new, wanted, order)
+        gc.collect()  # before other engines are made
         if place < before:
             policy.shares()
         else:
-            for sum_, side in zip(found, sides, strict=True):
-                sum_.add(side)
-        del sides
-        gc.collect()  # before others are made
-    return Turn(found[0].rate, found[1].rate, *policy.shares())
+            counted.append(found)
+    tokens, seconds = np.sum(counted, axis=0).T
+    return Turn(*(tokens / seconds).tolist(), *policy.shares())
 
 
 def turns(process: int, wanted: Sequence[Key], args: argparse.Namespace) -> Iterator[tuple[Key, Turn]]:
@@ -405,7 +389,7 @@ def main() -> None:
     asked = itertools.product(args.drafter, args.batch, args.prompts)
     asked = [cases.setdefault((name, kind, rows), Case(name, kind, rows)) for name, rows, kind in asked]
     while wanted := [case for case in asked if case.wants(args.processes, args.most, args.least)]:
-        process = max(len(case.turns) for case in cases.values())
+        process = max(len(case.turns) for case in wanted)
         for key, turn in in_new_process(process, [case.key for case in wanted], args):
             cases[key].turns.append(turn)
             print(f"process {process + 1}: {', '.join(map(str, key))}: {turn.ratio:.3f}", file=sys.stderr, flush=True)

@@ -58,7 +58,7 @@ class BuildError(RuntimeError):
 class Module:
     """A loaded shared object; path is for addr2line."""
 
-    library: ctypes.CDLL
+    compiled: ctypes.CDLL
     path: Path
 
 

@@ -163,7 +163,7 @@ def launch(
         raise ValueError(f"{math.prod(threadgroup)} threads in a threadgroup; Metal allows {options.max_threads}")
     described = _describe(buffers)
     text = ctypes.create_string_buffer(1 << 16)
-    entry = ctypes.cast(module.library.msl_entry, ctypes.c_void_p).value
+    entry = ctypes.cast(module.compiled.msl_entry, ctypes.c_void_p).value
     call = _Launch(
         entry=entry,
         module_address=entry,
@@ -183,7 +183,7 @@ def launch(
     call.grid[:], call.threadgroup[:] = grid, threadgroup
     if math.prod(grid) and math.prod(threadgroup):
         with _lock:
-            if runtime().library.msl_launch(ctypes.byref(call)) < 0:
+            if runtime().compiled.msl_launch(ctypes.byref(call)) < 0:
                 raise MemoryError("the emulator could not map its buffers")
     records = text.value.decode(errors="replace").split("\x1e")
     reports = [_resolve(record, module.path, sources) for record in records if record]
