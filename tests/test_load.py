@@ -104,8 +104,9 @@ def test_towers_are_not_read(target: Path) -> None:
         stream.write(struct.pack("<Q", len(start)) + start + data)
         stream.truncate(8 + len(start) + place[1])
     mx.reset_peak_memory()
+    others = mx.get_active_memory()  # models that tests before this one keep
     loaded = load_target(str(target))
-    assert mx.get_peak_memory() < tower_bytes / 4
+    assert mx.get_peak_memory() - others < tower_bytes / 4
     assert loaded.weight_bytes == load_target(str(FIXTURES / "edge" / "target")).weight_bytes
 
 
