@@ -10,7 +10,7 @@ from engines import SHAPES, Models, drafter_of, engine_of, fixture, goldens, req
 from mlx_mtp.cache import Cache, View
 from mlx_mtp.depth import MAX_WIDTH
 from mlx_mtp.drafters.mtp import Convention, MtpDrafter
-from mlx_mtp.models import gemma4
+from mlx_mtp.models import fused
 from mlx_mtp.models.experts import Experts
 from mlx_mtp.models.gemma4_assistant import Assistant
 from mlx_mtp.rows import GREEDY, Draft, Forward, Sampling
@@ -156,7 +156,7 @@ def test_every_token_goes_to_the_references_experts_with_their_weights(prompt, m
         return compute(self, x, chosen, weights)
 
     monkeypatch.setattr(Experts, "__call__", watched)
-    monkeypatch.setattr(gemma4, "FUSED_COLUMNS", 0)  # a compiled layer would show its trace, not its numbers
+    monkeypatch.setattr(fused, "FUSED_COLUMNS", 0)  # a compiled layer would show its trace, not its numbers
     prefilled(models, g[f"{prompt}/ids"])
     assert len(seen) == len(models.target.layers)
     for layer, (chosen, weights) in enumerate(seen):

@@ -17,7 +17,8 @@ import mlx.nn as nn
 
 from mlx_mtp.cache import LayerSpec, Pass
 from mlx_mtp.models.config import FULL, SLIDING, Reader
-from mlx_mtp.models.gemma4 import FUSED_COLUMNS, Norm
+from mlx_mtp.models.fused import Fused, Traces
+from mlx_mtp.models.gemma4 import Norm
 
 ARCHITECTURE = "DFlashDraftModel"
 
@@ -160,20 +161,20 @@ class Mlp(nn.Module):
 class Layer(nn.Module):
     """One layer, as two halves around the attention; compiled for passes as narrow as rounds are."""
 
-    def __init__(self, c: DFlashConfig) -> None:
+    def __init__(self, c: DFlashConfig, traces: Traces) -> None:
         super().__init__()
         self.self_attn, self.mlp = Attention(c), Mlp(c.hidden_size, c.mlp_size)
         self.input_layernorm = Norm(c.hidden_size, c.eps)
         self.post_attention_layernorm = Norm(c.hidden_size, c.eps)
-        self._fused_project, self._fused_finish = mx.compile(self._project), mx.compile(self._finish)
+        self._fused_project, self._fused_finish = (Fused(self, m, None, traces) for m in ("_project", "_finish"))
 
     def project(self, h: mx.array, start: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """h [B, L, H] at positions start [B] -> queries, keys, values."""
-        return (self._fused_project if h.shape[1] <= FUSED_COLUMNS else self._project)(h, start)
+        return self._fused_project(h.shape[1], h, start)
 
     def finish(self, h: mx.array, a: mx.array) -> mx.array:
         """h [B, L, H] and what the attention made of it [B * L, heads * D] -> [B, L, H]."""
-        return (self._fused_finish if h.shape[1] <= FUSED_COLUMNS else self._finish)(h, a)
+        return self._fused_finish(h.shape[1], h, a)
 
     def _project(self, h: mx.array, start: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         x = self.input_layernorm(h.flatten(0, 1))
@@ -192,7 +193,8 @@ class DFlash(nn.Module):
         self.config = config
         self.fc = nn.Linear(len(config.taps) * config.hidden_size, config.hidden_size, bias=False)
         self.hidden_norm = Norm(config.hidden_size, config.eps)
-        self.layers = [Layer(config) for _ in config.layers]
+        traces = Traces()
+        self.layers = [Layer(config, traces) for _ in config.layers]
         self.norm = Norm(config.hidden_size, config.eps)
 
     @property

@@ -8,6 +8,7 @@ the Hugging Face release without `model.language_model.`, except that the expert
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,10 +18,7 @@ from mlx_mtp.kernels.gate_up import geglu
 from mlx_mtp.models.config import TARGET_TYPES, LayerConfig, MoeConfig, TextConfig, read_target
 from mlx_mtp.models.experts import Experts
 from mlx_mtp.models.families import Family, Stored
-
-# Passes of up to this many columns run the halves of a layer compiled: half the operations to build and, on a CPU,
-# 0.55 of the time. Wider ones are prompt chunks, of which every length would be traced anew.
-FUSED_COLUMNS = 16
+from mlx_mtp.models.fused import Fused, Traces
 
 
 class Norm(nn.Module):
@@ -123,7 +121,7 @@ class Router(nn.Module):
 class Block(nn.Module):
     """One decoder layer: attention, feed-forward (dense, or dense and routed), per-layer input."""
 
-    def __init__(self, config: TextConfig, index: int) -> None:
+    def __init__(self, config: TextConfig, index: int, traces: Traces) -> None:
         super().__init__()
         size, eps, layer = config.hidden_size, config.eps, config.layers[index]
         self._owner = layer.owner == index
@@ -145,23 +143,22 @@ class Block(nn.Module):
             self.per_layer_projection = nn.Linear(config.ple_size, size, bias=False)
             self.post_per_layer_input_norm = Norm(size, eps)
 
-        self._fused_project, self._fused_finish = mx.compile(self._project), mx.compile(self._finish)
+        kind = replace(layer, owner=0), self._owner
+        self._fused_project, self._fused_finish = (Fused(self, m, kind, traces) for m in ("_project", "_finish"))
 
     # Both halves work on N = B * L rows: a product of matrices is one operation, of anything else three.
 
     def project(self, h: mx.array, start: mx.array) -> tuple[mx.array, ...]:
         """The half before attention: residual stream h [N, H] at positions start [B] -> queries, and keys and
         values where the layer owns them."""
-        columns = h.shape[0] // start.shape[0]
-        return (self._fused_project if columns <= FUSED_COLUMNS else self._project)(h, start)
+        return self._fused_project(h.shape[0] // start.shape[0], h, start)
 
     def finish(
         self, h: mx.array, a: mx.array, ple: mx.array | None, columns: int, lenders: mx.array | None = None
     ) -> tuple[mx.array, mx.array | None]:
         """The half after attention a [N, heads * D]: h [N, H] -> [N, H], and the experts chosen [N, k] if there are
         any; ple [N, d] is this layer's per-layer input, columns is L, lenders as in `Pass`."""
-        finish = self._fused_finish if columns <= FUSED_COLUMNS else self._finish
-        return finish(h, a, ple, self.layer_scalar, lenders)
+        return self._fused_finish(columns, h, a, ple, lenders)
 
     def _project(self, h: mx.array, start: mx.array) -> tuple[mx.array, ...]:
         x = self.input_layernorm(h)
@@ -169,16 +166,15 @@ class Block(nn.Module):
         return (q, *self.self_attn.keys_values(x, start)) if self._owner else (q,)
 
     def _finish(
-        self, h: mx.array, a: mx.array, ple: mx.array | None, scalar: mx.array, lenders: mx.array | None
+        self, h: mx.array, a: mx.array, ple: mx.array | None, lenders: mx.array | None
     ) -> tuple[mx.array, mx.array | None]:
-        # The scalar is an argument: one that is captured is compiled in, and every layer would get kernels of its own.
         h = h + self.post_attention_layernorm(self.self_attn.o_proj(a))
         fed, chosen = self.feed_forward(h, lenders)
         h = h + self.post_feedforward_layernorm(fed)
         if ple is not None:
             gated = geglu(self.per_layer_input_gate(h), ple)
             h = h + self.post_per_layer_input_norm(self.per_layer_projection(gated))
-        return h * scalar, chosen
+        return h * self.layer_scalar, chosen
 
     def feed_forward(self, h: mx.array, lenders: mx.array | None = None) -> tuple[mx.array, mx.array | None]:
         """The dense branch, plus the routed experts where there are any: [N, H] -> [N, H], experts chosen [N, k].
@@ -203,7 +199,8 @@ class Gemma4(nn.Module):
         self.config = config
         size = config.hidden_size
         self.embed_tokens = nn.Embedding(config.vocab_size, size)
-        self.layers = [Block(config, i) for i in range(len(config.layers))]
+        traces = Traces()
+        self.layers = [Block(config, i, traces) for i in range(len(config.layers))]
         self.norm = Norm(size, config.eps)
         if config.ple_size:
             width = len(config.layers) * config.ple_size

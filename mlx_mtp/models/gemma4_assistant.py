@@ -15,6 +15,7 @@ from mlx_mtp.cache import View
 from mlx_mtp.kernels.head import Clusters
 from mlx_mtp.kernels.matrix import Matrix
 from mlx_mtp.models.config import AssistantConfig, TextConfig
+from mlx_mtp.models.fused import Traces
 from mlx_mtp.models.gemma4 import Block, Norm
 
 
@@ -24,7 +25,8 @@ class Stack(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = [Block(config, i) for i in range(len(config.layers))]
+        traces = Traces()
+        self.layers = [Block(config, i, traces) for i in range(len(config.layers))]
         self.norm = Norm(config.hidden_size, config.eps)
 
 

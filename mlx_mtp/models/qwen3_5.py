@@ -22,7 +22,8 @@ from mlx_mtp.kernels.delta import Given, Span, reference
 from mlx_mtp.models.config import FULL, Reader
 from mlx_mtp.models.dflash import Mlp
 from mlx_mtp.models.families import Family, Stored
-from mlx_mtp.models.gemma4 import FUSED_COLUMNS, Norm
+from mlx_mtp.models.fused import Fused, Traces
+from mlx_mtp.models.gemma4 import Norm
 from mlx_mtp.rows import CheckpointError
 from mlx_mtp.states import Columns, StateSpec
 
@@ -286,7 +287,7 @@ def gated(a: mx.array, b: mx.array, rate_log: mx.array, bias: mx.array) -> tuple
 class Block(nn.Module):
     """One layer, as two halves around the cache; compiled for passes as narrow as rounds are."""
 
-    def __init__(self, c: QwenConfig, kind: str) -> None:
+    def __init__(self, c: QwenConfig, kind: str, traces: Traces) -> None:
         super().__init__()
         self.linear = kind == LINEAR
         if self.linear:
@@ -296,20 +297,19 @@ class Block(nn.Module):
         self.mlp = Mlp(c.hidden_size, c.mlp_size)
         self.input_layernorm = Norm(c.hidden_size, c.eps)
         self.post_attention_layernorm = Norm(c.hidden_size, c.eps)
-        self._fused_begin, self._fused_finish = mx.compile(self._begin), mx.compile(self._finish)
+        self._fused_begin, self._fused_finish = (Fused(self, m, kind, traces) for m in ("_begin", "_finish"))
 
     def __call__(self, h: mx.array, pass_: Pass, slot: int) -> mx.array:
         """The residual stream h [N, H] of a pass's columns; slot: the layer in the cache, among those of its kind."""
         start = pass_.start
-        narrow = h.shape[0] // start.shape[0] <= FUSED_COLUMNS
-        begin, finish = (self._fused_begin, self._fused_finish) if narrow else (self._begin, self._finish)
+        columns = h.shape[0] // start.shape[0]
         if self.linear:
-            inputs, gate = begin(h, start)
+            inputs, gate = self._fused_begin(columns, h, start)
             mixed = pass_.recur(slot, inputs.reshape(start.shape[0], -1, inputs.shape[-1]), self.linear_attn.scan)
         else:
-            queries, gate, keys, values = begin(h, start)
+            queries, gate, keys, values = self._fused_begin(columns, h, start)
             mixed = pass_.store(slot, keys, values).attend(queries)
-        return finish(h, mixed, gate)
+        return self._fused_finish(columns, h, mixed, gate)
 
     def _begin(self, h: mx.array, start: mx.array) -> tuple[mx.array, ...]:
         x = self.input_layernorm(h)
@@ -329,7 +329,8 @@ class Qwen(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = [Block(config, kind) for kind in config.layers]
+        traces = Traces()
+        self.layers = [Block(config, kind, traces) for kind in config.layers]
         self.norm = Norm(config.hidden_size, config.eps)
         if not config.tied:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

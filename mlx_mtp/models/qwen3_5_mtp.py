@@ -17,6 +17,7 @@ import mlx.nn as nn
 from mlx_mtp.cache import LayerSpec, Pass
 from mlx_mtp.models.config import FULL
 from mlx_mtp.models.families import Stored
+from mlx_mtp.models.fused import Traces
 from mlx_mtp.models.gemma4 import Norm
 from mlx_mtp.models.qwen3_5 import Block, QwenConfig, centred
 
@@ -29,7 +30,7 @@ class Stack(nn.Module):
         self.fc = nn.Linear(2 * c.hidden_size, c.hidden_size, bias=False)
         self.pre_fc_norm_embedding = Norm(c.hidden_size, c.eps)
         self.pre_fc_norm_hidden = Norm(c.hidden_size, c.eps)
-        self.layers = [Block(c, FULL)]
+        self.layers = [Block(c, FULL, Traces())]
         self.norm = Norm(c.hidden_size, c.eps)
 
 
