@@ -159,8 +159,8 @@ class Auto:
     A width is worth its drafts only if it is clearly better than width 0. While it drafts, rounds of width 0 are run
     now and then, for all is judged by them: as often as a small share of the time allows, which is the more often the
     less drafting seems to gain. Where width 0 is best, a narrow round is tried at growing distances, unless no drafter
-    has anything. Where no known width would pay if all of its drafts were kept, no other is tried, and the distance is
-    the greatest at once.
+    has anything. A width is timed only while it promises clearly more than a token a round: no draft is free. Where no
+    known width would pay if all of its drafts were kept, no other is tried, and the distance is the greatest at once.
     What drafting loses against width 0 it takes from a budget, counted in rounds of width 0; with what a plain round
     takes longer because one with drafts is built beside it. Its gains and LOSS of all time go in, up to BUDGET tokens,
     which is the fewer rounds the more rows there are. While nothing is left nothing is drafted, and no shape is tried
@@ -169,6 +169,7 @@ class Auto:
 
     GAIN, WORTH = 1.03, 1.01  # a new width must look so much better than the present one, the present than width 0
     FIRST = 2  # the first width: what is wasted if nothing is kept
+    PROMISE = 1.15  # tokens of a round, for which its width is timed
     LOSS = 0.006  # share of the time
     # Tokens of all rows: what they may lose at once, for one text's gain does not pay for another's loss; and what of a
     # greater loss counts, as of a round that hung.
@@ -265,12 +266,10 @@ class Auto:
 
     def _meeting(self, rows: int, known: frozenset[int], tokens: list[float]) -> int | None:
         """The width that is being timed for the first time, if one is: the first of all, or one that is on trial."""
-        first = min(self.FIRST, self._most)
-        if len(known) == 1 and tokens[first] > self.GAIN:
-            return first
-        if self._trial and self._trial[0] == rows and self._trial[1] not in known:
-            return self._trial[1]
-        return None
+        width = min(self.FIRST, self._most) if len(known) == 1 else 0
+        if not width and self._trial and self._trial[0] == rows and self._trial[1] not in known:
+            width = self._trial[1]
+        return width if tokens[width] > self.PROMISE else None
 
     def record(self, width: int, kept: list[int], seconds: float | None, outlook: Sequence[int], owed: int = 0) -> None:
         self._rested += 1
@@ -357,7 +356,8 @@ class Auto:
         wanted = self.GAIN * rates[self._width]
         if max(rates) < wanted:
             return None
-        widths = [w for w in range(1, self._most + 1) if w not in known and self._missed[rows, w] < self.MISSES]
+        widths = [w for w in range(1, self._most + 1) if w not in known and tokens[w] > self.PROMISE]
+        widths = [w for w in widths if self._missed[rows, w] < self.MISSES]
         unknown = [w for w in widths if self._affordable(w, max(known), costs, tokens)]
         best = max((rates[w] for w in unknown), default=0.0)
         wanted = max(wanted, best / self.GAIN)

@@ -137,6 +137,12 @@ def simulate_turns(depth: Depth, turns: list[tuple[float, int]], cost: Cost, row
     return found
 
 
+@pytest.mark.parametrize("rows, most", [(1, 1.021), (4, 1.016), (8, 1.016)])
+def test_a_new_policys_first_text_costs_little_with_drafts_of_which_none_is_kept(rows, most):
+    """200 rounds; drafts as dear as on the embedded target."""
+    assert 1 < simulate_turns(Auto(), [(0.0, 200)], linear(0.0, 0.3), rows, 0)[0] < most
+
+
 def after_good(chance: float, cost: Cost) -> tuple[float, float]:
     """Mean and greatest time over plain decoding's of eight prompts of 128 tokens behind others with good drafts."""
     turns = [(0.8, 300), (chance, 128)] * 3
