@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from checkpoints import FIXTURES, Quant, mlx_community, quantised, read, write
@@ -23,12 +24,9 @@ def loaded(shape: str) -> LoadedTarget:
 
 def mixed(folder: Path) -> LoadedTarget:
     """Every second layer packed to 8 bits, the others to 4, of which one product in larger groups."""
-    odd = dict.fromkeys(("model.layers.1.*", "model.layers.3.*", "model.layers.5.*"), Quant(8, 32))
-    whole = mlx_community(read(FIXTURES / "dense" / "target"))
-    names = [name for name in whole.tensors if name.endswith("layers.0.mlp.down_proj.weight")]
-    overrides = {name.removesuffix(".weight"): Quant(4, 64) for name in names}
-    overrides |= {f"*{pattern}": quant for pattern, quant in odd.items()}
-    return load_target(str(write(quantised(whole, Quant(4, 32), overrides), folder)), dtype=mx.float32)
+    overrides = {"*.layers.0.self_attn.q_proj": Quant(4, 64), "*.layers.[135].*": Quant(8, 32)}
+    packed = quantised(mlx_community(read(FIXTURES / "dense" / "target")), Quant(4, 32), overrides)
+    return load_target(str(write(packed, folder)), dtype=mx.float32)
 
 
 def plain(target: LoadedTarget, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
@@ -43,14 +41,14 @@ def close(got: np.ndarray, want: np.ndarray) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_new_shape_costs_a_trace_a_kind_of_layer_instead_of_one_a_layer(shape, monkeypatch):
-    target, traced = loaded(shape), []
-    project = gemma4.Block._project
+    traced, project = [], gemma4.Block._project
 
     def watched(self, h, start):
         traced.append(h.shape)
         return project(self, h, start)
 
     monkeypatch.setattr(gemma4.Block, "_project", watched)
+    target = loaded(shape)
     layers, owners = target.model.config.layers, set(target.model.config.owners)
     kinds = {(c.window, c.mlp_size, i in owners) for i, c in enumerate(layers)}
     assert len(kinds) < len(layers)
@@ -75,8 +73,8 @@ def test_qwens_layers_compute_what_they_do_uncompiled(monkeypatch):
 
 def test_layers_packed_otherwise_share_nothing(tmp_path, monkeypatch):
     target = mixed(tmp_path / "target")
-    packed = {m.bits for m in target.model.modules() if isinstance(m, gemma4.nn.QuantizedLinear)}
-    assert packed == {4, 8}
+    packed = {(m.bits, m.group_size) for m in target.model.modules() if isinstance(m, nn.QuantizedLinear)}
+    assert packed == {(4, 32), (4, 64), (8, 32)}
     close(logits(target, IDS), plain(target, monkeypatch))
 
 
@@ -98,5 +96,5 @@ def test_a_trace_that_fails_leaves_the_weights_in_place():
     layer = Layer(4, 1e-6)
     weight = layer.weight
     with pytest.raises(ValueError, match="no"):
-        Fused(layer, "_run", None, Traces())(1, mx.ones((1, 4)))
+        Fused(layer, layer._run, Traces())(1, mx.ones((1, 4)))
     assert layer.weight is weight

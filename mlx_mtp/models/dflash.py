@@ -166,7 +166,8 @@ class Layer(nn.Module):
         self.self_attn, self.mlp = Attention(c), Mlp(c.hidden_size, c.mlp_size)
         self.input_layernorm = Norm(c.hidden_size, c.eps)
         self.post_attention_layernorm = Norm(c.hidden_size, c.eps)
-        self._fused_project, self._fused_finish = (Fused(self, m, None, traces) for m in ("_project", "_finish"))
+        self._fused_project = Fused(self, self._project, traces)
+        self._fused_finish = Fused(self, self._finish, traces)
 
     def project(self, h: mx.array, start: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """h [B, L, H] at positions start [B] -> queries, keys, values."""

@@ -8,6 +8,7 @@ weights among the arguments, layers that differ in nothing else share one functi
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
@@ -55,34 +56,32 @@ def _put(places: list[Place], weights: list[mx.array]) -> None:
 class Fused:
     """A method of a layer, which runs compiled where a pass is narrow.
 
-    kind: whatever its trace depends on besides arguments, weights and their quantisation. Layers with the same `traces`
-    and kind share a trace, so nothing else of the layer may be read.
+    kind: whatever its trace depends on besides arguments, weights, and the numbers and strings of the layer's modules.
+    Layers with the same `traces` and kind share a trace, so nothing else of the layer may be read.
     """
 
-    def __init__(self, layer: nn.Module, name: str, kind: Hashable, traces: Traces) -> None:
-        self._layer, self._name, self._kind, self._traces = layer, name, kind, traces
-        self._run: Callable[..., Any] | None = None
-        self._places: list[Place] = []
+    def __init__(self, layer: nn.Module, method: Callable[..., Any], traces: Traces, kind: Hashable = None) -> None:
+        self._layer, self._method, self._traces, self._kind = layer, method, traces, kind
 
     def __call__(self, columns: int, *arguments: Any) -> Any:
         """columns: of every row of the pass."""
         if columns > FUSED_COLUMNS:
-            return getattr(self._layer, self._name)(*arguments)
-        if self._run is None:
-            self._run = self._share()
+            return self._method(*arguments)
+        run, places = self._shared
         # Weights last: MLX compares the arguments with those of every trace in order, up to the first that differs.
-        return self._run(*arguments, [module[name] for module, name in self._places])
+        return run(*arguments, [module[name] for module, name in places])
 
-    def _share(self) -> Callable[..., Any]:
+    @cached_property
+    def _shared(self) -> tuple[Callable[..., Any], list[Place]]:
         """Not before the first pass: weights are quantised after a layer is made."""
         modules = sorted(self._layer.named_modules(), key=lambda named: named[0])
         weights = [(path, m, name) for path, m in modules for name in sorted(m) if isinstance(m[name], mx.array)]
-        self._places = [(m, name) for _, m, name in weights]
+        places = [(m, name) for _, m, name in weights]
         made = tuple((path, type(m), _numbers(m)) for path, m in modules)
-        key = self._name, self._kind, made, tuple((path, name) for path, _, name in weights)
-        return self._traces.of(key, getattr(self._layer, self._name), self._places)
+        key = self._method.__name__, self._kind, made, tuple((path, name) for path, _, name in weights)
+        return self._traces.of(key, self._method, places), places
 
 
 def _numbers(module: nn.Module) -> tuple[tuple[str, float | str], ...]:
-    """What it has of such: bits and group size of a quantised layer, among others."""
+    """What it has of such, and strings: bits and group size of a quantised layer, among others."""
     return tuple(sorted((name, v) for name, v in vars(module).items() if isinstance(v, (bool, int, float, str))))

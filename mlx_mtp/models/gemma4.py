@@ -143,8 +143,9 @@ class Block(nn.Module):
             self.per_layer_projection = nn.Linear(config.ple_size, size, bias=False)
             self.post_per_layer_input_norm = Norm(size, eps)
 
-        kind = replace(layer, owner=0), self._owner
-        self._fused_project, self._fused_finish = (Fused(self, m, kind, traces) for m in ("_project", "_finish"))
+        kind = replace(layer, owner=0)  # whose keys it reads is no part of either half
+        self._fused_project = Fused(self, self._project, traces, kind)
+        self._fused_finish = Fused(self, self._finish, traces, kind)
 
     # Both halves work on N = B * L rows: a product of matrices is one operation, of anything else three.
 

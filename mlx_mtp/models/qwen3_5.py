@@ -297,7 +297,8 @@ class Block(nn.Module):
         self.mlp = Mlp(c.hidden_size, c.mlp_size)
         self.input_layernorm = Norm(c.hidden_size, c.eps)
         self.post_attention_layernorm = Norm(c.hidden_size, c.eps)
-        self._fused_begin, self._fused_finish = (Fused(self, m, kind, traces) for m in ("_begin", "_finish"))
+        self._fused_begin = Fused(self, self._begin, traces)
+        self._fused_finish = Fused(self, self._finish, traces)
 
     def __call__(self, h: mx.array, pass_: Pass, slot: int) -> mx.array:
         """The residual stream h [N, H] of a pass's columns; slot: the layer in the cache, among those of its kind."""
