@@ -150,10 +150,10 @@ class Auto:
     it is put down to that knowledge, so that the delay is part of the estimate.
     Times are those of `RoundTimes`. They never fall with the width, so a shape not yet seen takes at least what the
     next narrower one takes; where that would be fast enough to win, the shape is tried. Steps in the cost, as kernels
-    have them, are found this way. It is tried right behind rounds of width 0, once the present width has been compared
-    with such: what is inferred from a width that was timed in a bad moment is wrong, and seems to be right. A round
-    during which one of another width was built does not count: where the host is the slower one it takes as long as
-    that building.
+    have them, are found this way; of several shapes that is tried first which is the best if there is no step. It is
+    tried right behind rounds of width 0, once the present width has been compared with such: what is inferred from a
+    width that was timed in a bad moment is wrong, and seems to be right. A round during which one of another width was
+    built does not count: where the host is the slower one it takes as long as that building.
     Rounds that must make up for many without drafts say what that costs (a draft model reads all it has missed), and
     nothing about their width. Drafting is taken up again where the budget bears that: at a text's beginning, mostly.
     A width is worth its drafts only if it is clearly better than width 0. While it drafts, rounds of width 0 are run
@@ -170,6 +170,7 @@ class Auto:
     GAIN, WORTH = 1.03, 1.01  # a new width must look so much better than the present one, the present than width 0
     FIRST = 2  # the first width: what is wasted if nothing is kept
     PROMISE = 1.15  # tokens of a round, for which its width is timed
+    HOPE = 0.75  # share of the present rate, for which a width is tried: costs may bend, but not everywhere
     LOSS = 0.006  # share of the time
     # Tokens of all rows: what they may lose at once, for one text's gain does not pay for another's loss; and what of a
     # greater loss counts, as of a round that hung.
@@ -215,7 +216,7 @@ class Auto:
         if late <= self._left:
             self._chosen = self._choose(tuple(sorted(outlook)))
         else:
-            self._chosen, self._since = 0, self._since + 1
+            self._chosen, self._since, self._trial = 0, self._since + 1, None
         return self._chosen
 
     def _choose(self, outlook: tuple[int, ...]) -> int:
@@ -229,7 +230,7 @@ class Auto:
         hopeful = any(o % BOUND != NOTHING for o in outlook)
         costs, tokens = self._times.costs(rows), self._tokens(outlook)
         drafted, pays = len(known) > 1, self._can_pay(rows)
-        meeting = self._meeting(rows, known, tokens) if hopeful and (drafted or pays) else None
+        meeting = self._meeting(rows, known, costs, tokens) if hopeful and (drafted or pays) else None
         if meeting is not None and self._missed[rows, meeting] < self.MISSES:
             return 0 if self._times.plain_s(rows) is None else meeting  # where nothing ran it could be compared with
         self._quiet += 1
@@ -264,12 +265,13 @@ class Auto:
         costs = self._times.costs(timed)
         return any((1 + w) / costs[w] > self.WORTH for w in self._times.known(timed) if w)
 
-    def _meeting(self, rows: int, known: frozenset[int], tokens: list[float]) -> int | None:
-        """The width that is being timed for the first time, if one is: the first of all, or one that is on trial."""
+    def _meeting(self, rows: int, known: frozenset[int], costs: list[float], tokens: list[float]) -> int | None:
+        """The width that is being timed for the first time, if one is and may still pay: the first of all, or one that
+        is on trial."""
         width = min(self.FIRST, self._most) if len(known) == 1 else 0
         if not width and self._trial and self._trial[0] == rows and self._trial[1] not in known:
             width = self._trial[1]
-        return width if tokens[width] > self.PROMISE else None
+        return width if tokens[width] > max(self.PROMISE, self.WORTH * costs[width]) else None
 
     def record(self, width: int, kept: list[int], seconds: float | None, outlook: Sequence[int], owed: int = 0) -> None:
         self._rested += 1
@@ -351,22 +353,25 @@ class Auto:
     def _worth_trying(
         self, rows: int, known: frozenset[int], costs: list[float], tokens: list[float], rates: list[float]
     ) -> int | None:
-        """An untimed width that would win if it took no longer than the next narrower timed one; of those about as good
-        the narrowest, which costs least if it does not win."""
+        """An untimed width that would win if it took no longer than the next narrower timed one: the best of those if
+        the cost went on as it has so far, unless that one would be hopeless then."""
         wanted = self.GAIN * rates[self._width]
         if max(rates) < wanted:
             return None
         widths = [w for w in range(1, self._most + 1) if w not in known and tokens[w] > self.PROMISE]
         widths = [w for w in widths if self._missed[rows, w] < self.MISSES]
-        unknown = [w for w in widths if self._affordable(w, max(known), costs, tokens)]
-        best = max((rates[w] for w in unknown), default=0.0)
-        wanted = max(wanted, best / self.GAIN)
-        return next((w for w in unknown if rates[w] >= wanted), None)
+        unknown = [w for w in widths if rates[w] >= wanted and self._affordable(w, max(known), costs, tokens)]
+        likely = {}
+        for width in unknown:
+            timed = max(w for w in known if w < width) or max(known)
+            likely[width] = tokens[width] / _went_on(costs, timed, width)
+        best = max(likely, key=lambda w: likely[w], default=0)
+        return best if best and likely[best] > self.HOPE * rates[self._width] else None
 
     def _affordable(self, width: int, widest: int, costs: list[float], tokens: list[float]) -> bool:
         """Whether the loss would be borne if timing a width brought no more than the widest that is known, and the cost
         went on as it has so far."""
-        cost = 1 + (costs[widest] - 1) / widest * width
+        cost = _went_on(costs, widest, width)
         return (SAMPLES + 1) * (cost - tokens[min(width, widest)]) <= self._left
 
     def _overdue(self, rows: int, tokens: list[float], rates: list[float]) -> bool:
@@ -397,6 +402,11 @@ class Auto:
             return 0
         self._probing -= 1
         return min(self.PROBE_WIDTH, self._most)
+
+
+def _went_on(costs: list[float], timed: int, width: int) -> float:
+    """Cost of a width if it rose with the width as it does up to a timed one."""
+    return 1 + (costs[timed] - 1) / timed * width
 
 
 class Apart:
