@@ -148,12 +148,14 @@ class Auto:
     Acceptance is estimated for every outlook by itself: a row whose drafter has found its text elsewhere is another
     case than one where it guesses. What is known of a row when a width is chosen is one round old, and what comes of
     it is put down to that knowledge, so that the delay is part of the estimate.
+    The very first rounds draft, narrowly and while that promises anything, for a drafter that reads what it has missed
+    owes nothing yet. Rounds of width 0 follow, by which they are timed.
     Times are those of `RoundTimes`. They never fall with the width, so a shape not yet seen takes at least what the
     next narrower one takes; where that would be fast enough to win, the shape is tried. Steps in the cost, as kernels
     have them, are found this way; of several shapes that is tried first which is the best if there is no step. It is
-    tried right behind rounds of width 0, once the present width has been compared with such: what is inferred from a
-    width that was timed in a bad moment is wrong, and seems to be right. A round during which one of another width was
-    built does not count: where the host is the slower one it takes as long as that building.
+    tried right behind rounds of width 0: what is inferred from a width that was timed in a bad moment is wrong, and
+    seems to be right. A round during which one of another width was built does not count: where the host is the slower
+    one it takes as long as that building.
     Rounds that must make up for many without drafts say what that costs (a draft model reads all it has missed), and
     nothing about their width. Drafting is taken up again where the budget bears that: at a text's beginning, mostly.
     A width is worth its drafts only if it is clearly better than width 0. While it drafts, rounds of width 0 are run
@@ -168,8 +170,8 @@ class Auto:
     """
 
     GAIN, WORTH = 1.03, 1.01  # a new width must look so much better than the present one, the present than width 0
-    FIRST = 2  # the first width: what is wasted if nothing is kept
-    PROMISE = 1.15  # tokens of a round, for which its width is timed
+    OPENING, FIRST = 2, 2  # first rounds that draft; drafts of each, of all rows together or one a row
+    PROMISE = 1.2  # tokens of a round, for which its width is timed
     HOPE = 0.75  # share of the present rate, for which a width is tried: costs may bend, but not everywhere
     LOSS = 0.006  # share of the time
     # Tokens of all rows: what they may lose at once, for one text's gain does not pay for another's loss; and what of a
@@ -178,7 +180,7 @@ class Auto:
     MEMORY = 0.999  # per round: after a thousand a loss is forgotten
     MISSES = 16  # after which a width is taken to be none that the drafter can draft
     PAUSE = 6  # rounds between two shapes that are tried for their time
-    FIRST_PROBE, LAST_PROBE, PROBE_WIDTH, PROBE_ROUNDS = 24, 768, 1, 2
+    FIRST_PROBE, LAST_PROBE, PROBE_WIDTH, PROBE_ROUNDS = 48, 768, 1, 2
     FIRST_CHECK, LAST_CHECK, CHECK_ROUNDS = 5, 256, 3  # rounds with drafts before some without
     CHECK_SHARE = 0.005  # of the time that those may cost
     OWED, OWED_SHARE = 16, 0.05  # columns a row that are not made up in passing; share of a round that is not noise
@@ -192,8 +194,9 @@ class Auto:
         self._times = RoundTimes(most)
         self._seen: set[tuple[int, int]] = set()
         self._recheck, self._unseen = self.FIRST_CHECK, 0
-        self._width = min(self.FIRST, most)
+        self._width = 0  # the best, as far as is known
         self._left = self.BUDGET / 2  # rounds of width 0 that may still be lost
+        self._opened: Counter[int] = Counter()  # first rounds with drafts, by rows
         self._missed: Counter[tuple[int, int]] = Counter()  # rounds of another width while an unknown one was chosen
         self._quiet = 0  # rounds since a shape was tried for its time
         self._trial: tuple[int, int] | None = None
@@ -214,21 +217,21 @@ class Auto:
         missed = owed > 2 * self.CHECK_ROUNDS * len(outlook)  # more than by two looks at width 0
         late = owed * self._column if missed else 0.0
         if late <= self._left:
-            self._chosen = self._choose(tuple(sorted(outlook)))
+            self._chosen = self._choose(tuple(sorted(outlook)), owed)
         else:
             self._chosen, self._since, self._trial = 0, self._since + 1, None
         return self._chosen
 
-    def _choose(self, outlook: tuple[int, ...]) -> int:
+    def _choose(self, outlook: tuple[int, ...], owed: int) -> int:
         if outlook in self._resting:
             self._quiet += 1
             return self._probe(self._resting[outlook])
         self._learn()
         rows, known = len(outlook), self._times.known(len(outlook))
-        if 0 not in known:
-            return 0
         hopeful = any(o % BOUND != NOTHING for o in outlook)
         costs, tokens = self._times.costs(rows), self._tokens(outlook)
+        if 0 not in known:
+            return self._opening(rows, tokens) if hopeful else 0
         drafted, pays = len(known) > 1, self._can_pay(rows)
         meeting = self._meeting(rows, known, costs, tokens) if hopeful and (drafted or pays) else None
         if meeting is not None and self._missed[rows, meeting] < self.MISSES:
@@ -237,13 +240,12 @@ class Auto:
         rates = [t / c for t, c in zip(tokens, costs, strict=True)]  # over that of width 0
         before, self._width = self._width, self._best(known, rates)
         if self._width != before:
-            self._recheck, self._unseen = self.FIRST_CHECK, 0
+            self._recheck, self._unseen = self.FIRST_CHECK, 0 if self._chosen else -1
         if self._width:
             self._wait = self.FIRST_PROBE
             if self._overdue(rows, tokens, rates):
                 return 0
-        compared = not self._width or self._times.comparisons(rows, self._width)
-        if drafted and pays and compared and self._quiet > self.PAUSE:
+        if drafted and pays and self._quiet > self.PAUSE:
             trial = self._worth_trying(rows, known, costs, tokens, rates)
             if trial is not None and self._width and self._unseen:  # rounds to compare it with come first
                 self._unseen = self._recheck
@@ -253,8 +255,23 @@ class Auto:
                 return trial
         if self._width:
             return self._width
-        self._resting[outlook] = 0 if not hopeful else self.FIRST_PROBE if pays else self.LAST_PROBE
+        # What the very first rounds cost may be mistaken, and is found out again where nothing has to be made up.
+        mistaken = drafted and not owed and not any(self._times.comparisons(rows, w) for w in known if w)
+        self._resting[outlook] = 0 if not hopeful else self.FIRST_PROBE if pays or mistaken else self.LAST_PROBE
         return self._probe(self._resting[outlook])
+
+    def _opening(self, rows: int, tokens: list[float]) -> int:
+        """Width of one of the first rounds with so many rows, before the time of width 0 is known."""
+        width = self._first_width(rows)
+        if self._opened[rows] == self.OPENING or tokens[width] <= self.PROMISE or not self._can_pay(rows):
+            return 0
+        self._opened[rows] += 1
+        self._quiet = self.PAUSE
+        return width
+
+    def _first_width(self, rows: int) -> int:
+        """The first width to be timed."""
+        return min(max(1, self.FIRST // rows), self._most)
 
     def _can_pay(self, rows: int) -> bool:
         """Whether drafts would pay if all of them were kept; while none have been timed with so many rows, whether they
@@ -268,7 +285,7 @@ class Auto:
     def _meeting(self, rows: int, known: frozenset[int], costs: list[float], tokens: list[float]) -> int | None:
         """The width that is being timed for the first time, if one is and may still pay: the first of all, or one that
         is on trial."""
-        width = min(self.FIRST, self._most) if len(known) == 1 else 0
+        width = self._first_width(rows) if len(known) == 1 else 0
         if not width and self._trial and self._trial[0] == rows and self._trial[1] not in known:
             width = self._trial[1]
         return width if tokens[width] > max(self.PROMISE, self.WORTH * costs[width]) else None

@@ -68,7 +68,19 @@ class RoundTimes:
         first.append(took - plain)
         if len(first) >= (SAMPLES if width else NEAR):
             self._known[rows] |= {width}
+            if not width:
+                self._meet_earlier(rows, took)
         self._settle(rows, width)
+
+    def _meet_earlier(self, rows: int, took: float) -> None:
+        """Rounds of other widths that ran shortly before the first ones of width 0, the last of which took so long. One
+        of a width is enough to know its cost, and of several the slowest counts."""
+        plain = statistics.median([took, *(t for w, t in self._last if not w)])
+        for width in {w for w, _ in self._last if w}:
+            earlier = [t for w, t in self._last if w == width]
+            self._first[rows, width] += [max(earlier) - plain] * len(earlier)
+            self._known[rows] |= {width}
+            self._settle(rows, width)
 
     def plain_s(self, rows: int) -> float | None:
         """Seconds of a round of width 0 now, from the last rounds; None if none with so many rows ran lately."""

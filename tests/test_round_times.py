@@ -34,6 +34,14 @@ def test_a_width_is_known_after_two_rounds_and_costs_what_they_took_beside_those
     assert times.known(1) == {0, 2} and times.costs(1)[2] == pytest.approx(1.4)
 
 
+def test_rounds_before_those_of_width_0_are_compared_with_them():
+    assert told([2, 2, 0, 0], COST).known(1) == frozenset()
+    times = told([2, 2, 0, 0, 0], COST)
+    assert times.known(1) == {0, 2} and times.costs(1)[2] == pytest.approx(1.4) and not times.comparisons(1, 2)
+    assert told([2, 2, 0, 0, 0], COST, lambda n: 0.8 if n == 1 else 1.0).costs(1)[2] == pytest.approx(1.4)
+    assert told([2, 0, 0, 0], COST).known(1) == {0, 2}
+
+
 @pytest.mark.parametrize(
     "pace",
     [lambda n: 3.0 if n // 40 % 2 else 1.0, lambda n: 1 + n / 50, lambda n: 0.2 if n > 100 else 1.0],
