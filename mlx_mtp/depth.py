@@ -172,6 +172,7 @@ class Auto:
     GAIN, WORTH = 1.03, 1.01  # a new width must look so much better than the present one, the present than width 0
     OPENING, FIRST = 2, 2  # first rounds that draft; drafts of each, of all rows together or one a row
     PROMISE = 1.2  # tokens of a round, for which its width is timed
+    HARDLY = 1.1  # as many: drafts are hardly ever kept
     HOPE = 0.75  # share of the present rate, for which a width is tried: costs may bend, but not everywhere
     LOSS = 0.006  # share of the time
     # Tokens of all rows: what they may lose at once, for one text's gain does not pay for another's loss; and what of a
@@ -225,7 +226,7 @@ class Auto:
     def _choose(self, outlook: tuple[int, ...], owed: int) -> int:
         if outlook in self._resting:
             self._quiet += 1
-            return self._probe(self._resting[outlook])
+            return self._probe(outlook)
         self._learn()
         rows, known = len(outlook), self._times.known(len(outlook))
         hopeful = any(o % BOUND != NOTHING for o in outlook)
@@ -256,9 +257,10 @@ class Auto:
         if self._width:
             return self._width
         # What the very first rounds cost may be mistaken, and is found out again where nothing has to be made up.
-        mistaken = drafted and not owed and not any(self._times.comparisons(rows, w) for w in known if w)
-        self._resting[outlook] = 0 if not hopeful else self.FIRST_PROBE if pays or mistaken else self.LAST_PROBE
-        return self._probe(self._resting[outlook])
+        proven = not drafted or any(self._times.comparisons(rows, w) for w in known if w)
+        may_pay = pays or (not proven and not owed)
+        self._resting[outlook] = 0 if not hopeful else self.FIRST_PROBE if may_pay else self.LAST_PROBE
+        return self._probe(outlook)
 
     def _opening(self, rows: int, tokens: list[float]) -> int:
         """Width of one of the first rounds with so many rows, before the time of width 0 is known."""
@@ -403,22 +405,26 @@ class Auto:
             self._unseen, self._recheck = 0, min(2 * self._recheck, most)
         return self._unseen >= wait
 
-    def _probe(self, least: int) -> int:
-        """Width of a round while drafting does not pay: 0, except for a narrow look at growing distances, which are at
-        least so many rounds; 0: none."""
+    def _probe(self, outlook: tuple[int, ...]) -> int:
+        """Width of a round while drafting does not pay: 0, except for a narrow look at growing distances."""
+        least = self._resting[outlook]
         if not least:
             return 0
         self._since += 1
         if self._since >= max(self._wait, least):
-            self._since, self._wait, self._probing = (
-                0,
-                min(self.LAST_PROBE, 2 * self._wait),
-                self.PROBE_ROUNDS,
-            )
+            self._since, self._wait = 0, min(self.LAST_PROBE, 2 * self._wait)
+            self._probing = self.PROBE_ROUNDS if self._asks_for_more(outlook) else 1
         if not self._probing:
             return 0
         self._probing -= 1
         return min(self.PROBE_WIDTH, self._most)
+
+    def _asks_for_more(self, outlook: tuple[int, ...]) -> bool:
+        """Whether one round of a narrow look is too few: not where hardly any draft is ever kept, nor where it is only
+        asked how long it takes."""
+        rows, width = len(outlook), self.PROBE_WIDTH
+        promises = self._tokens(outlook)[width] > self.HARDLY and self._can_pay(rows)
+        return promises or width not in self._times.known(rows)
 
 
 def _went_on(costs: list[float], timed: int, width: int) -> float:
