@@ -395,6 +395,48 @@ def test_the_first_rounds_draft_before_anything_is_owed_and_those_without_follow
     assert widths[:-1] == [first] * Auto.OPENING + [0] * (NEAR + 1) and widths[-1] > first
 
 
+class Chosen(Auto):
+    """Remembers what it chose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.widths: list[int] = []
+
+    def choose(self, outlook: Sequence[int], owed: int = 0) -> int:
+        self.widths.append(super().choose(outlook, owed))
+        return self.widths[-1]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_of_widths_not_timed_that_is_tried_first_which_is_best_without_a_step_in_the_cost(seed):
+    depth = Chosen()
+    simulate_turns(depth, [(0.8, 200)], linear(0.0, 0.2), 1, seed)
+    assert 2 < next(w for w in depth.widths if w > Auto.FIRST) < 6
+
+
+def test_a_look_is_one_round_where_no_draft_was_ever_kept_and_two_where_some_were():
+    """Behind the first rounds, and the first look, which times its width."""
+    for chance, rounds in ((0.0, 1), (0.25, 2)):
+        depth = Chosen()
+        simulate_turns(depth, [(chance, 1000)], linear(0.0, 0.6), 8, 0)
+        looks = [len(run) for run in "".join(map(str, depth.widths)).split("0") if run][2:]
+        assert len(looks) > 1 and set(looks) == {rounds}, (chance, looks)
+
+
+@pytest.mark.parametrize("begun", [1, 2])
+def test_a_trial_that_the_budget_has_ended_is_not_gone_on_with(begun):
+    """A text of which nothing is kept begins when a wide round has been timed so often."""
+    depth, wide = Chosen(), 0
+    for seed in range(100):
+        simulate_turns(depth, [(0.9, 1)], linear(0.0, 0.45), 8, seed)
+        wide = max(depth.widths)
+        if wide > 2 and depth.widths.count(wide) == begun:
+            break
+    assert wide > 2
+    simulate_turns(depth, [(0.0, 600)], linear(0.0, 0.9), 8, 1)
+    assert depth.widths[-599:].count(wide) == 0
+
+
 def test_the_first_rounds_end_when_nothing_is_kept():
     auto = Auto()
     assert auto.choose([USUAL] * 8) == 1
