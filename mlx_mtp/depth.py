@@ -172,7 +172,7 @@ class Auto:
     GAIN, WORTH = 1.03, 1.01  # a new width must look so much better than the present one, the present than width 0
     OPENING, FIRST = 2, 2  # first rounds that draft; drafts of each, of all rows together or one a row
     PROMISE = 1.2  # tokens of a round, for which its width is timed
-    HARDLY = 1.1  # as many: drafts are hardly ever kept
+    HARDLY = 1.1  # tokens of a narrow round, up to which hardly any draft is kept
     HOPE = 0.75  # share of the present rate, for which a width is tried: costs may bend, but not everywhere
     LOSS = 0.006  # share of the time
     # Tokens of all rows: what they may lose at once, for one text's gain does not pay for another's loss; and what of a
@@ -240,7 +240,7 @@ class Auto:
         self._quiet += 1
         rates = [t / c for t, c in zip(tokens, costs, strict=True)]  # over that of width 0
         before, self._width = self._width, self._best(known, rates)
-        if self._width != before:
+        if self._width != before:  # rounds of width 0 just before it are a look
             self._recheck, self._unseen = self.FIRST_CHECK, 0 if self._chosen else -1
         if self._width:
             self._wait = self.FIRST_PROBE
