@@ -41,7 +41,7 @@ MOST_HEADER = 200  # characters of a call before its arguments; longer is text
 
 # Each beginning of what HEADER matches is matched by HEADER_BEGUN, and HEADER's first match is its shortest: so what is
 # read as a call does not depend on how much text has come.
-HEADER = re.compile(r"\s*(?:call\s*:\s*|:\s*)?+(\w[\w.:/-]*?)\s*([{(]|BEGIN_ARG:)")
+HEADER = re.compile(r"\s*(?:call\s*:\s*|:\s*|(?!call\s*:))(\w[\w.:/-]*?)\s*([{(]|BEGIN_ARG:)")
 HEADER_BEGUN = re.compile(r"\s*(?:call\s*:\s*|:\s*)?[\w.:/-]*\s*(?:B[A-Z_]*)?")
 NAME_ONLY = re.compile(r"\s*call\s*:\s*(\w[\w.:/-]*)\s*")
 POSITIONAL = re.compile(r"BEGIN_ARG:[ \t]*\n?(.*?)\n?END_ARG", re.DOTALL)
