@@ -162,7 +162,8 @@ class Auto:
     now and then, for all is judged by them: as often as a small share of the time allows, which is the more often the
     less drafting seems to gain. Where width 0 is best, a narrow round is tried at growing distances, unless no drafter
     has anything. A width is timed only while it promises clearly more than a token a round: no draft is free. Where no
-    known width would pay if all of its drafts were kept, no other is tried, and the distance is the greatest at once.
+    known width would pay if all of its drafts were kept, no other is tried, and the distance is the greatest at once,
+    unless only the very first rounds say so and nothing would have to be made up.
     What drafting loses against width 0 it takes from a budget, counted in rounds of width 0; with what a plain round
     takes longer because one with drafts is built beside it. Its gains and LOSS of all time go in, up to BUDGET tokens,
     which is the fewer rounds the more rows there are. While nothing is left nothing is drafted, and no shape is tried
@@ -256,7 +257,6 @@ class Auto:
                 return trial
         if self._width:
             return self._width
-        # What the very first rounds cost may be mistaken, and is found out again where nothing has to be made up.
         proven = not drafted or any(self._times.comparisons(rows, w) for w in known if w)
         may_pay = pays or (not proven and not owed)
         self._resting[outlook] = 0 if not hopeful else self.FIRST_PROBE if may_pay else self.LAST_PROBE
