@@ -460,17 +460,20 @@ class Engine:
             self.first_drafts, self.first_kept = self.first_drafts + len(guessed), self.first_kept + sum(guessed)
 
     def _drop_done(self) -> None:
-        for row in [r for r in self.scheduler.rows if r.done]:
-            index, prefix = row.index, self._left(row)
+        done = [r for r in self.scheduler.rows if r.done]
+        left = [self._left(row) for row in done]  # first: where all rows leave, the cuts below are never computed
+        for row in reversed(done):  # so that none takes the place of another that leaves too
+            index = row.index
             last, self._news = self.scheduler.leave(row), None
             self.drafter.leave(index, last)
             self.cache.leave(index)
             self._history.leave(index)
-            self.scheduler.keep(prefix)
             order = list(range(last))
             if index != last:
                 order[index] = last
             self._bonus = self._bonus[mx.array(order, mx.int32)] if order else self._bonus[:0]
+        for prefix in left:
+            self.scheduler.keep(prefix)
 
     def _left(self, row: Row) -> Prefix | None:
         """All that a row that leaves has computed, if it is to be kept and is not yet."""
