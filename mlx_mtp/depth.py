@@ -163,7 +163,8 @@ class Auto:
     less drafting seems to gain. Where width 0 is best, a narrow round is tried at growing distances, unless no drafter
     has anything. A width is timed only while it promises clearly more than a token a round: no draft is free. Where no
     known width would pay if all of its drafts were kept, no other is tried, and the distance is the greatest at once,
-    unless only the very first rounds say so and nothing would have to be made up.
+    unless only the very first rounds say so and nothing would have to be made up: those are doubted, though later of a
+    drafter that ever has to make up for anything.
     What drafting loses against width 0 it takes from a budget, counted in rounds of width 0; with what a plain round
     takes longer because one with drafts is built beside it. Its gains and LOSS of all time go in, up to BUDGET tokens,
     which is the fewer rounds the more rows there are. While nothing is left nothing is drafted, and no shape is tried
@@ -183,6 +184,7 @@ class Auto:
     MISSES = 16  # after which a width is taken to be none that the drafter can draft
     PAUSE = 6  # rounds between two shapes that are tried for their time
     FIRST_PROBE, LAST_PROBE, PROBE_WIDTH, PROBE_ROUNDS = 48, 768, 1, 2
+    DOUBT = 192  # rounds, for which the very first ones are believed of a drafter that must catch up
     FIRST_CHECK, LAST_CHECK, CHECK_ROUNDS = 5, 256, 3  # rounds with drafts before some without
     CHECK_SHARE = 0.005  # of the time that those may cost
     OWED, OWED_SHARE = 16, 0.05  # columns a row that are not made up in passing; share of a round that is not noise
@@ -209,6 +211,7 @@ class Auto:
         self._heard: list[Recorded] = []  # rounds that nothing has been made of yet
         self._made_up: deque[tuple[int, float]] = deque(maxlen=5)  # columns that were owed, and the rounds they took
         self._column = self.OWED_COST  # what one takes
+        self._owing = False  # whether the drafter must ever catch up
 
     @property
     def settled(self) -> int:
@@ -216,6 +219,7 @@ class Auto:
         return self._width
 
     def choose(self, outlook: Sequence[int], owed: int = 0) -> int:
+        self._owing = self._owing or owed > 0
         missed = owed > 2 * self.CHECK_ROUNDS * len(outlook)  # more than by two looks at width 0
         late = owed * self._column if missed else 0.0
         if late <= self._left:
@@ -258,8 +262,10 @@ class Auto:
         if self._width:
             return self._width
         proven = not drafted or any(self._times.comparisons(rows, w) for w in known if w)
-        may_pay = pays or (not proven and not owed)
-        self._resting[outlook] = 0 if not hopeful else self.FIRST_PROBE if may_pay else self.LAST_PROBE
+        distance = self.FIRST_PROBE if pays else self.LAST_PROBE
+        if not pays and not proven and not owed:
+            distance = self.DOUBT if self._owing else self.FIRST_PROBE
+        self._resting[outlook] = distance if hopeful else 0
         return self._probe(outlook)
 
     def _opening(self, rows: int, tokens: list[float]) -> int:
