@@ -395,9 +395,9 @@ class Auto:
 
     def _affordable(self, width: int, widest: int, costs: list[float], tokens: list[float]) -> bool:
         """Whether the loss would be borne if timing a width brought no more than the widest that is known, and the cost
-        went on as it has so far."""
+        went on as it has so far. Its first round tells no time, and one more is chosen before the last one is read."""
         cost = _went_on(costs, widest, width)
-        return (SAMPLES + 1) * (cost - tokens[min(width, widest)]) <= self._left
+        return (SAMPLES + 2) * (cost - tokens[min(width, widest)]) <= self._left
 
     def _overdue(self, rows: int, tokens: list[float], rates: list[float]) -> bool:
         """Whether it is long since rounds of width 0 were seen, by which all the others are judged."""
