@@ -18,6 +18,7 @@ lengths stay on the device until the engine has read a verdict.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 from weakref import WeakSet
 
@@ -394,16 +395,24 @@ class Pass:
         causal: False shows every query all columns of the pass, those ahead of it too; not for prompt chunks.
         """
         window = self.cache.specs[layer].window
-        if window is None:
-            return self._store_full(layer, keys, values, causal)
-        if self._chunk:
+        if self._chunk and window is not None:
             assert causal
             return self._store_chunk(layer, keys, values, window)
-        self._write_ring(layer, keys, values, self.columns)
+        self.write(layer, keys, values)
+        if window is None:
+            return self._view_full(layer, causal)
         last = self.start[:, None] + (self.columns - 1)
         k, v, at = self.cache._ring_view(layer, self.rows, self.columns, last)
         whole = self.cache.whole_ring(layer, self.rows, self.start, window) if causal else None
         return View((Part(k, v, self._mask(("ring", window), at, window, causal), whole),))
+
+    def write(self, layer: int, keys: mx.array, values: mx.array) -> None:
+        """`store` for a pass that asks nothing: no view is built."""
+        window = self.cache.specs[layer].window
+        if window is None:
+            self._write_full(layer, keys, values)
+        else:
+            self._write_ring(layer, keys, values, min(self.columns, self.cache.ring_size(window)))
 
     def _store_chunk(self, layer: int, keys: mx.array, values: mx.array, window: int) -> View:
         """A chunk wider than the ring's slack attends over the ring and itself, and leaves its last columns there."""
@@ -413,7 +422,7 @@ class Pass:
             ring_k, ring_v, at = self.cache._ring_view(layer, self.rows, 0, self.start[:, None] - 1)
             k, v = mx.concatenate([ring_k, keys], axis=2), mx.concatenate([ring_v, values], axis=2)
             seen = self._mask(("ring+chunk", window), mx.concatenate([at, self._at], axis=1), window)
-        self._write_ring(layer, keys, values, min(self.columns, self.cache.ring_size(window)))
+        self.write(layer, keys, values)
         return View((Part(k, v, seen),))
 
     def _write_ring(self, layer: int, keys: mx.array, values: mx.array, last: int) -> None:
@@ -440,9 +449,13 @@ class Pass:
             self._slots[key] = (mx.broadcast_to((self._at % size)[:, None, :, None], new.shape),)
         return mx.put_along_axis(ring, self._slots[key][0], new, axis=2)
 
-    def _store_full(self, layer: int, keys: mx.array, values: mx.array, causal: bool) -> View:
-        buffers, parts = self.cache._full[layer], []
-        upto = self._at if causal else self._at[:, -1:]  # [B, L or 1]
+    @cached_property
+    def _starts(self) -> list[mx.array]:
+        """Of every row, [1] int32."""
+        return [self.start[b : b + 1] for b in range(self.rows.stop - self.rows.start)]
+
+    def _write_full(self, layer: int, keys: mx.array, values: mx.array) -> None:
+        buffers = self.cache._full[layer]
         for b, row in enumerate(range(self.rows.start, self.rows.stop)):
             k, v = buffers[row]
             need = self.cache.bounds[row] + self.columns
@@ -450,17 +463,20 @@ class Pass:
                 grown = min(k.shape[2] + k.shape[2] // 4, self.cache._most[row])
                 room = round_up(max(need, grown), GROW_TOK)
                 k, v = _fit_tokens(k, room), _fit_tokens(v, room)
-            at = self.start[b : b + 1]
-            k = mx.slice_update(k, keys[b : b + 1], at, axes=(2,))
-            v = mx.slice_update(v, values[b : b + 1], at, axes=(2,))
+            k = mx.slice_update(k, keys[b : b + 1], self._starts[b], axes=(2,))
+            v = mx.slice_update(v, values[b : b + 1], self._starts[b], axes=(2,))
             buffers[row] = (k, v)
+
+    def _view_full(self, layer: int, causal: bool) -> View:
+        parts, upto = [], self._at if causal else self._at[:, -1:]  # [B, L or 1]
+        for b, row in enumerate(range(self.rows.start, self.rows.stop)):
             k, v = self.cache._full_view(layer, row, self.columns)
             used = k.shape[2]
             key = row, used, causal
             if key not in self._masks:
                 seen = mx.arange(used) <= upto[b][:, None]
                 self._masks[key] = mx.broadcast_to(seen, (self.columns, used))[None, None]
-            whole = self.cache.whole_full(layer, row, at) if causal and not self._chunk else None
+            whole = self.cache.whole_full(layer, row, self._starts[b]) if causal and not self._chunk else None
             parts.append(Part(k, v, self._masks[key], whole))
         return View(tuple(parts))
 

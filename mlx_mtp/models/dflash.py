@@ -212,7 +212,7 @@ class DFlash(nn.Module):
         """Store the features of a pass's columns as keys and values of every layer; tapped [B, L, n * H]."""
         flat = self.features(tapped).flatten(0, 1)
         for i, layer in enumerate(self.layers):
-            pass_.store(i, *layer.self_attn.keys_values(flat, pass_.start))
+            pass_.write(i, *layer.self_attn.keys_values(flat, pass_.start))
 
     def denoise(self, h: mx.array, pass_: Pass) -> mx.array:
         """Embedded blocks h [B, L, H] -> hidden states [B, L, H] for the head; that of column k is of token k.

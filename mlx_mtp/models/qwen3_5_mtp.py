@@ -56,7 +56,7 @@ class QwenMtp(nn.Module):
         """Store the features [B, L, H] of a pass's columns as keys and values."""
         layer = self.mtp.layers[0]
         x = layer.input_layernorm(features.flatten(0, 1))
-        pass_.store(0, *layer.self_attn.keys_values(x, pass_.start))
+        pass_.write(0, *layer.self_attn.keys_values(x, pass_.start))
 
     def step(self, features: mx.array, pass_: Pass) -> mx.array:
         """Features [B, L, H] of a pass's columns, which it stores -> hidden states [B, L, H] for the output head."""
