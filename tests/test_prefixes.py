@@ -327,6 +327,21 @@ def test_nobody_begins_before_a_place_where_the_windows_are_no_longer_whole():
         assert cached([outcome]) == [60 + end if known_ >= 60 + end else min(known_, 60)]
 
 
+def test_rows_that_end_in_one_round_are_all_kept_before_any_leaves_and_none_moves(monkeypatch):
+    """Else what each leaves is cut from what the ones before it have left, which is then computed for nothing."""
+    models, said = smallest(), []
+    kept, begun = engine(models, width=0, first_chunk_tok=16), prompts(models, (5, 5, 5))
+    keep, leave = kept._left, kept.cache.leave
+    monkeypatch.setattr(kept, "_left", lambda row: said.append("kept") or keep(row))
+    monkeypatch.setattr(kept.cache, "leave", lambda row: said.append(row) or leave(row))
+    outcomes = run(kept, [request(prompt, 6) for prompt in begun])
+    assert said == ["kept"] * 3 + [2, 1, 0]
+    for prompt, outcome in zip(begun, outcomes, strict=True):
+        further = request((*prompt, *outcome.tokens, 7), 6)
+        (outcome,) = run(kept, [further])
+        assert cached([outcome]) == [10] and outcome.tokens == solo(models, further)
+
+
 def test_with_no_budget_nothing_is_kept():
     models = smallest()
     kept, wanted = engine(models, prefix_bytes=0), request(prompts(models, (40,))[0], 3)
