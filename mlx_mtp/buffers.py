@@ -27,6 +27,16 @@ def fit_rows(x: mx.array, rows: int) -> mx.array:
     return mx.concatenate([x, mx.zeros((rows - x.shape[0], *x.shape[1:]), x.dtype)])
 
 
+def fit_tokens(x: mx.array, room: int) -> mx.array:
+    """x [1, H, T, D] with T cut or zero-padded to `room`."""
+    if x.shape[2] == room:
+        return x
+    if x.shape[2] > room:
+        return copy(x[:, :, :room])
+    pad = mx.zeros((*x.shape[:2], room - x.shape[2], x.shape[3]), x.dtype)
+    return mx.concatenate([x, pad], axis=2)
+
+
 def copy(x: mx.array) -> mx.array:
     """x in a buffer of its own, to the bit. (`mx.contiguous` keeps a buffer that is up to 16 KiB larger, and a whole
     one that a pass could then no longer write in place.)"""

@@ -25,7 +25,7 @@ from weakref import WeakSet
 import mlx.core as mx
 
 from mlx_mtp import kernels
-from mlx_mtp.buffers import copy, fit_rows, put, round_up
+from mlx_mtp.buffers import copy, fit_rows, fit_tokens, put, round_up
 from mlx_mtp.kernels import attend
 from mlx_mtp.kernels.attend import EVERYTHING, Attention
 from mlx_mtp.states import Held, Replay, Scan, States, StateSpec, Still
@@ -98,7 +98,7 @@ class Trunk:
         """Give back what no snapshot reaches any more, where that is half of it: what is left has to be copied."""
         reach = round_up(max((s.length for s in self.snapshots), default=0), GROW_TOK)
         if reach and any(2 * reach <= k.shape[2] for k, _ in self.buffers.values()):
-            self.buffers = {i: (_fit_tokens(k, reach), _fit_tokens(v, reach)) for i, (k, v) in self.buffers.items()}
+            self.buffers = {i: (fit_tokens(k, reach), fit_tokens(v, reach)) for i, (k, v) in self.buffers.items()}
             mx.async_eval(self.buffers)
 
 
@@ -251,7 +251,7 @@ class Cache:
         self._trunks.append(trunk)
         for i, buffers in self._full.items():
             k, v = held[i]
-            buffers.append((_fit_tokens(k, room), _fit_tokens(v, room)))
+            buffers.append((fit_tokens(k, room), fit_tokens(v, room)))
         for i, (k, v) in snapshot.ring.items():
             where, (into_k, into_v) = (slice(row, row + 1), slice(None), slice(0, k.shape[2])), self._ring[i]
             self._ring[i] = (put(into_k, where, k), put(into_v, where, v))
@@ -462,7 +462,7 @@ class Pass:
             if need > k.shape[2]:
                 grown = min(k.shape[2] + k.shape[2] // 4, self.cache._most[row])
                 room = round_up(max(need, grown), GROW_TOK)
-                k, v = _fit_tokens(k, room), _fit_tokens(v, room)
+                k, v = fit_tokens(k, room), fit_tokens(v, room)
             k = mx.slice_update(k, keys[b : b + 1], self._starts[b], axes=(2,))
             v = mx.slice_update(v, values[b : b + 1], self._starts[b], axes=(2,))
             buffers[row] = (k, v)
@@ -494,13 +494,3 @@ class Pass:
 def _first_tokens(pair: tuple[mx.array, mx.array], count: int) -> tuple[mx.array, mx.array]:
     """The first `count` positions of keys and values [1, H, T, D]; to be copied before they are used."""
     return pair[0][:, :, :count], pair[1][:, :, :count]
-
-
-def _fit_tokens(x: mx.array, room: int) -> mx.array:
-    """x [1, H, T, D] with T cut or zero-padded to `room`."""
-    if x.shape[2] == room:
-        return x
-    if x.shape[2] > room:
-        return copy(x[:, :, :room])
-    pad = mx.zeros((*x.shape[:2], room - x.shape[2], x.shape[3]), x.dtype)
-    return mx.concatenate([x, pad], axis=2)
