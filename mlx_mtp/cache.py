@@ -395,12 +395,13 @@ class Pass:
         causal: False shows every query all columns of the pass, those ahead of it too; not for prompt chunks.
         """
         window = self.cache.specs[layer].window
-        if self._chunk and window is not None:
+        if window is None:
+            self._write_full(layer, keys, values)
+            return self._view_full(layer, causal)
+        if self._chunk:
             assert causal
             return self._store_chunk(layer, keys, values, window)
-        self.write(layer, keys, values)
-        if window is None:
-            return self._view_full(layer, causal)
+        self._write_ring(layer, keys, values)
         last = self.start[:, None] + (self.columns - 1)
         k, v, at = self.cache._ring_view(layer, self.rows, self.columns, last)
         whole = self.cache.whole_ring(layer, self.rows, self.start, window) if causal else None
@@ -408,11 +409,8 @@ class Pass:
 
     def write(self, layer: int, keys: mx.array, values: mx.array) -> None:
         """`store` for a pass that asks nothing: no view is built."""
-        window = self.cache.specs[layer].window
-        if window is None:
-            self._write_full(layer, keys, values)
-        else:
-            self._write_ring(layer, keys, values, min(self.columns, self.cache.ring_size(window)))
+        write = self._write_full if self.cache.specs[layer].window is None else self._write_ring
+        write(layer, keys, values)
 
     def _store_chunk(self, layer: int, keys: mx.array, values: mx.array, window: int) -> View:
         """A chunk wider than the ring's slack attends over the ring and itself, and leaves its last columns there."""
@@ -422,12 +420,13 @@ class Pass:
             ring_k, ring_v, at = self.cache._ring_view(layer, self.rows, 0, self.start[:, None] - 1)
             k, v = mx.concatenate([ring_k, keys], axis=2), mx.concatenate([ring_v, values], axis=2)
             seen = self._mask(("ring+chunk", window), mx.concatenate([at, self._at], axis=1), window)
-        self.write(layer, keys, values)
+        self._write_ring(layer, keys, values)
         return View((Part(k, v, seen),))
 
-    def _write_ring(self, layer: int, keys: mx.array, values: mx.array, last: int) -> None:
+    def _write_ring(self, layer: int, keys: mx.array, values: mx.array) -> None:
         k, v = self.cache._ring[layer]
         size = k.shape[2]
+        last = min(self.columns, size)  # of the columns, which it has room for
         if last == self.columns and self.rows == slice(0, k.shape[0]):
             # Every row has a place in it: one operation, where indexing rows and slots takes MLX fifteen.
             self.cache._ring[layer] = (self._put_all(k, keys), self._put_all(v, values))
@@ -451,7 +450,7 @@ class Pass:
 
     @cached_property
     def _starts(self) -> list[mx.array]:
-        """Of every row, [1] int32."""
+        """Position of column 0 of every row, [1] int32."""
         return [self.start[b : b + 1] for b in range(self.rows.stop - self.rows.start)]
 
     def _write_full(self, layer: int, keys: mx.array, values: mx.array) -> None:
