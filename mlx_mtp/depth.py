@@ -262,8 +262,11 @@ class Auto:
         if self._width:
             return self._width
         proven = not drafted or any(self._times.comparisons(rows, w) for w in known if w)
-        distance = self.FIRST_PROBE if pays else self.LAST_PROBE
-        if not pays and not proven and not owed:
+        if pays:
+            distance = self.FIRST_PROBE
+        elif proven or owed:
+            distance = self.LAST_PROBE
+        else:
             distance = self.DOUBT if self._owing else self.FIRST_PROBE
         self._resting[outlook] = distance if hopeful else 0
         return self._probe(outlook)
