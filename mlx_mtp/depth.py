@@ -174,7 +174,7 @@ class Auto:
     GAIN, WORTH = 1.03, 1.01  # a new width must look so much better than the present one, the present than width 0
     OPENING, FIRST = 2, 2  # first rounds that draft; drafts of each, of all rows together or one a row
     PROMISE = 1.2  # tokens of a round, for which its width is timed
-    HARDLY = 1.1  # tokens of a narrow round, up to which hardly any draft is kept
+    HARDLY = 1.1, 1.15  # tokens of a narrow round of one row and of several, up to which hardly any draft is kept
     HOPE = 0.75  # share of the present rate, for which a width is tried: costs may bend, but not everywhere
     LOSS = 0.006  # share of the time
     # Tokens of all rows: what they may lose at once, for one text's gain does not pay for another's loss; and what of a
@@ -432,7 +432,7 @@ class Auto:
         """Whether one round of a narrow look is too few: not where hardly any draft is ever kept, nor where it is only
         asked how long it takes."""
         rows, width = len(outlook), self.PROBE_WIDTH
-        promises = self._tokens(outlook)[width] > self.HARDLY and self._can_pay(rows)
+        promises = self._tokens(outlook)[width] > self.HARDLY[rows > 1] and self._can_pay(rows)
         return promises or width not in self._times.known(rows)
 
 

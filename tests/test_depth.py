@@ -143,6 +143,20 @@ def test_a_new_policys_first_text_costs_little_with_drafts_of_which_none_is_kept
     assert 1 < simulate_turns(Auto(), [(0.0, 200)], linear(0.0, 0.3), rows, 0)[0] < most
 
 
+@pytest.mark.parametrize("rows", [4, 8])
+def test_several_rows_show_in_one_round_that_drafts_are_still_useless(rows):
+    """Two first rounds draft, and then one at a time. As in the engine, a width is chosen while a round runs."""
+    auto, widths = Auto(), []
+    width = auto.choose([USUAL] * rows)
+    for _ in range(200):
+        following = auto.choose([USUAL] * rows)
+        widths.append(width)
+        auto.record(width, [1] * rows, 1 + 0.5 * width, [USUAL] * rows)
+        width = following
+    looks = [n for n, width in enumerate(widths) if width]
+    assert len(looks) == 4 and looks[1] == looks[0] + 1 and looks[2] > looks[1] + 40 and looks[3] > looks[2] + 40
+
+
 def after_good(chance: float, cost: Cost) -> tuple[float, float]:
     """Mean and greatest time over plain decoding's of eight prompts of 128 tokens behind others with good drafts."""
     turns = [(0.8, 300), (chance, 128)] * 3
