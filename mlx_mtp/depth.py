@@ -173,7 +173,7 @@ class Auto:
 
     GAIN, WORTH = 1.03, 1.01  # a new width must look so much better than the present one, the present than width 0
     OPENING, FIRST = 2, 2  # first rounds that draft; drafts of each, of all rows together or one a row
-    PROMISE = 1.2  # tokens of a round, for which its width is timed
+    PROMISE = 1.25  # tokens of a round, for which its width is timed
     HARDLY = 1.1, 1.15  # tokens of a narrow round of one row and of several, up to which hardly any draft is kept
     HOPE = 0.75  # share of the present rate, for which a width is tried: costs may bend, but not everywhere
     LOSS = 0.006  # share of the time

@@ -157,6 +157,19 @@ def test_several_rows_show_in_one_round_that_drafts_are_still_useless(rows):
     assert len(looks) == 4 and looks[1] == looks[0] + 1 and looks[2] > looks[1] + 40 and looks[3] > looks[2] + 40
 
 
+def test_what_four_rows_have_shown_beside_a_prompt_counts_for_eight():
+    """None of four drafts was kept: how long they take is not asked before a look is due."""
+    auto, drafting = Auto(), []
+    auto.record(auto.choose([USUAL] * 4), [1] * 4, None, [USUAL] * 4)
+    width = auto.choose([USUAL] * 8)
+    for n in range(100):
+        following = auto.choose([USUAL] * 8)
+        drafting += [n] if width else []
+        auto.record(width, [1] * 8, 1 + 0.5 * width, [USUAL] * 8)
+        width = following
+    assert drafting and drafting[0] > 40
+
+
 def after_good(chance: float, cost: Cost) -> tuple[float, float]:
     """Mean and greatest time over plain decoding's of eight prompts of 128 tokens behind others with good drafts."""
     turns = [(0.8, 300), (chance, 128)] * 3
