@@ -152,10 +152,10 @@ class Auto:
     owes nothing yet. Rounds of width 0 follow, by which they are timed.
     Times are those of `RoundTimes`. They never fall with the width, so a shape not yet seen takes at least what the
     next narrower one takes; where that would be fast enough to win, the shape is tried. Steps in the cost, as kernels
-    have them, are found this way; of several shapes that is tried first which is the best if there is no step. It is
-    tried right behind rounds of width 0: what is inferred from a width that was timed in a bad moment is wrong, and
-    seems to be right. A round during which one of another width was built does not count: where the host is the slower
-    one it takes as long as that building.
+    have them, are found this way; of several shapes that is tried first which is the best if there is no step, though
+    none much wider than all that are known. It is tried right behind rounds of width 0: what is inferred from a width
+    that was timed in a bad moment is wrong, and seems to be right. A round during which one of another width was built
+    does not count: where the host is the slower one it takes as long as that building.
     Rounds that must make up for many without drafts say what that costs (a draft model reads all it has missed), and
     nothing about their width. Drafting is taken up again where the budget bears that: at a text's beginning, mostly.
     A width is worth its drafts only if it is clearly better than width 0. While it drafts, rounds of width 0 are run
@@ -182,6 +182,7 @@ class Auto:
     BUDGET, DEBT = 20, 6
     MEMORY = 0.999  # per round: after a thousand a loss is forgotten
     MISSES = 16  # after which a width is taken to be none that the drafter can draft
+    FURTHER = 2  # times the widest that is timed, and one more, is as wide as a shape may be that is tried next
     PAUSE = 6  # rounds between two shapes that are tried for their time
     FIRST_PROBE, LAST_PROBE, PROBE_WIDTH, PROBE_ROUNDS = 48, 768, 1, 2
     DOUBT = 192  # rounds, for which the very first ones are believed of a drafter that must catch up
@@ -222,7 +223,7 @@ class Auto:
         self._owing = self._owing or owed > 0
         missed = owed > 2 * self.CHECK_ROUNDS * len(outlook)  # more than by two looks at width 0
         late = owed * self._column if missed else 0.0
-        if late <= self._left:
+        if late <= self._bearable(len(outlook)):
             self._chosen = self._choose(tuple(sorted(outlook)), owed)
         else:
             self._chosen, self._since, self._trial = 0, self._since + 1, None
@@ -334,7 +335,7 @@ class Auto:
             rounds = 1 if self._times.begun(rows, width) else 2  # the shape's first one is reckoned with now
             builds = chosen > 0 and chosen in known  # one with drafts beside it, whose own time lacks that
             gained = sum(heard.kept) / rows - took if width or builds else 0.0
-            left = self.MEMORY * self._left + rounds * (gained + self.LOSS * took)
+            left = self.MEMORY * self._bearable(rows) + rounds * (gained + self.LOSS * took)
             self._left = max(min(left, self.BUDGET / rows), -self.DEBT / rows)
         if owed:
             if took is not None:  # a width that is not known takes at most a plain round a token
@@ -386,9 +387,10 @@ class Auto:
         wanted = self.GAIN * rates[self._width]
         if max(rates) < wanted:
             return None
-        widths = [w for w in range(1, self._most + 1) if w not in known and tokens[w] > self.PROMISE]
+        nearest = range(1, min(self._most, self.FURTHER * max(known) + 1) + 1)
+        widths = [w for w in nearest if w not in known and tokens[w] > self.PROMISE]
         widths = [w for w in widths if self._missed[rows, w] < self.MISSES]
-        unknown = [w for w in widths if rates[w] >= wanted and self._affordable(w, max(known), costs, tokens)]
+        unknown = [w for w in widths if rates[w] >= wanted and self._affordable(rows, w, max(known), costs, tokens)]
         likely = {}
         for width in unknown:
             timed = max(w for w in known if w < width) or max(known)
@@ -396,11 +398,15 @@ class Auto:
         best = max(likely, key=lambda w: likely[w], default=0)
         return best if best and likely[best] > self.HOPE * rates[self._width] else None
 
-    def _affordable(self, width: int, widest: int, costs: list[float], tokens: list[float]) -> bool:
+    def _bearable(self, rows: int) -> float:
+        """Rounds of width 0 that may be lost with so many rows; a new policy's budget knows of none."""
+        return min(self._left, self.BUDGET / rows)
+
+    def _affordable(self, rows: int, width: int, widest: int, costs: list[float], tokens: list[float]) -> bool:
         """Whether the loss would be borne if timing a width brought no more than the widest that is known, and the cost
         went on as it has so far. Its first round tells no time, and one more is chosen before the last one is read."""
         cost = _went_on(costs, widest, width)
-        return (SAMPLES + 2) * (cost - tokens[min(width, widest)]) <= self._left
+        return (SAMPLES + 2) * (cost - tokens[min(width, widest)]) <= self._bearable(rows)
 
     def _overdue(self, rows: int, tokens: list[float], rates: list[float]) -> bool:
         """Whether it is long since rounds of width 0 were seen, by which all the others are judged."""
