@@ -399,7 +399,7 @@ class Auto:
         return best if best and likely[best] > self.HOPE * rates[self._width] else None
 
     def _bearable(self, rows: int) -> float:
-        """Rounds of width 0 that may be lost with so many rows; a new policy's budget knows of none."""
+        """Rounds of width 0 that may be lost with so many rows. What a new policy begins with is one row's."""
         return min(self._left, self.BUDGET / rows)
 
     def _affordable(self, rows: int, width: int, widest: int, costs: list[float], tokens: list[float]) -> bool:
