@@ -6,15 +6,16 @@ drafting that does not pay stops, and is probed again at growing distances.
 
 from __future__ import annotations
 
+import sys
 from collections import Counter, deque
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
-from mlx_mtp.round_times import PROVEN, SAMPLES, RoundTimes
+from mlx_mtp.acceptance import AT_ONCE, Acceptance
+from mlx_mtp.round_times import PROVEN, SAMPLES, RoundTimes, within
 from mlx_mtp.rows import BOUND, NOTHING, RequestError
 
 MAX_WIDTH = 15  # the widest round; the cache's rings leave room for it
-AT_ONCE = 8  # rounds without drafts that are reckoned with together: what is decided for each costs time
 
 
 class Depth(Protocol):
@@ -75,60 +76,6 @@ class Heuristic:
         if width and kept:
             full = sum(k == width + 1 for k in kept) * 2 >= len(kept)
             self._width = min(self._most, self._width + 2) if full else max(1, self._width - 1)
-
-
-class Acceptance:
-    """How many drafts are kept, by position, at two speeds: counts that fade with every round, over a slow mean that
-    remembers. Pooled over rows."""
-
-    FADE = 0.96  # per round of a row: about 25 count, which eight rows have in three
-    SLOW = 1 / 64  # least weight of a round in the slow mean, in which the first drafts of all rows weigh the same
-    PRIOR, PRIOR_WEIGHT = 0.7, 2.0  # of a draft being kept, before there is evidence; and of the slow mean
-    HOPELESS = 0.02  # the same of rows whose drafter has nothing: not worth a try
-
-    def __init__(self, most: int, outlook: int) -> None:
-        """most: positions that are kept apart."""
-        self._prior = self.HOPELESS if outlook % BOUND == NOTHING else self.PRIOR
-        self._hits, self._tries = [0.0] * most, [0.0] * most
-        self._slow, self._judged = [self._prior] * most, [0] * most
-        self._unfaded = 0  # rounds since the counts were faded
-        self._expected: list[float] = []  # none: to be reckoned anew
-
-    def record(self, width: int, kept: Sequence[int]) -> None:
-        """A round in which these rows kept so many columns of width + 1."""
-        self._unfaded += 1
-        if not width and self._unfaded < AT_ONCE:
-            return
-        fade, self._unfaded, self._expected = self.FADE ** (self._unfaded * len(kept)), 0, []
-        self._hits, self._tries = [x * fade for x in self._hits], [x * fade for x in self._tries]
-        for i in range(min(width, len(self._hits))):
-            judged = [columns - 1 > i for columns in kept if columns > i]  # all drafts before i were kept
-            if judged:
-                share = sum(judged) / len(judged)
-                weight = len(judged) / len(kept)
-                self._hits[i] += share * weight
-                self._tries[i] += weight
-                self._judged[i] += len(judged)
-                rate = max(self.SLOW * weight, len(judged) / (self._judged[i] + 2))
-                self._slow[i] += rate * (share - self._slow[i])
-
-    @property
-    def tokens(self) -> list[float]:
-        """Tokens a row is expected to gain from a round, by width."""
-        if not self._expected:
-            self._expected = self._expect()
-        return self._expected
-
-    def _expect(self) -> list[float]:
-        totals, alive, last, level = [1.0], 1.0, self._prior, 1.0
-        for i in range(len(self._hits)):
-            # Positions rise and fall together: what the slow mean says is scaled by how the position before fares.
-            prior = min(0.97, self._slow[i] * level) if self._judged[i] else last
-            last = (self._hits[i] + self.PRIOR_WEIGHT * prior) / (self._tries[i] + self.PRIOR_WEIGHT)
-            level = last / max(self._slow[i], 0.02) if self._judged[i] else level
-            alive *= last
-            totals.append(totals[-1] + alive)
-        return totals
 
 
 class Recorded(NamedTuple):
@@ -218,6 +165,37 @@ class Auto:
     def settled(self) -> int:
         """The width it takes to be the best; a round of another one is there to find something out."""
         return self._width
+
+    def state(self) -> dict[str, Any]:
+        """What it has learnt, as plain values of JSON."""
+        self._learn()
+        return {
+            "times": self._times.state(),
+            "kept": {str(outlook): acceptance.state() for outlook, acceptance in self._kept.items()},
+            "width": self._width,
+            "left": max(self._left, -self.DEBT),
+            "wait": self._wait,
+            "since": self._since,
+            "recheck": self._recheck,
+            "column": self._column,
+            "owing": self._owing,
+        }
+
+    @classmethod
+    def restored(cls, state: Any) -> Auto:
+        """One that goes on with what another has learnt, perhaps in another process, though it looks again sooner where
+        drafts have not paid: texts may be others now. Raises as `within`, LookupError too."""
+        auto = cls()
+        auto._times.restore(state["times"])
+        for outlook, acceptance in dict(state["kept"]).items():
+            auto._acceptance(int(outlook)).restore(acceptance)
+        auto._width = int(within(state["width"], 0, auto._most))
+        auto._left = within(state["left"], -cls.DEBT, cls.BUDGET)
+        auto._wait = min(int(within(state["wait"], cls.FIRST_PROBE, cls.LAST_PROBE)), cls.DOUBT)
+        auto._since = int(within(state["since"], 0, sys.maxsize))
+        auto._recheck = int(within(state["recheck"], cls.FIRST_CHECK, cls.LAST_CHECK))
+        auto._column, auto._owing = within(state["column"], 0.0, sys.maxsize), bool(state["owing"])
+        return auto
 
     def choose(self, outlook: Sequence[int], owed: int = 0) -> int:
         self._owing = self._owing or owed > 0
@@ -436,10 +414,13 @@ class Auto:
 
     def _asks_for_more(self, outlook: tuple[int, ...]) -> bool:
         """Whether one round of a narrow look is too few: not where hardly any draft is ever kept, nor where it is only
-        asked how long it takes."""
+        asked how long it takes and the first one tells that."""
         rows, width = len(outlook), self.PROBE_WIDTH
-        promises = self._tokens(outlook)[width] > self.HARDLY[rows > 1] and self._can_pay(rows)
-        return promises or width not in self._times.known(rows)
+        if width not in self._times.known(rows):
+            return True
+        if not self._can_pay(rows):
+            return (rows, width) not in self._seen
+        return self._tokens(outlook)[width] > self.HARDLY[rows > 1]
 
 
 def _went_on(costs: list[float], timed: int, width: int) -> float:
@@ -453,7 +434,7 @@ class Apart:
 
     drafts = True
 
-    def __init__(self, free: Depth, bound: Depth) -> None:
+    def __init__(self, free: Auto, bound: Auto) -> None:
         self._free, self._bound = free, bound
 
     def choose(self, outlook: Sequence[int], owed: int = 0) -> int:
@@ -461,6 +442,15 @@ class Apart:
 
     def record(self, width: int, kept: list[int], seconds: float | None, outlook: Sequence[int], owed: int = 0) -> None:
         self._of(outlook).record(width, kept, seconds, outlook, owed)
+
+    def state(self) -> dict[str, Any]:
+        """What both have learnt, as plain values of JSON."""
+        return {"free": self._free.state(), "bound": self._bound.state()}
+
+    @classmethod
+    def restored(cls, state: Any) -> Apart:
+        """Both, going on with what others have learnt. Raises as `Auto.restored`."""
+        return cls(Auto.restored(state["free"]), Auto.restored(state["bound"]))
 
     def _of(self, outlook: Sequence[int]) -> Depth:
         return self._bound if any(o >= BOUND for o in outlook) else self._free

@@ -373,7 +373,7 @@ def _cluster(model: Assistant, folder: Folder, top: int, report: Report | None) 
     """Give a drafter clusters, kept beside the checkpoint or in the user's cache; returns notes."""
     rows, notes = head_rows(model), ()
     count = clustering.best_count(len(rows), top)
-    places = (folder.path, Path.home() / ".cache" / "mlx-mtp")
+    places = (folder.path, hub.own_cache())
     key = clustering.key_of(rows, count)
     found = clustering.stored(places, key, (*rows.shape, count))
     if found is None:

@@ -12,34 +12,35 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
-from importlib import resources
+from importlib import metadata, resources
+from pathlib import Path
 from typing import cast
 
 import mlx.core as mx
 import numpy as np
 
+from mlx_mtp import inside
 from mlx_mtp.cache import Cache
-from mlx_mtp.depth import MAX_WIDTH, Depth, depth_of
+from mlx_mtp.depth import MAX_WIDTH, depth_of
 from mlx_mtp.doctor import memory_bytes
 from mlx_mtp.engine import Engine
 from mlx_mtp.load import LoadedPair, load_pair
 from mlx_mtp.pairs import poor_acceptance
 from mlx_mtp.processors import check_ids
+from mlx_mtp.provenance import chip
 from mlx_mtp.rows import (
-    GREEDY,
     Completion,
     Event,
     FinishReason,
-    Forward,
     Request,
     RequestError,
     Sampling,
     Stats,
     TokenLogprob,
 )
-from mlx_mtp.sampling import RowSampler, Sampler
 from mlx_mtp.scheduler import Limits
 from mlx_mtp.text import StoppedText, Text
+from mlx_mtp.tuning import Policies, Tuning
 
 Prompt = str | Sequence[int] | Sequence[dict]
 """Text to continue, token ids, or a conversation as [{"role": ..., "content": ...}, ...]."""
@@ -104,12 +105,13 @@ class Pair:
         self._model, self._dtype, self._eos = target.model, target.dtype, target.eos
         self._loaded = loaded
         self._limits, self._profile = limits or _limits(loaded, Limits(), None), False
+        self._tuning: Tuning | None = None
         self.restart()
 
     def restart(self) -> None:
         """Forget all requests and all cached keys and values, and begin with a new engine over the same weights."""
         cache, most = Cache(self._model.specs, MAX_WIDTH, self._dtype), self._limits.kv_bytes
-        self._depths: dict[int | str, Depth] = {}
+        self._policies = Policies(self._tuning)
         drafter = self._loaded.new_drafter(cache)
         self._engine = Engine(self._model, cache, drafter, depth_of(0), self._limits, self._profile)
         scheduler, share = self._engine.scheduler, most and most // self._limits.max_rows
@@ -120,6 +122,15 @@ class Pair:
     def profile(self) -> None:
         """From now on `Stats.draft_s` tells drafting from verifying, at the cost of a wait a round."""
         self._profile = self._engine.profile = True
+
+    def remember(self, folder: Path) -> None:
+        """Keep in a folder, whenever no request is left, what width "auto" has learnt, and begin with what it learnt in
+        earlier processes: what rounds of this pair cost here, and how many drafts are kept. The text is the same."""
+        target, drafter = self._loaded.target, self._loaded.drafter
+        loaded = [target, drafter] if drafter else [target]
+        run_as = [str(target.dtype), *(one.weight_bytes for one in loaded), *(kind.name for kind in self._loaded.over)]
+        self._tuning = Tuning(folder, [one.path for one in loaded], run_as, chip(), metadata.version("mlx"))
+        self._policies = Policies(self._tuning)
 
     @property
     def doubt(self) -> str | None:
@@ -195,7 +206,7 @@ class Pair:
 
     def _pump(self) -> None:
         """One step of the engine; events wait for whoever reads their request."""
-        for event in self._engine.step():
+        for event in self.step():
             if event.request in self._inbox:
                 self._inbox[event.request].append(event)
 
@@ -248,29 +259,35 @@ class Pair:
 
     def submit(self, request: Request, width: int | str = "auto") -> int:
         """Queue a request of token ids; `step` returns its events, without text. Raises RequestError."""
-        if width not in self._depths:
-            self._depths[width] = depth_of(width)
-        self._engine.depth = self._depths[width]
+        self._use(width)
         return self._engine.submit(request)
 
     def step(self) -> list[Event]:
         """One pass of the engine over everything that runs; returns all its events."""
-        return self._engine.step()
+        events = self._engine.step()
+        self._keep()
+        return events
 
     def cancel(self, request: int) -> Stats | None:
         """Forget a request; its row is free before the next pass. Returns what it had cost, None if it had ended."""
-        return self._engine.cancel(request)
+        stats = self._engine.cancel(request)
+        self._keep()
+        return stats
+
+    def _use(self, width: int | str) -> None:
+        """Decode with this width from now on. Raises RequestError."""
+        self._engine.depth = self._policies.of(width)
+
+    def _keep(self) -> None:
+        """Keep what has been learnt, where no request is left that would wait for it."""
+        if self._engine.idle:
+            self._policies.keep()
 
     # looking inside ---------------------------------------------------------------------------------------------
 
     def logits(self, tokens: Sequence) -> mx.array:
         """The target's logits after every position, by a plain full pass: tokens [L] or [B, L] -> [B, L, V] float32."""
-        ids = self._batch(tokens)
-        cache, rows = self._fresh(ids)
-        pass_ = cache.open(rows, ids.shape[1])
-        logits = self._model.logits(self._model.forward(ids, pass_)[0])
-        mx.eval(logits)
-        return logits
+        return inside.logits(self._loaded.target, self._batch(tokens))
 
     def draft(self, tokens: Sequence, width: int) -> tuple[mx.array, mx.array]:
         """What the drafter proposes, greedily, to follow the target's own greedy token after a prompt.
@@ -282,26 +299,7 @@ class Pair:
             raise RequestError("this pair has no drafter; load it with drafter='auto' or a path")
         if not isinstance(width, int) or not 1 <= width <= MAX_WIDTH:
             raise RequestError(f"width is {width!r}; expected 1 to {MAX_WIDTH}")
-        ids = self._batch(tokens)
-        cache, rows = self._fresh(ids)
-        pass_, drafter = cache.open(rows, ids.shape[1]), self._loaded.network_drafter(cache)
-        hidden, taps = self._model.forward(ids, pass_, drafter.taps)
-        kept = mx.full((ids.shape[0],), ids.shape[1], mx.int32)
-        cache.commit(rows, kept, ids.shape[1])
-        for row in range(ids.shape[0]):
-            drafter.begin(row, 0, None)
-        bonus = mx.argmax(self._model.logits(hidden[:, -1]), axis=-1).astype(mx.int32)
-        drafter.observe(Forward(rows, ids, hidden, taps, 0, newest=bonus), kept)
-        sampler = Sampler([RowSampler.of(GREEDY)] * ids.shape[0], keep_logits=True)
-        draft = drafter.propose(rows, bonus, sampler, width)
-        assert draft.source is not None
-        logits, which = draft.source.logits, draft.source.ids
-        if which is not None:
-            filler = mx.min(logits, axis=-1, keepdims=True) - 1
-            full = mx.broadcast_to(filler, (*logits.shape[:2], self._model.config.vocab_size))
-            logits = mx.put_along_axis(full, which, logits, axis=-1)
-        mx.eval(draft.tokens, logits)
-        return draft.tokens, logits
+        return inside.draft(self._loaded, self._batch(tokens), width)
 
     def _batch(self, tokens: Sequence) -> mx.array:
         """[B, L] int32 of checked token ids."""
@@ -313,12 +311,6 @@ class Pair:
         if len(rows[0]) > self.context_tok:
             raise RequestError(f"{len(rows[0])} tokens given; the model's context is {self.context_tok}")
         return mx.array(rows, mx.int32)
-
-    def _fresh(self, ids: mx.array) -> tuple[Cache, slice]:
-        cache = Cache(self._model.specs, MAX_WIDTH, self._dtype)
-        for _ in range(ids.shape[0]):
-            cache.join(ids.shape[1])
-        return cache, slice(0, ids.shape[0])
 
 
 class _Run:
@@ -361,12 +353,12 @@ class _Run:
         self.reason: FinishReason | None = None
         self.stats: Stats | None = None
         self._pair, self._width, self._id = pair, width, -1
-        pair._depths.setdefault(width, depth_of(width))  # made anew to check it: True and 1.0 are keys equal to 1
+        pair._policies.of(width)
         self._shown = StoppedText(pair.text, tuple(stop))
 
     def submit(self) -> None:
         pair = self._pair
-        pair._engine.depth = pair._depths[self._width]
+        pair._use(self._width)
         self._id = pair._engine.submit(self.request)
         pair._inbox[self._id] = deque()
 
@@ -385,7 +377,7 @@ class _Run:
             shown.append(self._shown.push([token]))
             if self._shown.stop:
                 inbox = self._pair._inbox[self._id]  # holds the end already if others read before this one
-                stats = self._pair._engine.cancel(self._id) or stats or inbox[-1].stats
+                stats = self._pair.cancel(self._id) or stats or inbox[-1].stats
                 reason = "stop"
                 break
         else:
@@ -408,7 +400,7 @@ class _Run:
     def close(self) -> None:
         """Cancel the request if it still runs, and forget it."""
         if self._id >= 0 and not self.reason:
-            self._pair._engine.cancel(self._id)
+            self._pair.cancel(self._id)
         self._pair._inbox.pop(self._id, None)
 
 

@@ -9,14 +9,26 @@ changed meanwhile and the round says nothing. The cost of a width is the median 
 from __future__ import annotations
 
 import math
+import operator
 import statistics
 from collections import defaultdict, deque
+from typing import Any
 
 SAMPLES = 2  # rounds of another width before its cost is known
 NEAR = 3  # rounds on each side with which a round is compared; and of width 0 before its time is known
 STEADY = 0.35  # share by which those two sides may differ
 KEPT = 9  # comparisons of a width, whose median counts
 PROVEN = 3  # comparisons after which a cost is believed
+KEEP = PROVEN - 1  # comparisons that the next process is told of
+LEVEL = 10.0  # logarithm of a cost that nothing has
+
+
+def within(value: Any, least: float, most: float) -> float:
+    """A number that was kept. Raises ValueError, TypeError or OverflowError unless it is one between two others."""
+    number = float(value)
+    if not least <= number <= most:
+        raise ValueError(f"{number} was kept; expected {least} to {most}")
+    return number
 
 
 class RoundTimes:
@@ -111,6 +123,23 @@ class RoundTimes:
         paired, first = self._paired[rows, width], self._first[rows, width]
         self._levels[rows, width] = statistics.median(paired or first)
         self._costs.pop(rows, None)
+
+    def state(self) -> list[tuple[int, int, bool, float, list[float]]]:
+        """Of every shape that was timed: rows, width, whether its cost is known, and the logarithms of the cost by its
+        first rounds and by its newest comparisons."""
+        return [
+            (rows, width, width in self._known[rows], statistics.median(first), list(self._paired[rows, width])[-KEEP:])
+            for (rows, width), first in self._first.items()
+        ]
+
+    def restore(self, state: Any) -> None:
+        """Begin with what another one knew: it is believed, but for one comparison of its own. Raises as `within`."""
+        for rows, width, known, first, paired in state:
+            key = operator.index(rows), int(within(width, 0, self._most))
+            self._first[key] = [within(first, -LEVEL, LEVEL)]
+            self._paired[key].extend(within(one, -LEVEL, LEVEL) for one in paired[-KEEP:])
+            self._known[rows] |= {width} if known else frozenset()
+            self._settle(*key)
 
     def known(self, rows: int) -> frozenset[int]:
         """The widths that have been timed often enough."""

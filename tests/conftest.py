@@ -1,6 +1,8 @@
 """Settings and fixtures that more than one test file needs."""
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 # Before anything imports huggingface_hub, which reads it once: no test may depend on the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -10,6 +12,15 @@ from hypothesis import settings
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, print_blob=False)
 settings.load_profile("repeatable")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """No test reads what earlier runs have kept in the user's home, or leaves anything there."""
+    with pytest.MonkeyPatch.context() as patch:
+        place = tmp_path_factory.mktemp("home")
+        patch.setenv("HOME", str(place))
+        yield place
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -32,12 +32,14 @@ LAYERS = (
         "tensors",
         "weights",
         "clusters",
+        "tuning",
+        "inside",
     ),
     ("passes",),
     ("scheduler", "pace", "prefixes", "depth", "drafters", "accept", "sampling", "processors", "logprobs", "guide")
     + ("confidence",),
     ("models",),
-    ("cache", "states", "buffers", "kernels", "round_times"),
+    ("cache", "states", "buffers", "kernels", "round_times", "acceptance"),
     ("rows",),
 )
 HEIGHT = {name: -depth for depth, layer in enumerate(LAYERS) for name in layer}
@@ -60,7 +62,7 @@ MAX_PARAMETERS = 8
 MAX_README_LINES = 200
 
 READS_ENVIRONMENT = {"cli"}
-READS_DEVICE = {"engine", "load", "weights", "pair", "bench", "compare"}
+READS_DEVICE = {"engine", "load", "weights", "pair", "inside", "bench", "compare"}
 CHECKS_DEVICE = PACKAGE / "kernels" / "trials.py"  # its answer decides what runs; asked while loading
 
 TEXT_SUFFIXES = {".py", ".md", ".toml", ".json", ".jinja", ".sh", ".txt", ".yml", ".yaml", ".cfg", ""}

@@ -68,6 +68,14 @@ class Choice(Debug):
     seed: Annotated[
         int | None, typer.Option(help="With a seed the text depends on weights, prompt and seed alone.")
     ] = None
+    remember: Annotated[
+        bool,
+        typer.Option(
+            "--remember/--no-remember",
+            help="Begin with what --width auto has learnt of this pair before, and keep it for the next run "
+            "(~/.cache/mlx-mtp). The text is the same.",
+        ),
+    ] = True
     profile: Annotated[
         bool, typer.Option("--profile", help="Time drafting apart from verifying; costs a wait a round.")
     ] = False
@@ -95,6 +103,7 @@ def parse_width(text: str) -> int | str:
 
 
 def load_pair(options: Choice, limits: Limits | None = None, prefix_bytes: int | None = None) -> Pair:
+    from mlx_mtp.hub import own_cache
     from mlx_mtp.pair import load
 
     with progress() as report:
@@ -110,6 +119,8 @@ def load_pair(options: Choice, limits: Limits | None = None, prefix_bytes: int |
         )
     if options.profile:
         pair.profile()
+    if options.remember and pair.drafter_name:
+        pair.remember(own_cache())
     for warning in pair.warnings:
         say(f"warning: {warning}")
     return pair

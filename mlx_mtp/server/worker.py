@@ -231,11 +231,12 @@ class Worker:
 
     def _warm_up(self, pair: Pair) -> None:
         plan = self._settings.warm_up
+        width = "heuristic" if self._width == "auto" else self._width  # auto would learn from a text nobody asked for
         for done, (rows, length) in enumerate(plan):
             self._reports.progress("warm-up", done, len(plan))
             length = max(1, min(length, pair.room_tok - 9))
             prompts = [[3 + (i + row) % 32 for i in range(length)] for row in range(rows)]
-            pair.generate(prompts, GREEDY, self._width, 8)
+            pair.generate(prompts, GREEDY, width, 8)
         self._reports.progress("warm-up", len(plan), len(plan))
 
     def _serve(self, pair: Pair) -> None:

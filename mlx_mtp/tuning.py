@@ -1,0 +1,86 @@
+"""What a width policy has learnt of a pair on this machine, kept in a file for the next process.
+
+A process that begins knows neither what a round costs nor how many drafts are kept, and a short text is over before it
+does. Owns the file: what it is named by, that it is written whole, and that one which cannot be read or written is no
+reason to stop. Plain Python; knows no engine and no array.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from mlx_mtp.depth import Apart, Depth, depth_of
+
+VERSION = 1  # of what is kept: a file of another one is not read
+T = TypeVar("T")
+
+
+class Tuning:
+    """A file, named by a pair and what its rounds depend on."""
+
+    def __init__(self, place: Path, checkpoints: Sequence[Path], *settings: object) -> None:
+        """place: the folder, made when it is needed. checkpoints: folders of weights, told apart by path, sizes
+        and times. settings: all else that rounds depend on."""
+        weights = [
+            (str(file), file.stat().st_size, file.stat().st_mtime_ns)
+            for folder in checkpoints
+            for file in sorted(folder.resolve().glob("*.safetensors"))
+        ]
+        key = hashlib.sha256(repr((VERSION, weights, settings)).encode()).hexdigest()[:32]
+        self.file = place / f"tuning-{key}.json"
+
+    def recall(self, restored: Callable[[Any], T]) -> T | None:
+        """What `restored` makes of what was kept; None if nothing was, or nothing can be made of it."""
+        try:
+            return restored(json.loads(self.file.read_text(), parse_constant=_refuse))
+        except (OSError, ValueError, TypeError, LookupError, OverflowError, RecursionError):
+            return None
+
+    def keep(self, state: Any) -> None:
+        """Keep plain values of JSON in place of what was kept. Nobody sees half a file; where the place cannot be
+        written to nothing is kept."""
+        own = self.file.with_name(f"{self.file.name}.{os.getpid()}.tmp")
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            own.write_text(json.dumps(state, allow_nan=False))
+            own.replace(self.file)
+        except OSError:
+            _forget(own)
+
+
+class Policies:
+    """The width policies of a pair by what was asked for, each made once; "auto" begins with what a file tells."""
+
+    def __init__(self, tuning: Tuning | None) -> None:
+        self._tuning = tuning
+        self._made: dict[int | str, Depth] = {}
+
+    def of(self, width: int | str) -> Depth:
+        """Raises RequestError."""
+        fresh = depth_of(width)  # made anew to check it: True and 1.0 are keys equal to 1
+        if width not in self._made:
+            found = self._tuning.recall(Apart.restored) if self._tuning and width == "auto" else None
+            self._made[width] = found or fresh
+        return self._made[width]
+
+    def keep(self) -> None:
+        """Keep what "auto" has learnt."""
+        depth = self._made.get("auto")
+        if self._tuning and isinstance(depth, Apart):
+            self._tuning.keep(depth.state())
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no number")
+
+
+def _forget(file: Path) -> None:
+    try:
+        file.unlink(missing_ok=True)
+    except OSError:
+        pass  # the place itself cannot be reached
