@@ -113,6 +113,11 @@ class Watched:
         """Rounds under way, which will not be told of: their engine is no more."""
         self._finding.clear()
 
+    def restart(self) -> None:
+        """Go on with what was learnt, as the next process does."""
+        if isinstance(self._policy, Auto):
+            self._policy = Auto.restored(json.loads(json.dumps(self._policy.state())))
+
     def shares(self) -> tuple[float, float]:
         """(drafting, probing) since this was asked last."""
         found = self.drafting_s / self.all_s, self.probing_s / self.all_s
@@ -286,13 +291,20 @@ def by_turns(new: Sequence[New], wanted: Sequence[Request], order: random.Random
 
 
 def measured(
-    new: Sequence[New], policy: Watched, sets: Sequence[Sequence[Request]], before: int, order: random.Random
+    new: Sequence[New],
+    policy: Watched,
+    sets: Sequence[Sequence[Request]],
+    before: int,
+    restart: bool,
+    order: random.Random,
 ) -> Turn:
     """What the plain side and the other one, whose policy is given, make of sets of requests, of which the first
-    `before` do not count."""
+    `before` do not count. restart: before each the policy restarts."""
     counted = []
     for place, wanted in enumerate(sets):
         policy.forget()
+        if restart:
+            policy.restart()
         found = by_turns(new, wanted, order)
         gc.collect()  # before other engines are made
         if place < before:
@@ -324,7 +336,7 @@ def turns(process: int, wanted: Sequence[Key], args: argparse.Namespace) -> Iter
                 policy, before = policy_of(name), 0
                 sets = [texts[i : i + rows] for i in range(0, len(texts), rows)]
             new = partial(side, nothing, Constant(0)), partial(side, made[name], policy)
-            yield (name, kind, rows), measured(new, policy, sets, before, order)
+            yield (name, kind, rows), measured(new, policy, sets, before, args.restart, order)
 
 
 def work(process: int, wanted: Sequence[Key], args: argparse.Namespace, results: Connection) -> None:
@@ -367,6 +379,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sets", type=int, default=3, help="sets of texts that count, in every process")
     parser.add_argument(
         "--cold", action="store_true", help="all eight prompts, a new policy a case, from its first round"
+    )
+    parser.add_argument(
+        "--restart", action="store_true", help="every set as in a process of its own, which remembers the one before"
     )
     parser.add_argument("--processes", type=int, default=3)
     parser.add_argument("--most", type=int, default=9, help="processes for cases that are hard to tell")
