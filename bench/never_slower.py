@@ -80,6 +80,7 @@ PREFIX_BYTES = 2**28  # a prompt is computed once
 KINDS = ("code", "chat", "edit")
 DRAWN = Sampling(temperature=1.0, seed=1)
 
+LEARNT = ("all", "kept", "nothing")  # of what the sets before have shown
 NONE = "none"  # in a drafter's place
 NAMES = (NONE, "mtp", "dflash", "draft model", "mtp, random", "dflash, random", "lookup", "mtp+lookup")
 
@@ -113,9 +114,11 @@ class Watched:
         """Rounds under way, which will not be told of: their engine is no more."""
         self._finding.clear()
 
-    def restart(self) -> None:
-        """Go on with what was learnt, as the next process does."""
-        if isinstance(self._policy, Auto):
+    def begin(self, learnt: str) -> None:
+        """Another set of texts: `LEARNT` says with what."""
+        if isinstance(self._policy, Auto) and learnt == "nothing":
+            self._policy = Auto()
+        elif isinstance(self._policy, Auto) and learnt == "kept":
             self._policy = Auto.restored(json.loads(json.dumps(self._policy.state())))
 
     def shares(self) -> tuple[float, float]:
@@ -295,16 +298,15 @@ def measured(
     policy: Watched,
     sets: Sequence[Sequence[Request]],
     before: int,
-    restart: bool,
+    learnt: str,
     order: random.Random,
 ) -> Turn:
     """What the plain side and the other one, whose policy is given, make of sets of requests, of which the first
-    `before` do not count. restart: before each the policy restarts."""
+    `before` do not count. learnt: what every set begins with."""
     counted = []
     for place, wanted in enumerate(sets):
         policy.forget()
-        if restart:
-            policy.restart()
+        policy.begin(learnt)
         found = by_turns(new, wanted, order)
         gc.collect()  # before other engines are made
         if place < before:
@@ -336,7 +338,7 @@ def turns(process: int, wanted: Sequence[Key], args: argparse.Namespace) -> Iter
                 policy, before = policy_of(name), 0
                 sets = [texts[i : i + rows] for i in range(0, len(texts), rows)]
             new = partial(side, nothing, Constant(0)), partial(side, made[name], policy)
-            yield (name, kind, rows), measured(new, policy, sets, before, args.restart, order)
+            yield (name, kind, rows), measured(new, policy, sets, before, args.learnt, order)
 
 
 def work(process: int, wanted: Sequence[Key], args: argparse.Namespace, results: Connection) -> None:
@@ -381,7 +383,11 @@ def arguments() -> argparse.Namespace:
         "--cold", action="store_true", help="all eight prompts, a new policy a case, from its first round"
     )
     parser.add_argument(
-        "--restart", action="store_true", help="every set as in a process of its own, which remembers the one before"
+        "--learnt",
+        choices=LEARNT,
+        default=LEARNT[0],
+        help="what texts begin with: all that was learnt before, as in one process; what is kept of it for the "
+        "next process, as in one of its own; or nothing",
     )
     parser.add_argument("--processes", type=int, default=3)
     parser.add_argument("--most", type=int, default=9, help="processes for cases that are hard to tell")
