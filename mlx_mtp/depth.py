@@ -102,7 +102,8 @@ class Auto:
     have them, are found this way; of several shapes that is tried first which is the best if there is no step, though
     none much wider than all that are known. It is tried right behind rounds of width 0: what is inferred from a width
     that was timed in a bad moment is wrong, and seems to be right. A round during which one of another width was built
-    does not count: where the host is the slower one it takes as long as that building.
+    does not count, except to show that no draft could pay: where the host is the slower one it takes as long as that
+    building.
     Rounds that must make up for many without drafts say what that costs (a draft model reads all it has missed), and
     nothing about their width. Drafting is taken up again where the budget bears that: at a text's beginning, mostly.
     A width is worth its drafts only if it is clearly better than width 0. While it drafts, rounds of width 0 are run
@@ -116,6 +117,7 @@ class Auto:
     takes longer because one with drafts is built beside it. Its gains and LOSS of all time go in, up to BUDGET tokens,
     which is the fewer rounds the more rows there are. While nothing is left nothing is drafted, and no shape is tried
     that could take more than there is; of what was lost beyond, DEBT at most is counted.
+    All of this goes on in the next process, where `state` is kept and `restored`; only kernels are built anew there.
     """
 
     GAIN, WORTH = 1.03, 1.01  # a new width must look so much better than the present one, the present than width 0
@@ -177,6 +179,7 @@ class Auto:
             "wait": self._wait,
             "since": self._since,
             "recheck": self._recheck,
+            "opened": sorted(self._opened.items()),
             "column": self._column,
             "owing": self._owing,
         }
@@ -194,6 +197,7 @@ class Auto:
         auto._wait = min(int(within(state["wait"], cls.FIRST_PROBE, cls.LAST_PROBE)), cls.DOUBT)
         auto._since = int(within(state["since"], 0, sys.maxsize))
         auto._recheck = int(within(state["recheck"], cls.FIRST_CHECK, cls.LAST_CHECK))
+        auto._opened = Counter({int(rows): int(within(n, 0, cls.OPENING)) for rows, n in state["opened"]})
         auto._column, auto._owing = within(state["column"], 0.0, sys.maxsize), bool(state["owing"])
         return auto
 
@@ -321,8 +325,10 @@ class Auto:
                 self._make_up(owed, max(0.0, took - usual))
             if width not in known or took is None or owed * self._column > self.OWED_SHARE * took:
                 return
-        broken_off = width not in known and not chosen  # a trial, for want of a budget: better known than tried again
-        if width == chosen or broken_off:
+        # The last round with drafts may seem too short, where the host is the slower one: good enough for a trial that
+        # was broken off, rather than to try it again, and where drafts could not pay even so.
+        last = not chosen and (width not in known or not self._can_pay(rows))
+        if width == chosen or last:
             self._times.learn(rows, width, seconds)
         elif chosen not in known:
             self._missed[rows, chosen] += 1

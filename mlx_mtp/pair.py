@@ -123,13 +123,15 @@ class Pair:
         """From now on `Stats.draft_s` tells drafting from verifying, at the cost of a wait a round."""
         self._profile = self._engine.profile = True
 
-    def remember(self, folder: Path) -> None:
+    def remember(self, folder: str | Path) -> None:
         """Keep in a folder, whenever no request is left, what width "auto" has learnt, and begin with what it learnt in
-        earlier processes: what rounds of this pair cost here, and how many drafts are kept. The text is the same."""
+        earlier processes: what rounds of this pair cost here, and how many drafts are kept. The text is the same. A
+        folder that cannot be written to keeps nothing."""
         target, drafter = self._loaded.target, self._loaded.drafter
         loaded = [target, drafter] if drafter else [target]
         run_as = [str(target.dtype), *(one.weight_bytes for one in loaded), *(kind.name for kind in self._loaded.over)]
-        self._tuning = Tuning(folder, [one.path for one in loaded], run_as, chip(), metadata.version("mlx"))
+        place, checkpoints = Path(folder).expanduser(), [one.path for one in loaded]
+        self._tuning = Tuning(place, checkpoints, run_as, chip(), metadata.version("mlx"))
         self._policies = Policies(self._tuning)
 
     @property
@@ -264,24 +266,19 @@ class Pair:
 
     def step(self) -> list[Event]:
         """One pass of the engine over everything that runs; returns all its events."""
-        events = self._engine.step()
-        self._keep()
-        return events
+        return self._engine.step()
 
     def cancel(self, request: int) -> Stats | None:
         """Forget a request; its row is free before the next pass. Returns what it had cost, None if it had ended."""
-        stats = self._engine.cancel(request)
-        self._keep()
-        return stats
+        return self._engine.cancel(request)
 
     def _use(self, width: int | str) -> None:
         """Decode with this width from now on. Raises RequestError."""
         self._engine.depth = self._policies.of(width)
 
-    def _keep(self) -> None:
-        """Keep what has been learnt, where no request is left that would wait for it."""
-        if self._engine.idle:
-            self._policies.keep()
+    def keep(self) -> None:
+        """Keep what has been learnt, if `remember` has said where: for a moment when nobody waits."""
+        self._policies.keep()
 
     # looking inside ---------------------------------------------------------------------------------------------
 
@@ -402,6 +399,8 @@ class _Run:
         if self._id >= 0 and not self.reason:
             self._pair.cancel(self._id)
         self._pair._inbox.pop(self._id, None)
+        if self._pair.idle:
+            self._pair.keep()
 
 
 class Chat:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import operator
 import statistics
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from typing import Any
 
 SAMPLES = 2  # rounds of another width before its cost is known
@@ -20,6 +20,7 @@ STEADY = 0.35  # share by which those two sides may differ
 KEPT = 9  # comparisons of a width, whose median counts
 PROVEN = 3  # comparisons after which a cost is believed
 KEEP = PROVEN - 1  # comparisons that the next process is told of
+FORGOTTEN = 8  # processes that have not timed a width, after which it is not known
 LEVEL = 10.0  # logarithm of a cost that nothing has
 
 
@@ -49,6 +50,9 @@ class RoundTimes:
         self._levels: dict[tuple[int, int], float] = {}  # logarithm of the cost
         self._known: defaultdict[int, frozenset[int]] = defaultdict(frozenset)  # widths, by rows
         self._costs: dict[int, list[float]] = {}  # by rows
+        self._ages: Counter[tuple[int, int]] = Counter()  # of what was restored, in processes
+        self._timed: set[tuple[int, int]] = set()  # in this one
+        self._restored: set[tuple[int, int]] = set()  # known by that alone
 
     def learn(self, rows: int, width: int, seconds: float) -> None:
         """A round took so long; the last one told of ran shortly before."""
@@ -57,6 +61,7 @@ class RoundTimes:
             self._last.clear()
             self._paces.clear()
             self._plain = None
+        self._timed.add((rows, width))
         took = math.log(max(seconds, 1e-9))
         if width not in self._known[rows]:
             self._meet(rows, width, took)
@@ -67,6 +72,8 @@ class RoundTimes:
         if width in self._known[rows] and (not width or self.comparisons(rows, width) >= PROVEN):
             self._paces.append(took - self._levels[rows, width])
             self._plain = statistics.median(self._paces)
+        if (rows, 0) in self._restored:
+            self._confirm(rows)
         if self._alike < len(self._last) == 2 * NEAR + 1:
             self._compare(rows)
 
@@ -92,6 +99,23 @@ class RoundTimes:
             earlier = [t for w, t in self._last if w == width]
             self._first[rows, width] += [max(earlier) - plain] * len(earlier)
             self._known[rows] |= {width}
+            self._settle(rows, width)
+
+    def _confirm(self, rows: int) -> None:
+        """What was restored, by first rounds with drafts and some of width 0 behind them: a short text has no others.
+        As in `_meet_earlier` one of a width is enough."""
+        last = list(self._last)
+        drafted, plain = last[:-NEAR], [t for w, t in last[-NEAR:] if not w]
+        if not drafted or len(plain) < NEAR or not all(w for w, _ in drafted):
+            return
+        for width in {w for w, _ in drafted}:
+            dearer = max(t for w, t in drafted if w == width) - statistics.median(plain)
+            if width not in self._known[rows]:
+                self._first[rows, width].append(dearer)
+                self._known[rows] |= {width}
+            elif (rows, width) in self._restored:
+                self._paired[rows, width].append(dearer)
+            self._restored.discard((rows, width))
             self._settle(rows, width)
 
     def plain_s(self, rows: int) -> float | None:
@@ -124,21 +148,31 @@ class RoundTimes:
         self._levels[rows, width] = statistics.median(paired or first)
         self._costs.pop(rows, None)
 
-    def state(self) -> list[tuple[int, int, bool, float, list[float]]]:
-        """Of every shape that was timed: rows, width, whether its cost is known, and the logarithms of the cost by its
-        first rounds and by its newest comparisons."""
-        return [
-            (rows, width, width in self._known[rows], statistics.median(first), list(self._paired[rows, width])[-KEEP:])
-            for (rows, width), first in self._first.items()
-        ]
+    def state(self) -> list[tuple[int, int, int, bool, float, list[float]]]:
+        """Of every shape that was timed: rows, width, age, whether its cost is known, and the logarithms of the cost by
+        its first rounds and by its newest comparisons. The age is that of a process in which as many rows ran without
+        that width."""
+        ran = {rows for rows, _ in self._timed}
+        out = []
+        for (rows, width), first in self._first.items():
+            key = rows, width
+            age = 0 if key in self._timed else self._ages[key] + (rows in ran)
+            out.append((*key, age, width in self._known[rows], statistics.median(first), [*self._paired[key]][-KEEP:]))
+        return out
 
     def restore(self, state: Any) -> None:
-        """Begin with what another one knew: it is believed, but for one comparison of its own. Raises as `within`."""
-        for rows, width, known, first, paired in state:
+        """Begin with what another one knew. It is believed, but for one comparison, and until it is too old: nobody
+        would find out that a width which once seemed too dear no longer is. Raises as `within`."""
+        for rows, width, age, known, first, paired in state:
             key = operator.index(rows), int(within(width, 0, self._most))
+            if age >= FORGOTTEN:
+                continue
+            self._ages[key] = operator.index(age)
             self._first[key] = [within(first, -LEVEL, LEVEL)]
             self._paired[key].extend(within(one, -LEVEL, LEVEL) for one in paired[-KEEP:])
-            self._known[rows] |= {width} if known else frozenset()
+            if known:
+                self._known[rows] |= {width}
+                self._restored.add(key)
             self._settle(*key)
 
     def known(self, rows: int) -> frozenset[int]:

@@ -49,7 +49,7 @@ class Tuning:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             own.write_text(json.dumps(state, allow_nan=False))
             own.replace(self.file)
-        except OSError:
+        except (OSError, ValueError):
             _forget(own)
 
 

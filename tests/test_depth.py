@@ -494,15 +494,18 @@ def test_the_first_rounds_end_when_nothing_is_kept():
 
 @pytest.mark.parametrize("rows", [1, 8])
 def test_first_rounds_that_took_too_long_are_found_out(rows):
-    """Somebody else had the machine; it looks as if no draft could pay."""
+    """Somebody else had the machine; it looks as if no draft could pay. As in the engine a width is chosen while a
+    round runs, so that the last round of a look runs beside the building of one without drafts."""
     depth, rng, seconds, tokens = Auto(), random.Random(0), 0.0, 0.0
+    width = depth.choose([USUAL] * rows)
     for n in range(400):
-        width = depth.choose([USUAL] * rows)
+        following = depth.choose([USUAL] * rows)
         kept = [next((k for k in range(width) if rng.random() >= 0.8), width) + 1 for _ in range(rows)]
         took = 1 + 0.2 * width
         seconds, tokens = seconds + took, tokens + sum(kept) / rows
         depth.record(width, kept, took * (4 if n < 3 else 1), [USUAL] * rows)
         assert n != 40 or not depth.settled
+        width = following
     assert depth.settled and seconds / tokens < 0.8
 
 

@@ -12,7 +12,7 @@ import pytest
 from engines import FIXTURES
 from hypothesis import given
 from hypothesis import strategies as st
-from servers import running
+from servers import running, until
 from test_depth import COSTS, Cost, linear
 
 from mlx_mtp import GREEDY, Pair, load
@@ -32,17 +32,30 @@ def weights(tmp_path) -> Path:
 
 
 def text(
-    depth: Depth, chance: float, cost: Cost, rows: int, seed: int, tokens: int = 127, outlook: int = USUAL
+    depth: Depth,
+    chance: float,
+    cost: Cost,
+    rows: int,
+    seed: int,
+    tokens: int = 127,
+    outlook: int = USUAL,
+    column: float = 0.0,
 ) -> float:
-    """Time over plain decoding's of one text, a row keeps a draft with such a chance; the machine is noisy."""
-    rng, written, seconds, slower = random.Random(seed), 0.0, 0.0, 1.0
+    """Time over plain decoding's of one text, of which a row keeps a draft with such a chance, on a noisy machine. As
+    in the engine a width is chosen while the round before runs. column: of what the drafter has missed and must make
+    up for, in plain rounds; 0 is a drafter that misses nothing."""
+    rng, written, seconds, slower, owed = random.Random(seed), 0.0, 0.0, 1.0, 0
+    owing = column > 0
+    width, told = depth.choose([outlook] * rows, 0), 0
     while written < tokens:
-        width = depth.choose([outlook] * rows)
         kept = [next((k for k in range(width) if rng.random() >= chance), width) + 1 for _ in range(rows)]
+        late, owed = (owed * column, 0) if width else (0.0, owed + rows * owing)
+        following = depth.choose([outlook] * rows, owed)
         slower = rng.choice([1.0, 1.0, 1.3, 1.6]) if rng.random() < 0.02 else slower
-        took = cost(rows, width) / cost(rows, 0)
+        took = cost(rows, width) / cost(rows, 0) + late
         seconds, written = seconds + took, written + sum(kept) / rows
-        depth.record(width, kept, took * slower * (1 + 0.05 * abs(rng.gauss(0, 1))), [outlook] * rows)
+        depth.record(width, kept, took * slower * (1 + 0.05 * abs(rng.gauss(0, 1))), [outlook] * rows, told)
+        width, told = following, owed
     return seconds / written
 
 
@@ -51,14 +64,14 @@ def again(auto: Auto) -> Auto:
     return Auto.restored(json.loads(json.dumps(auto.state())))
 
 
-def texts(chance: float, cost: Cost, rows: int, remember: bool) -> list[float]:
+def texts(chance: float, cost: Cost, rows: int, remember: bool, column: float = 0.0) -> list[float]:
     """`text` in process after process of one user, of several users; the first of each, which nobody can remember
     anything in, left out."""
     found = []
     for user in range(4):
         auto = Auto()
         for process in range(5):
-            one = text(auto, chance, cost, rows, 100 * user + process)
+            one = text(auto, chance, cost, rows, 100 * user + process, column=column)
             found += [one] if process else []
             auto = again(auto) if remember else Auto()
     return found
@@ -84,24 +97,32 @@ def test_drafts_that_cost_what_they_bring_are_not_tried_in_every_process():
 @pytest.mark.parametrize("cost", ["memory-bound", "recorded"])
 def test_good_drafts_are_drafted_from_the_first_round_on(rows, cost):
     forgetful, found = (statistics.mean(texts(0.85, COSTS[cost], rows, remember)) for remember in (False, True))
-    assert found < 0.97 * forgetful < 0.97
+    assert found < 0.98 * forgetful < 0.98
     auto = Auto()
     text(auto, 0.85, COSTS[cost], rows, 0, tokens=400)
     assert again(auto).choose([USUAL] * rows) > 2
 
 
-def test_a_cost_that_is_no_longer_true_is_found_out():
-    """As when the chip was hot, or another program ran, in the process that learnt it."""
+@pytest.mark.parametrize("column", [0.0, 0.1], ids=["reads what it missed", "makes up for it"])
+def test_a_cost_that_is_no_longer_true_is_found_out(column):
+    """As when the chip was hot, or another program ran, in the processes that learnt it."""
     auto = Auto()
     for seed in range(3):
-        text(auto, 0.8, linear(0.1, 3.0), 1, seed, tokens=400)
+        text(auto, 0.8, linear(0.1, 3.0), 1, seed, tokens=400, column=3 * column)
         auto = again(auto)
     assert auto.settled == 0
     found = []
-    for seed in range(16):
-        found.append(text(auto, 0.8, linear(0.05, 0.05), 1, seed))
+    for seed in range(24):
+        found.append(text(auto, 0.8, linear(0.05, 0.05), 1, seed, column=column))
         auto = again(auto)
-    assert max(found) < 1.02 and max(found[12:]) < 0.75
+    assert max(found) < 1.02 and max(found[12:]) < 0.7 and statistics.mean(found[16:]) < 0.53
+
+
+@pytest.mark.parametrize("rows", [4, 8])
+def test_a_draft_model_as_large_as_its_target_is_not_tried_in_every_process(rows):
+    forgetful, found = (texts(0.96, linear(0.0, 2.0), rows, remember, 1 / rows) for remember in (False, True))
+    assert statistics.mean(forgetful) > 1.015
+    assert statistics.mean(found) < 1.008 and statistics.median(found) == 1.0
 
 
 def test_what_did_not_pay_in_one_kind_of_text_is_tried_in_the_next():
@@ -173,11 +194,8 @@ LEARNT = learnt()
 
 
 def test_what_is_restored_is_what_was_kept():
-    kept, found = copy.deepcopy(LEARNT), Apart.restored(LEARNT).state()
-    for part in ("free", "bound"):
-        for before, after in zip(kept[part].pop("times"), found[part].pop("times"), strict=True):
-            assert before == list(after)
-    assert found == kept and found["free"]["kept"]
+    assert json.loads(json.dumps(Apart.restored(LEARNT).state())) == LEARNT
+    assert LEARNT["free"]["kept"] and LEARNT["free"]["times"]
 
 
 def places(value: Any, path: tuple = ()) -> list[tuple]:
@@ -269,7 +287,7 @@ def test_a_server_keeps_what_its_requests_have_shown_and_nothing_of_its_warm_up(
     with running(width="auto", prepare=lambda pair: pair.remember(tmp_path)) as live:
         assert not list(tmp_path.iterdir())
         live.client.post("/v1/completions", json={"prompt": "hello there", "max_tokens": 40})
-        assert live.settled()
+        until(lambda: list(tmp_path.glob("*.json")))
         (file,) = tmp_path.iterdir()
         kept = json.loads(file.read_text())["free"]["kept"]
         assert kept and not json.loads(file.read_text())["bound"]["kept"]

@@ -248,6 +248,8 @@ class Worker:
     def _obey(self, pair: Pair) -> bool:
         """Carry out all commands; waits for one where there is nothing to compute. Returns False on the last one."""
         wait = pair.idle
+        if wait:
+            pair.keep()
         while True:
             try:
                 command = self._commands.get(block=wait)
