@@ -8,13 +8,15 @@ and its file. Plain numpy on rows; knows no network and no checkpoint.
 from __future__ import annotations
 
 import hashlib
-import os
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
+
+from mlx_mtp.kept import write_whole
 
 VERSION = 1  # of what `build` computes: a file of another one is not read
 PASSES = 4  # of k-means; of the tables at hand one gains nothing by them, the other most of it by these
@@ -163,31 +165,18 @@ def stored(places: Sequence[Path], key: str, shape: tuple[int, int, int]) -> Clu
 
 
 def store(places: Sequence[Path], key: str, clustering: Clustering) -> Path | None:
-    """Keep clusters in the first place that can be written to; None if none can. Nobody sees half a file."""
-    for place in places:
-        file = _file(place, key)
-        own = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-        try:
-            place.mkdir(parents=True, exist_ok=True)
-            with own.open("wb") as stream:
-                np.savez(stream, centroids=clustering.centroids, ordering=clustering.ordering)
-            own.replace(file)
-            return file
-        except OSError:
-            _forget(own)
-    return None
+    """Keep clusters in the first place that can be written to; None if none can."""
+
+    def write(stream: BinaryIO) -> None:
+        np.savez(stream, centroids=clustering.centroids, ordering=clustering.ordering)
+
+    files = (_file(place, key) for place in places)
+    return next((file for file in files if write_whole(file, write)), None)
 
 
 def _file(place: Path, key: str) -> Path:
     # Not .safetensors: a checkpoint is every such file in its folder.
     return place / f"drafter-clusters-{key}.npz"
-
-
-def _forget(file: Path) -> None:
-    try:
-        file.unlink(missing_ok=True)
-    except OSError:
-        pass  # the place itself cannot be reached
 
 
 def _whole(found: Clustering, shape: tuple[int, int, int]) -> bool:

@@ -35,11 +35,6 @@ def resolve(name: str, report: Callable[[str, int, int], None] | None = None) ->
     return _download(name)
 
 
-def own_cache() -> Path:
-    """The folder in which this package keeps files of its own."""
-    return Path.home() / ".cache" / "mlx-mtp"
-
-
 def on_disk_bytes(name: str) -> int:
     """What a hub repository's weights take in the hub's cache here; 0 if it was never fetched."""
     from huggingface_hub import try_to_load_from_cache

@@ -21,6 +21,7 @@ from mlx_mtp.drafters import Drafter
 from mlx_mtp.drafters.kinds import Kind, Network, Parts, kind_of, kinds, split_name
 from mlx_mtp.drafters.plain import PlainDrafter
 from mlx_mtp.few_rows import use_kernels
+from mlx_mtp.kept import own_cache
 from mlx_mtp.kernels.matrix import Matrix
 from mlx_mtp.models.config import AssistantConfig
 from mlx_mtp.models.families import Family, Target, family_of
@@ -373,7 +374,7 @@ def _cluster(model: Assistant, folder: Folder, top: int, report: Report | None) 
     """Give a drafter clusters, kept beside the checkpoint or in the user's cache; returns notes."""
     rows, notes = head_rows(model), ()
     count = clustering.best_count(len(rows), top)
-    places = (folder.path, hub.own_cache())
+    places = (folder.path, own_cache())
     key = clustering.key_of(rows, count)
     found = clustering.stored(places, key, (*rows.shape, count))
     if found is None:

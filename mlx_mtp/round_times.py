@@ -102,11 +102,11 @@ class RoundTimes:
             self._settle(rows, width)
 
     def _confirm(self, rows: int) -> None:
-        """What was restored, by first rounds with drafts and some of width 0 behind them: a short text has no others.
-        As in `_meet_earlier` one of a width is enough."""
+        """What was restored, by the very first rounds, if they had drafts and some of width 0 are behind them: a short
+        text has no others. As in `_meet_earlier` one of a width is enough."""
         last = list(self._last)
         drafted, plain = last[:-NEAR], [t for w, t in last[-NEAR:] if not w]
-        if not drafted or len(plain) < NEAR or not all(w for w, _ in drafted):
+        if len(last) > 2 * NEAR or not drafted or len(plain) < NEAR or not all(w for w, _ in drafted):
             return
         for width in {w for w, _ in drafted}:
             dearer = max(t for w, t in drafted if w == width) - statistics.median(plain)
@@ -180,8 +180,8 @@ class RoundTimes:
         return self._known[rows]
 
     def begun(self, rows: int, width: int) -> bool:
-        """Whether this shape has been timed at all."""
-        return (rows, width) in self._first
+        """Whether this shape has been timed at all, in this process."""
+        return (rows, width) in self._first and (rows, width) in self._timed
 
     def comparisons(self, rows: int, width: int) -> int:
         """How often this shape has been compared with others, of the last KEPT times."""

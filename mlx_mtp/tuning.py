@@ -1,20 +1,20 @@
 """What a width policy has learnt of a pair on this machine, kept in a file for the next process.
 
 A process that begins knows neither what a round costs nor how many drafts are kept, and a short text is over before it
-does. Owns the file: what it is named by, that it is written whole, and that one which cannot be read or written is no
-reason to stop. Plain Python; knows no engine and no array.
+does. Owns the file: what it is named by, and that one which cannot be read or written is no reason to stop. Plain
+Python; knows no engine and no array.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from mlx_mtp.depth import Apart, Depth, depth_of
+from mlx_mtp.kept import write_whole
 
 VERSION = 1  # of what is kept: a file of another one is not read
 T = TypeVar("T")
@@ -42,15 +42,9 @@ class Tuning:
             return None
 
     def keep(self, state: Any) -> None:
-        """Keep plain values of JSON in place of what was kept. Nobody sees half a file; where the place cannot be
-        written to nothing is kept."""
-        own = self.file.with_name(f"{self.file.name}.{os.getpid()}.tmp")
-        try:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            own.write_text(json.dumps(state, allow_nan=False))
-            own.replace(self.file)
-        except (OSError, ValueError):
-            _forget(own)
+        """Keep plain values of JSON in place of what was kept; where that cannot be done nothing changes."""
+        told = json.dumps(state).encode()
+        write_whole(self.file, lambda stream: stream.write(told))
 
 
 class Policies:
@@ -77,10 +71,3 @@ class Policies:
 
 def _refuse(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is no number")
-
-
-def _forget(file: Path) -> None:
-    try:
-        file.unlink(missing_ok=True)
-    except OSError:
-        pass  # the place itself cannot be reached

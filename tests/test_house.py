@@ -39,7 +39,7 @@ LAYERS = (
     ("scheduler", "pace", "prefixes", "depth", "drafters", "accept", "sampling", "processors", "logprobs", "guide")
     + ("confidence",),
     ("models",),
-    ("cache", "states", "buffers", "kernels", "round_times", "acceptance"),
+    ("cache", "states", "buffers", "kernels", "round_times", "acceptance", "kept"),
     ("rows",),
 )
 HEIGHT = {name: -depth for depth, layer in enumerate(LAYERS) for name in layer}

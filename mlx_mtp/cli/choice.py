@@ -103,7 +103,7 @@ def parse_width(text: str) -> int | str:
 
 
 def load_pair(options: Choice, limits: Limits | None = None, prefix_bytes: int | None = None) -> Pair:
-    from mlx_mtp.hub import own_cache
+    from mlx_mtp.kept import own_cache
     from mlx_mtp.pair import load
 
     with progress() as report:
