@@ -121,7 +121,8 @@ class Auto:
     """
 
     GAIN, WORTH = 1.03, 1.01  # a new width must look so much better than the present one, the present than width 0
-    OPENING, FIRST = 2, 2  # first rounds that draft; drafts of each, of all rows together or one a row
+    NARROW = 1  # width of first rounds and of looks
+    OPENING = 2  # first rounds that draft
     PROMISE = 1.25  # tokens of a round, for which its width is timed
     HARDLY = 1.1, 1.15  # tokens of a narrow round of one row and of several, up to which hardly any draft is kept
     HOPE = 0.75  # share of the present rate, for which a width is tried: costs may bend, but not everywhere
@@ -133,7 +134,7 @@ class Auto:
     MISSES = 16  # after which a width is taken to be none that the drafter can draft
     FURTHER = 2  # times the widest that is timed, and one more, is as wide as a shape may be that is tried next
     PAUSE = 6  # rounds between two shapes that are tried for their time
-    FIRST_PROBE, LAST_PROBE, PROBE_WIDTH, PROBE_ROUNDS = 48, 768, 1, 2
+    FIRST_PROBE, LAST_PROBE, PROBE_ROUNDS = 48, 768, 2
     DOUBT = 192  # rounds, for which the very first ones are believed of a drafter that must catch up
     FIRST_CHECK, LAST_CHECK, CHECK_ROUNDS = 5, 256, 3  # rounds with drafts before some without
     CHECK_SHARE = 0.005  # of the time that those may cost
@@ -256,16 +257,11 @@ class Auto:
 
     def _opening(self, rows: int, tokens: list[float]) -> int:
         """Width of one of the first rounds with so many rows, before the time of width 0 is known."""
-        width = self._first_width(rows)
-        if self._opened[rows] == self.OPENING or tokens[width] <= self.PROMISE or not self._can_pay(rows):
+        if self._opened[rows] == self.OPENING or tokens[self.NARROW] <= self.PROMISE or not self._can_pay(rows):
             return 0
         self._opened[rows] += 1
         self._quiet = self.PAUSE
-        return width
-
-    def _first_width(self, rows: int) -> int:
-        """The first width to be timed."""
-        return min(max(1, self.FIRST // rows), self._most)
+        return self.NARROW
 
     def _can_pay(self, rows: int) -> bool:
         """Whether drafts would pay if all of them were kept; while none have been timed with so many rows, whether they
@@ -279,7 +275,7 @@ class Auto:
     def _meeting(self, rows: int, known: frozenset[int], costs: list[float], tokens: list[float]) -> int | None:
         """The width that is being timed for the first time, if one is and may still pay: the first of all, or one that
         is on trial."""
-        width = self._first_width(rows) if len(known) == 1 else 0
+        width = self.NARROW if len(known) == 1 else 0
         if not width and self._trial and self._trial[0] == rows and self._trial[1] not in known:
             width = self._trial[1]
         return width if tokens[width] > max(self.PROMISE, self.WORTH * costs[width]) else None
@@ -416,12 +412,12 @@ class Auto:
         if not self._probing:
             return 0
         self._probing -= 1
-        return min(self.PROBE_WIDTH, self._most)
+        return self.NARROW
 
     def _asks_for_more(self, outlook: tuple[int, ...]) -> bool:
         """Whether one round of a narrow look is too few: not where hardly any draft is ever kept, nor where it is only
         asked how long it takes and the first one tells that."""
-        rows, width = len(outlook), self.PROBE_WIDTH
+        rows, width = len(outlook), self.NARROW
         if width not in self._times.known(rows):
             return True
         if not self._can_pay(rows):

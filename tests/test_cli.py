@@ -12,7 +12,7 @@ import pytest
 from mlx_mtp.cli import main
 
 CODE = 'def read_lines(path):\n    """Return the lines of a file."""\n'
-SHORT = ["--max-tokens", "12"]
+SHORT = ["--max-tokens", "12", "--no-remember"]  # what other tests have shown says nothing
 
 
 class Terminal(io.StringIO):
@@ -104,6 +104,20 @@ def test_the_text_is_the_same_without_a_drafter_and_at_any_width(run):
     for argv in (["--width", "0"], ["--width", "3"], ["--width", "heuristic"]):
         assert answer(*argv)["tokens"] == plain["tokens"]
     assert "nothing drafted" in run("generate", CODE, *SHORT, "--width", "0").err
+
+
+def test_a_later_run_begins_with_what_an_earlier_one_has_learnt_and_writes_the_same(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    argv = ["generate", CODE, "--max-tokens", "40"]
+    first = run(*argv, "--no-remember")
+    assert not list(tmp_path.iterdir())
+    texts = [run(*argv).out for _ in range(2)]
+    (file,) = (tmp_path / ".cache" / "mlx-mtp").iterdir()
+    learnt = json.loads(file.read_text())
+    assert learnt["free"]["times"] and texts == [first.out] * 2
+    file.write_text("{")
+    done = run(*argv)
+    assert done.code == 0 and done.out == first.out and json.loads(file.read_text())["free"]["times"]
 
 
 def test_a_seed_makes_sampled_text_repeatable(run):

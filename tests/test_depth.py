@@ -427,8 +427,7 @@ def test_the_first_rounds_draft_before_anything_is_owed_and_those_without_follow
     for _ in range(Auto.OPENING + NEAR + 2):
         widths.append(auto.choose([USUAL] * rows))
         auto.record(widths[-1], [widths[-1] + 1] * rows, 1 + 0.1 * widths[-1], [USUAL] * rows)
-    first = max(1, Auto.FIRST // rows)
-    assert widths[:-1] == [first] * Auto.OPENING + [0] * (NEAR + 1) and widths[-1] > first
+    assert widths[:-1] == [Auto.NARROW] * Auto.OPENING + [0] * (NEAR + 1) and widths[-1] > Auto.NARROW
 
 
 class Chosen(Auto):
@@ -447,7 +446,7 @@ class Chosen(Auto):
 def test_of_widths_not_timed_that_is_tried_first_which_is_best_without_a_step_in_the_cost(seed):
     depth = Chosen()
     simulate_turns(depth, [(0.8, 200)], linear(0.0, 0.2), 1, seed)
-    assert 2 < next(w for w in depth.widths if w > Auto.FIRST) < 6
+    assert next(w for w in depth.widths if w > Auto.NARROW) in (2, 3)
 
 
 def test_a_look_is_one_round_where_no_draft_was_ever_kept_and_two_where_some_were():
@@ -580,7 +579,7 @@ def test_constrained_rounds_are_learnt_apart_and_a_drafter_with_nothing_is_no_mo
         width = auto.choose([USUAL])
         auto.record(width, [1], 1.0 + width, [USUAL])
     assert auto.choose([USUAL]) == 0
-    assert auto.choose([BOUND + USUAL]) == Auto.FIRST
+    assert auto.choose([BOUND + USUAL]) == Auto.NARROW
 
 
 def test_only_a_constant_width_of_0_drafts_nothing_at_all():

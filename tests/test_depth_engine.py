@@ -114,7 +114,7 @@ def test_copies_over_a_random_drafter_cost_at_most_three_percent():
 
 def test_text_that_is_predictable_by_turns_is_never_slower_and_gains_behind_steps_in_the_cost():
     assert slowdown("fickle", "experts, M2 Pro", Work(1)) < 1.03
-    assert slowdown("fickle", "steps", Work(1)) < 0.92
+    assert slowdown("fickle", "steps", Work(1)) < 0.93
 
 
 KINDS = ("rand", "dflash", "near", "lookup", "rand+lookup", "near+lookup", "fickle")
