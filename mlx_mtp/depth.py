@@ -111,8 +111,8 @@ class Auto:
     less drafting seems to gain. Where width 0 is best, a narrow round is tried at growing distances, unless no drafter
     has anything. A width is timed only while it promises clearly more than a token a round: no draft is free. Where no
     known width would pay if all of its drafts were kept, no other is tried, and the distance is the greatest at once,
-    unless only the very first rounds say so and nothing would have to be made up: those are doubted, though later of a
-    drafter that ever has to make up for anything.
+    or as long as LOSS takes to bring in what the look loses; unless only the very first rounds say so and nothing
+    would have to be made up: those are doubted, though later of a drafter that ever has to make up for anything.
     What drafting loses against width 0 it takes from a budget, counted in rounds of width 0; with what a plain round
     takes longer because one with drafts is built beside it. Its gains and LOSS of all time go in, up to BUDGET tokens,
     which is the fewer rounds the more rows there are. While nothing is left nothing is drafted, and no shape is tried
@@ -248,8 +248,9 @@ class Auto:
         proven = not drafted or any(self._times.comparisons(rows, w) for w in known if w)
         if pays:
             distance = self.FIRST_PROBE
-        elif proven or owed:
-            distance = self.LAST_PROBE
+        elif proven or owed:  # not before LOSS has brought in what the look loses
+            loses = self._look(outlook) * (costs[self.NARROW] - tokens[self.NARROW])
+            distance = max(self.LAST_PROBE, int(loses / self.LOSS))
         else:
             distance = self.DOUBT if self._owing else self.FIRST_PROBE
         self._resting[outlook] = distance if hopeful else 0
@@ -408,21 +409,23 @@ class Auto:
         self._since += 1
         if self._since >= max(self._wait, least):
             self._since, self._wait = 0, min(self.LAST_PROBE, 2 * self._wait)
-            self._probing = self.PROBE_ROUNDS if self._asks_for_more(outlook) else 1
+            self._probing = self._look(outlook)
         if not self._probing:
             return 0
         self._probing -= 1
         return self.NARROW
 
-    def _asks_for_more(self, outlook: tuple[int, ...]) -> bool:
-        """Whether one round of a narrow look is too few: not where hardly any draft is ever kept, nor where it is only
-        asked how long it takes and the first one tells that."""
+    def _look(self, outlook: tuple[int, ...]) -> int:
+        """Rounds of a narrow look: one where hardly any draft is ever kept, or where it is only asked how long a round
+        takes and the first tells that."""
         rows, width = len(outlook), self.NARROW
         if width not in self._times.known(rows):
-            return True
-        if not self._can_pay(rows):
-            return (rows, width) not in self._seen
-        return self._tokens(outlook)[width] > self.HARDLY[rows > 1]
+            return self.PROBE_ROUNDS
+        if self._can_pay(rows):
+            one = self._tokens(outlook)[width] <= self.HARDLY[rows > 1]
+        else:
+            one = (rows, width) in self._seen
+        return 1 if one else self.PROBE_ROUNDS
 
 
 def _went_on(costs: list[float], timed: int, width: int) -> float:
