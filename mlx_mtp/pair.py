@@ -172,8 +172,7 @@ class Pair:
                 self._pump()
             return [run.completion() for run in runs]
         finally:
-            for run in runs:
-                run.close()
+            self._close(*runs)
 
     def stream(
         self,
@@ -204,7 +203,14 @@ class Pair:
                     return
                 self._pump()
         finally:
+            self._close(run)
+
+    def _close(self, *runs: _Run) -> None:
+        """End runs; what has been learnt is kept once, where no other is left."""
+        for run in runs:
             run.close()
+        if self.idle:
+            self.keep()
 
     def _pump(self) -> None:
         """One step of the engine; events wait for whoever reads their request."""
@@ -399,8 +405,6 @@ class _Run:
         if self._id >= 0 and not self.reason:
             self._pair.cancel(self._id)
         self._pair._inbox.pop(self._id, None)
-        if self._pair.idle:
-            self._pair.keep()
 
 
 class Chat:
@@ -451,7 +455,7 @@ class Chat:
                     return
                 self._pair._pump()
         finally:
-            run.close()
+            self._pair._close(run)
             reply = "".join(run.pieces)
             self.messages = [*messages, {"role": "assistant", "content": reply}]
             spoken = [t for t in run.tokens if t not in self._pair._eos]

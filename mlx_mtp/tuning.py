@@ -52,19 +52,19 @@ class Policies:
 
     def __init__(self, tuning: Tuning | None) -> None:
         self._tuning = tuning
-        self._made: dict[int | str, Depth] = {}
+        self._made: dict[str, Depth] = {}  # by the width as it is written: True and 1.0 are equal to 1
 
     def of(self, width: int | str) -> Depth:
         """Raises RequestError."""
-        fresh = depth_of(width)  # made anew to check it: True and 1.0 are keys equal to 1
-        if width not in self._made:
+        key = repr(width)
+        if key not in self._made:
             found = self._tuning.recall(Apart.restored) if self._tuning and width == "auto" else None
-            self._made[width] = found or fresh
-        return self._made[width]
+            self._made[key] = found or depth_of(width)
+        return self._made[key]
 
     def keep(self) -> None:
         """Keep what "auto" has learnt."""
-        depth = self._made.get("auto")
+        depth = self._made.get(repr("auto"))
         if self._tuning and isinstance(depth, Apart):
             self._tuning.keep(depth.state())
 
