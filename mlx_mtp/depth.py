@@ -89,6 +89,17 @@ class Recorded(NamedTuple):
     chosen: int
 
 
+class Rest(NamedTuple):
+    """What is known while width 0 is best, until more is learnt.
+
+    distance: rounds between looks, at least; 0 for none.
+    bears: of what drafts make up for, in rounds of width 0: so much may be lost beside what a look loses.
+    """
+
+    distance: int
+    bears: float
+
+
 class Auto:
     """The width with the most expected tokens per expected second, from what this machine and text have shown.
 
@@ -139,7 +150,7 @@ class Auto:
     FIRST_CHECK, LAST_CHECK, CHECK_ROUNDS = 5, 256, 3  # rounds with drafts before some without
     CHECK_SHARE = 0.005  # of the time that those may cost
     OWED, OWED_SHARE = 16, 0.05  # columns a row that are not made up in passing; share of a round that is not noise
-    OWED_COST = 1 / 16  # of a column, in rounds of width 0, before it is known
+    OWED_COST = 1 / 8  # of a column, in rounds of width 0, before it is known
     drafts = True
 
     def __init__(self, most: int = 8) -> None:
@@ -157,7 +168,7 @@ class Auto:
         self._trial: tuple[int, int] | None = None
         self._wait, self._since, self._probing = self.FIRST_PROBE, 0, 0
         self._chosen = 0  # for the round that comes
-        self._resting: dict[tuple[int, ...], int] = {}  # sorted outlooks where width 0 is best: least distance of looks
+        self._resting: dict[tuple[int, ...], Rest] = {}  # by sorted outlooks where width 0 is best
         self._rested = 0  # rounds that this has stood
         self._heard: list[Recorded] = []  # rounds that nothing has been made of yet
         self._made_up: deque[tuple[int, float]] = deque(maxlen=5)  # columns that were owed, and the rounds they took
@@ -207,15 +218,15 @@ class Auto:
         missed = owed > 2 * self.CHECK_ROUNDS * len(outlook)  # more than by two looks at width 0
         late = owed * self._column if missed else 0.0
         if late <= self._bearable(len(outlook)):
-            self._chosen = self._choose(tuple(sorted(outlook)), owed)
+            self._chosen = self._choose(tuple(sorted(outlook)), owed, late)
         else:
             self._chosen, self._since, self._trial = 0, self._since + 1, None
         return self._chosen
 
-    def _choose(self, outlook: tuple[int, ...], owed: int) -> int:
+    def _choose(self, outlook: tuple[int, ...], owed: int, late: float) -> int:
         if outlook in self._resting:
             self._quiet += 1
-            return self._probe(outlook)
+            return self._probe(outlook, late)
         self._learn()
         rows, known = len(outlook), self._times.known(len(outlook))
         hopeful = any(o % BOUND != NOTHING for o in outlook)
@@ -246,15 +257,16 @@ class Auto:
         if self._width:
             return self._width
         proven = not drafted or any(self._times.comparisons(rows, w) for w in known if w)
+        loses = self._look(outlook) * max(0.0, self._times.costs(self._timed(rows))[self.NARROW] - tokens[self.NARROW])
         if pays:
             distance = self.FIRST_PROBE
         elif proven or owed:  # not before LOSS has brought in what the look loses
-            loses = self._look(outlook) * (costs[self.NARROW] - tokens[self.NARROW])
             distance = max(self.LAST_PROBE, int(loses / self.LOSS))
         else:
             distance = self.DOUBT if self._owing else self.FIRST_PROBE
-        self._resting[outlook] = distance if hopeful else 0
-        return self._probe(outlook)
+        bears = self._bearable(rows) - loses if self.NARROW in known else 0.0  # what is not known may lose more
+        self._resting[outlook] = Rest(distance if hopeful else 0, max(0.0, bears))
+        return self._probe(outlook, late)
 
     def _opening(self, rows: int, tokens: list[float]) -> int:
         """Width of one of the first rounds with so many rows, before the time of width 0 is known."""
@@ -267,11 +279,13 @@ class Auto:
     def _can_pay(self, rows: int) -> bool:
         """Whether drafts would pay if all of them were kept; while none have been timed with so many rows, whether they
         would with the next fewer."""
-        timed = next((r for r in range(rows, 0, -1) if len(self._times.known(r)) > 1), None)
-        if timed is None:
-            return True
-        costs = self._times.costs(timed)
-        return any((1 + w) / costs[w] > self.WORTH for w in self._times.known(timed) if w)
+        timed = self._timed(rows)
+        costs, widths = self._times.costs(timed), self._times.known(timed) - {0}
+        return not widths or any((1 + w) / costs[w] > self.WORTH for w in widths)
+
+    def _timed(self, rows: int) -> int:
+        """So many rows, or the next fewer with which rounds with drafts have been timed; as many if there are none."""
+        return next((r for r in range(rows, 0, -1) if len(self._times.known(r)) > 1), rows)
 
     def _meeting(self, rows: int, known: frozenset[int], costs: list[float], tokens: list[float]) -> int | None:
         """The width that is being timed for the first time, if one is and may still pay: the first of all, or one that
@@ -401,13 +415,13 @@ class Auto:
             self._unseen, self._recheck = 0, min(2 * self._recheck, most)
         return self._unseen >= wait
 
-    def _probe(self, outlook: tuple[int, ...]) -> int:
+    def _probe(self, outlook: tuple[int, ...], late: float) -> int:
         """Width of a round while drafting does not pay: 0, except for a narrow look at growing distances."""
-        least = self._resting[outlook]
-        if not least:
+        rest = self._resting[outlook]
+        if not rest.distance:
             return 0
         self._since += 1
-        if self._since >= max(self._wait, least):
+        if self._since >= max(self._wait, rest.distance) and late <= rest.bears:
             self._since, self._wait = 0, min(self.LAST_PROBE, 2 * self._wait)
             self._probing = self._look(outlook)
         if not self._probing:

@@ -85,7 +85,8 @@ class RoundTimes:
             return
         first = self._first[rows, width]
         first.append(took - plain)
-        if len(first) >= (SAMPLES if width else NEAR):
+        hopeless = width > 1 and first[-1] > math.log(1 + width)
+        if hopeless or len(first) >= (SAMPLES if width else NEAR):
             self._known[rows] |= {width}
             if not width:
                 self._meet_earlier(rows, took)

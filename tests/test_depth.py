@@ -421,6 +421,23 @@ def test_a_drafter_that_must_catch_up_and_has_not_paid_is_not_asked_again_in_the
     assert made_up_for(lambda n: 0.8, 0.2, rows, 127, rounds=1000, hung=3)[0] < 0.7, "but it is, some time"
 
 
+@pytest.mark.parametrize("rows", [1, 4, 8])
+def test_with_more_rows_a_dear_drafter_is_first_asked_where_it_owes_nothing(rows):
+    """What it costs with so many rows is not known: only what it costs with one."""
+    depth, owed, asked = Auto(), 0, []
+    for n in range(6000):
+        many, length = (1, 600) if n < 600 else (rows, 127)
+        owed = owed if n % length else 0
+        width = depth.choose([USUAL] * many, owed)
+        if width and n >= 600:
+            asked.append(owed)
+        depth.record(width, [width + 1] * many, 1.0 + 1.3 * width + 0.1 * owed * (width > 0), [USUAL] * many, owed)
+        owed = 0 if width else owed + many
+    in_passing = 2 * Auto.CHECK_ROUNDS * rows
+    assert asked and (rows == 1 or asked[0] <= in_passing)
+    assert all(ones <= in_passing or ones * Auto.OWED_COST < Auto.BUDGET / rows for ones in asked)
+
+
 @pytest.mark.parametrize("rows", [1, 2, 8])
 def test_the_first_rounds_draft_before_anything_is_owed_and_those_without_follow(rows):
     auto, widths = Auto(), []

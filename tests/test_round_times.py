@@ -137,3 +137,9 @@ def test_the_time_of_a_round_without_drafts_is_known_from_rounds_with_some():
     times = told(looks(2, 5), COST, lambda n: 1.0 if n < 50 else 3.0)
     assert times.plain_s(1) == pytest.approx(3 * 0.02, rel=0.02)
     assert times.plain_s(2) is None
+
+
+def test_one_first_round_is_enough_if_not_even_all_of_its_drafts_would_pay():
+    assert told([0, 0, 0, 2], {0: 1.0, 2: 3.1}).known(1) == {0, 2}
+    assert told([0, 0, 0, 2], {0: 1.0, 2: 2.9}).known(1) == {0}
+    assert told([0, 0, 0, 1], {0: 1.0, 1: 2.1}).known(1) == {0}, "of the narrowest all others are judged by"
