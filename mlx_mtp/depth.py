@@ -129,6 +129,7 @@ class Auto:
     which is the fewer rounds the more rows there are. While nothing is left nothing is drafted, and no shape is tried
     that could take more than there is; of what was lost beyond, DEBT at most is counted.
     All of this goes on in the next process, where `state` is kept and `restored`; only kernels are built anew there.
+    What was restored is checked by first rounds of width 0, and forgotten if those with drafts behind take much longer.
     """
 
     GAIN, WORTH = 1.03, 1.01  # a new width must look so much better than the present one, the present than width 0
@@ -163,6 +164,7 @@ class Auto:
         self._width = 0  # the best, as far as is known
         self._left = self.BUDGET / 2  # rounds of width 0 that may still be lost
         self._opened: Counter[int] = Counter()  # first rounds with drafts, by rows
+        self._checked: Counter[int] = Counter()  # first rounds without, for costs that were restored, by rows
         self._missed: Counter[tuple[int, int]] = Counter()  # rounds of another width while an unknown one was chosen
         self._quiet = 0  # rounds since a shape was tried for its time
         self._trial: tuple[int, int] | None = None
@@ -244,6 +246,10 @@ class Auto:
             self._recheck, self._unseen = self.FIRST_CHECK, 0 if self._chosen else -1
         if self._width:
             self._wait = self.FIRST_PROBE
+            if self._times.believed(rows, self._width) and self._checked[rows] < self.CHECK_ROUNDS:
+                self._checked[rows] += 1
+                self._unseen = 0
+                return 0
             if self._overdue(rows, tokens, rates):
                 return 0
         if drafted and pays and self._quiet > self.PAUSE:
@@ -340,7 +346,7 @@ class Auto:
         # was broken off, rather than to try it again, and where drafts could not pay even so.
         last = not chosen and (width not in known or not self._can_pay(rows))
         if width == chosen or last:
-            self._times.learn(rows, width, seconds)
+            self._times.learn(rows, width, seconds, heard.owed > 0)
         elif chosen not in known:
             self._missed[rows, chosen] += 1
 
@@ -407,7 +413,7 @@ class Auto:
         """Whether it is long since rounds of width 0 were seen, by which all the others are judged."""
         compared = self._times.comparisons(rows, self._width)
         wait = self._recheck if compared else SAMPLES
-        self._unseen += 1
+        self._unseen = max(self._unseen + 1, wait if self._times.contrary else 0)
         if self._unseen >= wait + self.CHECK_ROUNDS:
             dear = self.CHECK_ROUNDS * (rates[self._width] - 1)  # tokens that a look costs
             longest = int(dear / (self.CHECK_SHARE * tokens[self._width]))

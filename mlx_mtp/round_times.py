@@ -19,7 +19,7 @@ NEAR = 3  # rounds on each side with which a round is compared; and of width 0 b
 STEADY = 0.35  # share by which those two sides may differ
 KEPT = 9  # comparisons of a width, whose median counts
 PROVEN = 3  # comparisons after which a cost is believed
-KEEP = PROVEN - 1  # comparisons that the next process is told of
+CONTRARY = 0.4  # by which the logarithm of a cost may differ from what was kept of it
 FORGOTTEN = 8  # processes that have not timed a width, after which it is not known
 LEVEL = 10.0  # logarithm of a cost that nothing has
 
@@ -42,6 +42,8 @@ class RoundTimes:
         self._most = most
         self._rows = 0
         self._last: deque[tuple[int, float]] = deque(maxlen=2 * NEAR + 1)  # (width, log of seconds), of `_rows` rows
+        self.contrary = False  # whether the last round took much longer than was kept of its shape
+        self._late: deque[bool] = deque(maxlen=2 * NEAR + 1)  # whether these rounds made up for others
         self._alike = 0  # of the last rounds have the same width
         self._paces: deque[float] = deque(maxlen=NEAR)  # of the last rounds, each less what its width surely costs
         self._plain: float | None = None  # the logarithm of a plain round's seconds now: the median of the paces
@@ -54,19 +56,22 @@ class RoundTimes:
         self._timed: set[tuple[int, int]] = set()  # in this one
         self._restored: set[tuple[int, int]] = set()  # known by that alone
 
-    def learn(self, rows: int, width: int, seconds: float) -> None:
-        """A round took so long; the last one told of ran shortly before."""
+    def learn(self, rows: int, width: int, seconds: float, late: bool = False) -> None:
+        """A round took so long; the last one told of ran shortly before. late: it also made up for others."""
         if rows != self._rows:
             self._rows = rows
             self._last.clear()
+            self._late.clear()
             self._paces.clear()
             self._plain = None
         self._timed.add((rows, width))
         took = math.log(max(seconds, 1e-9))
         if width not in self._known[rows]:
             self._meet(rows, width, took)
+        self.contrary = not late and self._against(rows, width, took)
         self._alike = self._alike + 1 if self._last and self._last[-1][0] == width else 1
         self._last.append((width, took))
+        self._late.append(late)
         if not width and len(self._last) > 1 and self._last[-2][0]:
             self._paces.clear()  # what was inferred gives way to what is seen
         if width in self._known[rows] and (not width or self.comparisons(rows, width) >= PROVEN):
@@ -74,7 +79,7 @@ class RoundTimes:
             self._plain = statistics.median(self._paces)
         if (rows, 0) in self._restored:
             self._confirm(rows)
-        if self._alike < len(self._last) == 2 * NEAR + 1:
+        if self._alike < len(self._last) > NEAR + 1:
             self._compare(rows)
 
     def _meet(self, rows: int, width: int, took: float) -> None:
@@ -102,6 +107,22 @@ class RoundTimes:
             self._known[rows] |= {width}
             self._settle(rows, width)
 
+    def _against(self, rows: int, width: int, took: float) -> bool:
+        """Whether a round is much longer than was kept of its shape, next to plain ones before."""
+        plain = [t for w, t in self._last if not w][-NEAR:]
+        if not (width and plain and (rows, width) in self._restored):
+            return False
+        return took - statistics.median(plain) - self._levels[rows, width] > CONTRARY
+
+    def _forget(self, rows: int) -> None:
+        """All costs with so many rows that were restored and not borne out since."""
+        for key in {key for key in self._restored if key[0] == rows and key[1]}:
+            self._known[rows] -= {key[1]}
+            self._first.pop(key)
+            self._paired.pop(key)
+            self._restored.discard(key)
+        self._costs.pop(rows, None)
+
     def _confirm(self, rows: int) -> None:
         """What was restored, by the very first rounds, if they had drafts and some of width 0 are behind them: a short
         text has no others. As in `_meet_earlier` one of a width is enough."""
@@ -115,7 +136,8 @@ class RoundTimes:
                 self._first[rows, width].append(dearer)
                 self._known[rows] |= {width}
             elif (rows, width) in self._restored:
-                self._paired[rows, width].append(dearer)
+                paired = self._paired[rows, width]
+                paired.extend([dearer] if paired else [self._levels[rows, width], dearer])
             self._restored.discard((rows, width))
             self._settle(rows, width)
 
@@ -124,14 +146,14 @@ class RoundTimes:
         return None if rows != self._rows or self._plain is None else math.exp(self._plain)
 
     def _compare(self, rows: int) -> None:
-        """The round in the middle of those that were last told of, with the others."""
-        last = list(self._last)
-        width, took = last[NEAR]
-        other = next((w for w, _ in last[NEAR - 1 :: -1] if w != width), None)
+        """The round with NEAR others behind it, with those and as many before it, or all that ran."""
+        last, place = list(self._last), len(self._last) - 1 - NEAR
+        width, took = last[place]
+        other = next((w for w, _ in last[place - 1 :: -1] if w != width), None)
         if other is None or other not in self._known[rows]:
             return
-        before = [t for w, t in last[:NEAR] if w == other]
-        after = [t for w, t in last[NEAR + 1 :] if w == other]
+        before = [t for w, t in last[:place] if w == other]
+        after = [t for w, t in last[place + 1 :] if w == other]
         if not after:
             return
         sides = statistics.median(before), statistics.median(after)
@@ -139,10 +161,17 @@ class RoundTimes:
             return
         dearer = took - sum(sides) / 2
         if width:  # what a width costs beside others is put down to itself, but width 0 is what all are compared with
-            self._paired[rows, width].append(dearer + self._levels[rows, other])
+            level = dearer + self._levels[rows, other]
         else:
-            self._paired[rows, other].append(-dearer)
-        self._settle(rows, width or other)
+            width, level = other, -dearer
+        key = rows, width
+        if key in self._restored and not self._late[place]:
+            self._restored.discard(key)
+            if abs(level - self._levels[key]) > CONTRARY:
+                self._forget(rows)
+                self._paired[key].clear()
+        self._paired[key].append(level)
+        self._settle(rows, width)
 
     def _settle(self, rows: int, width: int) -> None:
         paired, first = self._paired[rows, width], self._first[rows, width]
@@ -158,19 +187,21 @@ class RoundTimes:
         for (rows, width), first in self._first.items():
             key = rows, width
             age = 0 if key in self._timed else self._ages[key] + (rows in ran)
-            out.append((*key, age, width in self._known[rows], statistics.median(first), [*self._paired[key]][-KEEP:]))
+            newest = [*self._paired[key]][-PROVEN:]
+            out.append((*key, age, width in self._known[rows], statistics.median(first), newest))
         return out
 
     def restore(self, state: Any) -> None:
-        """Begin with what another one knew. It is believed, but for one comparison, and until it is too old: nobody
-        would find out that a width which once seemed too dear no longer is. Raises as `within`."""
+        """Begin with what another one knew. Of as many rows all is believed until a comparison says something quite
+        different, and of a width until it is too old: nobody would find out that one which once seemed too dear no
+        longer is. Raises as `within`."""
         for rows, width, age, known, first, paired in state:
             key = operator.index(rows), int(within(width, 0, self._most))
             if age >= FORGOTTEN:
                 continue
             self._ages[key] = operator.index(age)
             self._first[key] = [within(first, -LEVEL, LEVEL)]
-            self._paired[key].extend(within(one, -LEVEL, LEVEL) for one in paired[-KEEP:])
+            self._paired[key].extend(within(one, -LEVEL, LEVEL) for one in paired[-PROVEN:])
             if known:
                 self._known[rows] |= {width}
                 self._restored.add(key)
@@ -179,6 +210,10 @@ class RoundTimes:
     def known(self, rows: int) -> frozenset[int]:
         """The widths that have been timed often enough."""
         return self._known[rows]
+
+    def believed(self, rows: int, width: int) -> bool:
+        """Whether the cost of this shape was restored, and none of its rounds has borne it out."""
+        return (rows, width) in self._restored
 
     def begun(self, rows: int, width: int) -> bool:
         """Whether this shape has been timed at all, in this process."""

@@ -139,6 +139,44 @@ def test_the_time_of_a_round_without_drafts_is_known_from_rounds_with_some():
     assert times.plain_s(2) is None
 
 
+def again(times: RoundTimes) -> RoundTimes:
+    """What the next process makes of what this one has kept."""
+    after = RoundTimes(8)
+    after.restore(times.state())
+    return after
+
+
+def test_what_was_kept_is_believed_until_a_comparison_contradicts_it_and_then_all_of_it_is_forgotten():
+    kept = told([*looks(2, 4), *looks(4, 4)], COST)
+    borne_out, contradicted = again(kept), again(kept)
+    for width in [0, 0, 2, 0, 0, 0]:
+        borne_out.learn(1, width, 0.02 * COST[width])
+        contradicted.learn(1, width, 0.02 * (3.0 if width else 1.0))
+    assert not borne_out.believed(1, 2) and borne_out.believed(1, 4)
+    assert borne_out.costs(1)[4] == pytest.approx(1.9)
+    assert contradicted.known(1) == {0, 2} and contradicted.costs(1)[2] == pytest.approx(3.0)
+    assert {key[1] for key in contradicted.state()} == {0, 2}
+
+
+def test_a_round_that_also_makes_up_for_others_contradicts_nothing():
+    times = again(told([*looks(2, 4), *looks(4, 4)], COST))
+    for width in [0, 0, 2, 0, 0, 0]:
+        times.learn(1, width, 0.02 * (3.0 if width else 1.0), late=width > 0)
+        assert not times.contrary
+    assert times.known(1) == {0, 2, 4} and times.believed(1, 2)
+
+
+@pytest.mark.parametrize("took", [1.4, 3.0])
+def test_a_round_is_contrary_if_it_takes_much_longer_than_was_kept(took):
+    times = again(told(looks(2, 4), COST))
+    for seconds in (1.0, 1.0):
+        times.learn(1, 0, seconds)
+    times.learn(1, 2, took)
+    assert times.contrary == (took > 2)
+    times.learn(1, 0, 1.0)
+    assert not times.contrary
+
+
 def test_one_first_round_is_enough_if_not_even_all_of_its_drafts_would_pay():
     assert told([0, 0, 0, 2], {0: 1.0, 2: 3.1}).known(1) == {0, 2}
     assert told([0, 0, 0, 2], {0: 1.0, 2: 2.9}).known(1) == {0}

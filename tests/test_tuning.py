@@ -93,14 +93,44 @@ def test_drafts_that_cost_what_they_bring_are_not_tried_in_every_process():
     assert statistics.mean(found) < 1.01 and max(found) < 1.04
 
 
+def first_widths(depth: Depth, rows: int, outlook: int = USUAL) -> list[int]:
+    """Of the first rounds of a process, which keep no draft."""
+    widths = []
+    for _ in range(Auto.CHECK_ROUNDS + 1):
+        widths.append(depth.choose([outlook] * rows))
+        depth.record(widths[-1], [1] * rows, 1.0, [outlook] * rows)
+    return widths
+
+
 @pytest.mark.parametrize("rows", [1, 4, 8])
 @pytest.mark.parametrize("cost", ["memory-bound", "recorded"])
-def test_good_drafts_are_drafted_from_the_first_round_on(rows, cost):
+def test_good_drafts_are_drafted_after_a_look_at_what_none_take(rows, cost):
     forgetful, found = (statistics.mean(texts(0.85, COSTS[cost], rows, remember)) for remember in (False, True))
     assert found < 0.98 * forgetful < 0.98
     auto = Auto()
     text(auto, 0.85, COSTS[cost], rows, 0, tokens=400)
-    assert again(auto).choose([USUAL] * rows) > 2
+    *check, width = first_widths(again(auto), rows)
+    assert not any(check) and width > 2
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("per_draft", [1.0, 3.0])
+def test_drafts_that_have_become_dear_are_found_out_by_the_first_ones(rows, per_draft):
+    """As when another program takes the memory's bandwidth, or leaves it."""
+    found = []
+    for user in range(6):
+        auto = Auto()
+        for seed in range(3):
+            text(auto, 0.8, linear(0.05, 0.05), rows, 100 * user + seed, tokens=400)
+            auto = again(auto)
+        assert auto.settled > 0
+        of_user = []
+        for seed in range(4):
+            of_user.append(text(auto, 0.8, linear(0.1, per_draft), rows, 100 * user + 50 + seed))
+            auto = again(auto)
+        found.append(of_user)
+    first, *others = (statistics.mean(ones) for ones in zip(*found, strict=True))
+    assert first < 1 + 0.15 * per_draft and max(others) < 1.04
 
 
 @pytest.mark.parametrize("column", [0.0, 0.1], ids=["reads what it missed", "makes up for it"])
@@ -141,7 +171,7 @@ def test_what_is_learnt_of_constrained_rows_is_kept_apart():
         text(depth, 0.0, linear(0.1, 0.5), 1, seed)
         text(depth, 0.9, linear(0.1, 0.1), 1, seed, outlook=USUAL + BOUND)
     after = Apart.restored(json.loads(json.dumps(depth.state())))
-    assert after.choose([USUAL]) == 0 and after.choose([USUAL + BOUND]) > 1
+    assert after.choose([USUAL]) == 0 and first_widths(after, 1, USUAL + BOUND)[-1] > 1
 
 
 # the file ---------------------------------------------------------------------------------------------------
