@@ -10,7 +10,7 @@ from typing import Any
 from mlx_mtp.round_times import within
 from mlx_mtp.rows import BOUND, NOTHING
 
-AT_ONCE = 8  # rounds without drafts that are reckoned with together: what is decided for each costs time
+AT_ONCE = 32  # rounds without drafts that are reckoned with together: what is decided for each costs time
 
 
 class Acceptance:
