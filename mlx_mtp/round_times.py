@@ -12,7 +12,8 @@ import math
 import operator
 import statistics
 from collections import Counter, defaultdict, deque
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 SAMPLES = 2  # rounds of another width before its cost is known
 NEAR = 3  # rounds on each side with which a round is compared; and of width 0 before its time is known
@@ -32,6 +33,14 @@ def within(value: Any, least: float, most: float) -> float:
     return number
 
 
+class Took(NamedTuple):
+    """A round's width and the logarithm of its seconds; late: it also made up for rounds without drafts."""
+
+    width: int
+    log_s: float
+    late: bool
+
+
 class RoundTimes:
     """Costs of rounds by (rows, width), in rounds of width 0 with as many rows.
 
@@ -41,9 +50,8 @@ class RoundTimes:
     def __init__(self, most: int) -> None:
         self._most = most
         self._rows = 0
-        self._last: deque[tuple[int, float]] = deque(maxlen=2 * NEAR + 1)  # (width, log of seconds), of `_rows` rows
+        self._last: deque[Took] = deque(maxlen=2 * NEAR + 1)  # rounds of `_rows` rows
         self.contrary = False  # whether the last round took much longer than was kept of its shape
-        self._late: deque[bool] = deque(maxlen=2 * NEAR + 1)  # whether these rounds made up for others
         self._alike = 0  # of the last rounds have the same width
         self._paces: deque[float] = deque(maxlen=NEAR)  # of the last rounds, each less what its width surely costs
         self._plain: float | None = None  # the logarithm of a plain round's seconds now: the median of the paces
@@ -57,11 +65,10 @@ class RoundTimes:
         self._restored: set[tuple[int, int]] = set()  # known by that alone
 
     def learn(self, rows: int, width: int, seconds: float, late: bool = False) -> None:
-        """A round took so long; the last one told of ran shortly before. late: it also made up for others."""
+        """A round took so long; the last one told of ran shortly before. late: as in `Took`."""
         if rows != self._rows:
             self._rows = rows
             self._last.clear()
-            self._late.clear()
             self._paces.clear()
             self._plain = None
         self._timed.add((rows, width))
@@ -69,10 +76,9 @@ class RoundTimes:
         if width not in self._known[rows]:
             self._meet(rows, width, took)
         self.contrary = not late and self._against(rows, width, took)
-        self._alike = self._alike + 1 if self._last and self._last[-1][0] == width else 1
-        self._last.append((width, took))
-        self._late.append(late)
-        if not width and len(self._last) > 1 and self._last[-2][0]:
+        self._alike = self._alike + 1 if self._last and self._last[-1].width == width else 1
+        self._last.append(Took(width, took, late))
+        if not width and len(self._last) > 1 and self._last[-2].width:
             self._paces.clear()  # what was inferred gives way to what is seen
         if width in self._known[rows] and (not width or self.comparisons(rows, width) >= PROVEN):
             self._paces.append(took - self._levels[rows, width])
@@ -84,7 +90,7 @@ class RoundTimes:
 
     def _meet(self, rows: int, width: int, took: float) -> None:
         """One of the first rounds of a width, with nothing but those before it to compare it with."""
-        beside = [t for w, t in self._last if not w][-NEAR:] if width else [took]
+        beside = _logs(self._last, 0)[-NEAR:] if width else [took]
         plain = statistics.median(beside) if beside else self._plain
         if plain is None:
             return
@@ -100,16 +106,16 @@ class RoundTimes:
     def _meet_earlier(self, rows: int, took: float) -> None:
         """Rounds of other widths that ran shortly before the first ones of width 0, the last of which took so long. One
         of a width is enough to know its cost, and of several the slowest counts."""
-        plain = statistics.median([took, *(t for w, t in self._last if not w)])
-        for width in {w for w, _ in self._last if w}:
-            earlier = [t for w, t in self._last if w == width]
+        plain = statistics.median([took, *_logs(self._last, 0)])
+        for width in {one.width for one in self._last} - {0}:
+            earlier = _logs(self._last, width)
             self._first[rows, width] += [max(earlier) - plain] * len(earlier)
             self._known[rows] |= {width}
             self._settle(rows, width)
 
     def _against(self, rows: int, width: int, took: float) -> bool:
         """Whether a round is much longer than was kept of its shape, next to plain ones before."""
-        plain = [t for w, t in self._last if not w][-NEAR:]
+        plain = _logs(self._last, 0)[-NEAR:]
         if not (width and plain and (rows, width) in self._restored):
             return False
         return took - statistics.median(plain) - self._levels[rows, width] > CONTRARY
@@ -127,11 +133,11 @@ class RoundTimes:
         """What was restored, by the very first rounds, if they had drafts and some of width 0 are behind them: a short
         text has no others. As in `_meet_earlier` one of a width is enough."""
         last = list(self._last)
-        drafted, plain = last[:-NEAR], [t for w, t in last[-NEAR:] if not w]
-        if len(last) > 2 * NEAR or not drafted or len(plain) < NEAR or not all(w for w, _ in drafted):
+        drafted, plain = last[:-NEAR], _logs(last[-NEAR:], 0)
+        if len(last) > 2 * NEAR or not drafted or len(plain) < NEAR or not all(one.width for one in drafted):
             return
-        for width in {w for w, _ in drafted}:
-            dearer = max(t for w, t in drafted if w == width) - statistics.median(plain)
+        for width in {one.width for one in drafted}:
+            dearer = max(_logs(drafted, width)) - statistics.median(plain)
             if width not in self._known[rows]:
                 self._first[rows, width].append(dearer)
                 self._known[rows] |= {width}
@@ -148,24 +154,24 @@ class RoundTimes:
     def _compare(self, rows: int) -> None:
         """The round with NEAR others behind it, with those and as many before it, or all that ran."""
         last, place = list(self._last), len(self._last) - 1 - NEAR
-        width, took = last[place]
-        other = next((w for w, _ in last[place - 1 :: -1] if w != width), None)
+        middle = last[place]
+        width = middle.width
+        other = next((one.width for one in last[place - 1 :: -1] if one.width != width), None)
         if other is None or other not in self._known[rows]:
             return
-        before = [t for w, t in last[:place] if w == other]
-        after = [t for w, t in last[place + 1 :] if w == other]
+        before, after = _logs(last[:place], other), _logs(last[place + 1 :], other)
         if not after:
             return
         sides = statistics.median(before), statistics.median(after)
         if abs(sides[0] - sides[1]) > STEADY:
             return
-        dearer = took - sum(sides) / 2
+        dearer = middle.log_s - sum(sides) / 2
         if width:  # what a width costs beside others is put down to itself, but width 0 is what all are compared with
             level = dearer + self._levels[rows, other]
         else:
             width, level = other, -dearer
         key = rows, width
-        if key in self._restored and not self._late[place]:
+        if key in self._restored and not middle.late:
             self._restored.discard(key)
             if abs(level - self._levels[key]) > CONTRARY:
                 self._forget(rows)
@@ -244,3 +250,8 @@ class RoundTimes:
         for first, level, _ in pools:
             costs[first:] = [math.exp(max(level, 0.0))] * (self._most + 1 - first)
         return costs
+
+
+def _logs(rounds: Iterable[Took], width: int) -> list[float]:
+    """Of those rounds that have this width."""
+    return [one.log_s for one in rounds if one.width == width]
