@@ -410,7 +410,8 @@ class Auto:
         return (SAMPLES + 2) * (cost - tokens[min(width, widest)]) <= self._bearable(rows)
 
     def _overdue(self, rows: int, tokens: list[float], rates: list[float]) -> bool:
-        """Whether it is long since rounds of width 0 were seen, by which all the others are judged."""
+        """Whether it is long since rounds of width 0 were seen, by which all the others are judged, or the last round
+        contradicts what was kept of its cost."""
         compared = self._times.comparisons(rows, self._width)
         wait = self._recheck if compared else SAMPLES
         self._unseen = max(self._unseen + 1, wait if self._times.contrary else 0)
