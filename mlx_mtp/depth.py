@@ -262,16 +262,7 @@ class Auto:
                 return trial
         if self._width:
             return self._width
-        proven = not drafted or any(self._times.comparisons(rows, w) for w in known if w)
-        loses = self._look(outlook) * max(0.0, self._times.costs(self._timed(rows))[self.NARROW] - tokens[self.NARROW])
-        if pays:
-            distance = self.FIRST_PROBE
-        elif proven or owed:  # not before LOSS has brought in what the look loses
-            distance = max(self.LAST_PROBE, int(loses / self.LOSS))
-        else:
-            distance = self.DOUBT if self._owing else self.FIRST_PROBE
-        bears = self._bearable(rows) - loses if self.NARROW in known else 0.0  # what is not known may lose more
-        self._resting[outlook] = Rest(distance if hopeful else 0, max(0.0, bears))
+        self._resting[outlook] = self._rest(outlook, owed, tokens) if hopeful else Rest(0, 0.0)
         return self._probe(outlook, late)
 
     def _opening(self, rows: int, tokens: list[float]) -> int:
@@ -344,8 +335,7 @@ class Auto:
                 return
         # The last round with drafts may seem too short, where the host is the slower one: good enough for a trial that
         # was broken off, rather than to try it again, and where drafts could not pay even so.
-        last = not chosen and (width not in known or not self._can_pay(rows))
-        if width == chosen or last:
+        if width == chosen or (not chosen and (width not in known or not self._can_pay(rows))):
             self._times.learn(rows, width, seconds, heard.owed > 0)
         elif chosen not in known:
             self._missed[rows, chosen] += 1
@@ -435,6 +425,20 @@ class Auto:
             return 0
         self._probing -= 1
         return self.NARROW
+
+    def _rest(self, outlook: tuple[int, ...], owed: int, tokens: list[float]) -> Rest:
+        """When to look again, where width 0 is best and some drafter may have something."""
+        rows, known = len(outlook), self._times.known(len(outlook))
+        proven = len(known) == 1 or any(self._times.comparisons(rows, w) for w in known if w)
+        loses = self._look(outlook) * max(0.0, self._times.costs(self._timed(rows))[self.NARROW] - tokens[self.NARROW])
+        if self._can_pay(rows):
+            distance = self.FIRST_PROBE
+        elif proven or owed:  # not before LOSS has brought in what the look loses
+            distance = max(self.LAST_PROBE, int(loses / self.LOSS))
+        else:
+            distance = self.DOUBT if self._owing else self.FIRST_PROBE
+        bears = self._bearable(rows) - loses if self.NARROW in known else 0.0  # what is not known may lose more
+        return Rest(distance, max(0.0, bears))
 
     def _look(self, outlook: tuple[int, ...]) -> int:
         """Rounds of a narrow look: one where hardly any draft is ever kept, or where it is only asked how long a round

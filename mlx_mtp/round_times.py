@@ -83,7 +83,7 @@ class RoundTimes:
         if width in self._known[rows] and (not width or self.comparisons(rows, width) >= PROVEN):
             self._paces.append(took - self._levels[rows, width])
             self._plain = statistics.median(self._paces)
-        if (rows, 0) in self._restored:
+        if (rows, 0) in self._restored and NEAR < len(self._last) <= 2 * NEAR:
             self._confirm(rows)
         if self._alike < len(self._last) > NEAR + 1:
             self._compare(rows)
@@ -115,10 +115,10 @@ class RoundTimes:
 
     def _against(self, rows: int, width: int, took: float) -> bool:
         """Whether a round is much longer than was kept of its shape, next to plain ones before."""
-        plain = _logs(self._last, 0)[-NEAR:]
-        if not (width and plain and (rows, width) in self._restored):
+        if not width or (rows, width) not in self._restored:
             return False
-        return took - statistics.median(plain) - self._levels[rows, width] > CONTRARY
+        plain = _logs(self._last, 0)[-NEAR:]
+        return bool(plain) and took - statistics.median(plain) - self._levels[rows, width] > CONTRARY
 
     def _forget(self, rows: int) -> None:
         """All costs with so many rows that were restored and not borne out since."""
@@ -134,7 +134,7 @@ class RoundTimes:
         text has no others. As in `_meet_earlier` one of a width is enough."""
         last = list(self._last)
         drafted, plain = last[:-NEAR], _logs(last[-NEAR:], 0)
-        if len(last) > 2 * NEAR or not drafted or len(plain) < NEAR or not all(one.width for one in drafted):
+        if len(plain) < NEAR or not all(one.width for one in drafted):
             return
         for width in {one.width for one in drafted}:
             dearer = max(_logs(drafted, width)) - statistics.median(plain)
