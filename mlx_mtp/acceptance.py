@@ -1,4 +1,4 @@
-"""How many drafts are kept, of rows of one outlook. Plain numbers; knows no time."""
+"""How many drafts are kept, of rows of every outlook by itself. Plain numbers; knows no time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ AT_ONCE = 32  # rounds without drafts that are reckoned with together: what is d
 
 class Acceptance:
     """How many drafts are kept, by position, at two speeds: counts that fade with every round, over a slow mean that
-    remembers. Pooled over rows."""
+    remembers. Pooled over rows of one outlook."""
 
     FADE = 0.96  # per round of a row: about 25 count, which eight rows have in three
     SLOW = 1 / 64  # least weight of a round in the slow mean, in which the first drafts of all rows weigh the same
@@ -77,3 +77,38 @@ class Acceptance:
             alive *= last
             totals.append(totals[-1] + alive)
         return totals
+
+
+class Acceptances:
+    """Of rows of every outlook by itself."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._of: dict[int, Acceptance] = {}
+
+    def record(self, width: int, kept: Sequence[int], outlook: Sequence[int]) -> None:
+        """A round in which rows of these outlooks kept so many columns of width + 1."""
+        for one in set(outlook):
+            self._known(one).record(width, [k for k, o in zip(kept, outlook, strict=True) if o == one])
+
+    def tokens(self, outlook: Sequence[int]) -> list[float]:
+        """Tokens a row is expected to gain from a round, by width; mean over rows."""
+        kinds = set(outlook)
+        of = {one: self._known(one).tokens for one in kinds}
+        if len(kinds) == 1:
+            return of[outlook[0]]
+        return [sum(of[one][w] for one in outlook) / len(outlook) for w in range(self._most + 1)]
+
+    def state(self) -> dict[str, Any]:
+        """What was counted, as plain values of JSON."""
+        return {str(outlook): acceptance.state() for outlook, acceptance in self._of.items()}
+
+    def restore(self, state: Any) -> None:
+        """Go on with what another one had counted. Raises as `Acceptance.restore`."""
+        for outlook, acceptance in dict(state).items():
+            self._known(int(outlook)).restore(acceptance)
+
+    def _known(self, outlook: int) -> Acceptance:
+        if outlook not in self._of:
+            self._of[outlook] = Acceptance(self._most, outlook)
+        return self._of[outlook]

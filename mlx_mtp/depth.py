@@ -11,7 +11,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
-from mlx_mtp.acceptance import AT_ONCE, Acceptance
+from mlx_mtp.acceptance import AT_ONCE, Acceptances
 from mlx_mtp.round_times import PROVEN, SAMPLES, RoundTimes, within
 from mlx_mtp.rows import BOUND, NOTHING, RequestError
 
@@ -157,7 +157,7 @@ class Auto:
     def __init__(self, most: int = 8) -> None:
         """most: the widest round it considers."""
         self._most = most
-        self._kept: dict[int, Acceptance] = {}  # by outlook
+        self._acceptance = Acceptances(most)
         self._times = RoundTimes(most)
         self._seen: set[tuple[int, int]] = set()
         self._recheck, self._unseen = self.FIRST_CHECK, 0
@@ -187,7 +187,7 @@ class Auto:
         self._learn()
         return {
             "times": self._times.state(),
-            "kept": {str(outlook): acceptance.state() for outlook, acceptance in self._kept.items()},
+            "kept": self._acceptance.state(),
             "width": self._width,
             "left": max(self._left, -self.DEBT),
             "wait": self._wait,
@@ -204,8 +204,7 @@ class Auto:
         drafts have not paid: texts may be others now. Raises as `within`, LookupError too."""
         auto = cls()
         auto._times.restore(state["times"])
-        for outlook, acceptance in dict(state["kept"]).items():
-            auto._acceptance(int(outlook)).restore(acceptance)
+        auto._acceptance.restore(state["kept"])
         auto._width = int(within(state["width"], 0, auto._most))
         auto._left = within(state["left"], -cls.DEBT, cls.BUDGET)
         auto._wait = min(int(within(state["wait"], cls.FIRST_PROBE, cls.LAST_PROBE)), cls.DOUBT)
@@ -232,7 +231,7 @@ class Auto:
         self._learn()
         rows, known = len(outlook), self._times.known(len(outlook))
         hopeful = any(o % BOUND != NOTHING for o in outlook)
-        costs, tokens = self._times.costs(rows), self._tokens(outlook)
+        costs, tokens = self._times.costs(rows), self._acceptance.tokens(outlook)
         if 0 not in known:
             return self._opening(rows, tokens) if hopeful else 0
         drafted, pays = len(known) > 1, self._can_pay(rows)
@@ -302,9 +301,7 @@ class Auto:
     def _learn(self) -> None:
         """From the rounds that nothing has been made of yet."""
         for heard in self._heard:
-            for one in set(heard.outlook):
-                columns = [k for k, o in zip(heard.kept, heard.outlook, strict=True) if o == one]
-                self._acceptance(one).record(heard.width, columns)
+            self._acceptance.record(heard.width, heard.kept, heard.outlook)
             rows, width = len(heard.kept), heard.width
             owed = heard.owed if width and heard.owed > self.OWED * rows else 0
             if (rows, width) not in self._seen:
@@ -345,22 +342,6 @@ class Auto:
         self._made_up.append((owed, took))
         columns, rounds = (sum(parts) for parts in zip(*self._made_up, strict=True))
         self._column = rounds / columns
-
-    def _acceptance(self, outlook: int) -> Acceptance:
-        if outlook not in self._kept:
-            self._kept[outlook] = Acceptance(self._most, outlook)
-        return self._kept[outlook]
-
-    def _tokens(self, outlook: Sequence[int]) -> list[float]:
-        """Tokens a row is expected to gain from a round, by width; mean over rows."""
-        kinds = set(outlook)
-        if len(kinds) == 1:
-            return self._acceptance(outlook[0]).tokens
-        mean = [0.0] * (self._most + 1)
-        for o in kinds:
-            share = outlook.count(o) / len(outlook)
-            mean = [x + share * tokens for x, tokens in zip(mean, self._acceptance(o).tokens, strict=True)]
-        return mean
 
     def _best(self, known: frozenset[int], rates: list[float]) -> int:
         """The best of the widths whose cost is known; the present one unless another is clearly better, or it is hardly
@@ -447,7 +428,7 @@ class Auto:
         if width not in self._times.known(rows):
             return self.PROBE_ROUNDS
         if self._can_pay(rows):
-            one = self._tokens(outlook)[width] <= self.HARDLY[rows > 1]
+            one = self._acceptance.tokens(outlook)[width] <= self.HARDLY[rows > 1]
         else:
             one = (rows, width) in self._seen
         return 1 if one else self.PROBE_ROUNDS
