@@ -94,12 +94,12 @@ class Watched:
     """A width policy, and where its time went."""
 
     def __init__(self, policy: Auto | Constant) -> None:
-        self._policy, self.drafts = policy, policy.drafts
+        self._policy, self.drafts, self.resting = policy, policy.drafts, policy.resting
         self.all_s = self.drafting_s = self.probing_s = 0.0
         self._finding: deque[bool] = deque()  # of the rounds under way: whether of another width than the best
 
     def choose(self, outlook: Sequence[int], owed: int = 0) -> int:
-        width = self._policy.choose(outlook, owed)
+        width, self.resting = self._policy.choose(outlook, owed), self._policy.resting
         self._finding.append(isinstance(self._policy, Auto) and width != self._policy.settled)
         return width
 

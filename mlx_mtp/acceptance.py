@@ -67,12 +67,18 @@ class Acceptance:
             self._expected = self._expect()
         return self._expected
 
-    def _expect(self) -> list[float]:
+    @property
+    def lasting(self) -> list[float]:
+        """The same once the counts have faded."""
+        return self._expect(faded=True)
+
+    def _expect(self, faded: bool = False) -> list[float]:
         totals, alive, last, level = [1.0], 1.0, self._prior, 1.0
         for i in range(len(self._hits)):
             # Positions rise and fall together: what the slow mean says is scaled by how the position before fares.
             prior = min(0.97, self._slow[i] * level) if self._judged[i] else last
-            last = (self._hits[i] + self.PRIOR_WEIGHT * prior) / (self._tries[i] + self.PRIOR_WEIGHT)
+            hits, tries = (0.0, 0.0) if faded else (self._hits[i], self._tries[i])
+            last = (hits + self.PRIOR_WEIGHT * prior) / (tries + self.PRIOR_WEIGHT)
             level = last / max(self._slow[i], 0.02) if self._judged[i] else level
             alive *= last
             totals.append(totals[-1] + alive)
@@ -91,10 +97,10 @@ class Acceptances:
         for one in set(outlook):
             self._known(one).record(width, [k for k, o in zip(kept, outlook, strict=True) if o == one])
 
-    def tokens(self, outlook: Sequence[int]) -> list[float]:
-        """Tokens a row is expected to gain from a round, by width; mean over rows."""
+    def tokens(self, outlook: Sequence[int], lasting: bool = False) -> list[float]:
+        """Tokens a row is expected to gain from a round, by width; mean over rows. lasting: as in `Acceptance`."""
         kinds = set(outlook)
-        of = {one: self._known(one).tokens for one in kinds}
+        of = {one: self._known(one).lasting if lasting else self._known(one).tokens for one in kinds}
         if len(kinds) == 1:
             return of[outlook[0]]
         return [sum(of[one][w] for one in outlook) / len(outlook) for w in range(self._most + 1)]

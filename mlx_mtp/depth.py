@@ -16,6 +16,7 @@ from mlx_mtp.round_times import PROVEN, SAMPLES, RoundTimes, within
 from mlx_mtp.rows import BOUND, NOTHING, RequestError
 
 MAX_WIDTH = 15  # the widest round; the cache's rings leave room for it
+AWAKE = 16  # rounds before a look at drafts that a drafter is to know of; others it need not be shown
 
 
 class Depth(Protocol):
@@ -23,10 +24,12 @@ class Depth(Protocol):
 
     drafts: whether it may choose a width above 0 at all. If so, tokens that a constraint forces are drafted whatever
     it chooses; rounds of nothing else are not told to `record`.
+    resting: whether no draft is to be asked for within AWAKE rounds of the last one chosen, unless rows change or what
+    is known of them.
     """
 
-    @property
-    def drafts(self) -> bool: ...
+    drafts: bool
+    resting: bool
 
     def choose(self, outlook: Sequence[int], owed: int = 0) -> int:
         """Width of the next round, 0 .. MAX_WIDTH, over rows of which this is the newest known outlook.
@@ -48,7 +51,7 @@ class Constant:
     """Always the same width."""
 
     def __init__(self, width: int) -> None:
-        self._width, self.drafts = width, width > 0
+        self._width, self.drafts, self.resting = width, width > 0, not width
 
     def choose(self, outlook: Sequence[int], owed: int = 0) -> int:
         return self._width
@@ -64,7 +67,7 @@ class Heuristic:
     several rows their mean decides.
     """
 
-    drafts = True
+    drafts, resting = True, False
 
     def __init__(self, width: int = 4, most: int = MAX_WIDTH) -> None:
         self._width, self._most = width, most
@@ -94,10 +97,12 @@ class Rest(NamedTuple):
 
     distance: rounds between looks, at least; 0 for none.
     bears: of what drafts make up for, in rounds of width 0: so much may be lost beside what a look loses.
+    lasting: whether width 0 stays the best when what was kept lately has faded.
     """
 
     distance: int
     bears: float
+    lasting: bool
 
 
 class Auto:
@@ -169,8 +174,8 @@ class Auto:
         self._quiet = 0  # rounds since a shape was tried for its time
         self._trial: tuple[int, int] | None = None
         self._wait, self._since, self._probing = self.FIRST_PROBE, 0, 0
-        self._chosen = 0  # for the round that comes
-        self._resting: dict[tuple[int, ...], Rest] = {}  # by sorted outlooks where width 0 is best
+        self._chosen, self.resting = 0, False  # for the round that comes
+        self._rests: dict[tuple[int, ...], Rest] = {}  # by sorted outlooks where width 0 is best
         self._rested = 0  # rounds that this has stood
         self._heard: list[Recorded] = []  # rounds that nothing has been made of yet
         self._made_up: deque[tuple[int, float]] = deque(maxlen=5)  # columns that were owed, and the rounds they took
@@ -218,6 +223,7 @@ class Auto:
         self._owing = self._owing or owed > 0
         missed = owed > 2 * self.CHECK_ROUNDS * len(outlook)  # more than by two looks at width 0
         late = owed * self._column if missed else 0.0
+        self.resting = False
         if late <= self._bearable(len(outlook)):
             self._chosen = self._choose(tuple(sorted(outlook)), owed, late)
         else:
@@ -225,7 +231,7 @@ class Auto:
         return self._chosen
 
     def _choose(self, outlook: tuple[int, ...], owed: int, late: float) -> int:
-        if outlook in self._resting:
+        if outlook in self._rests:
             self._quiet += 1
             return self._probe(outlook, late)
         self._learn()
@@ -261,7 +267,7 @@ class Auto:
                 return trial
         if self._width:
             return self._width
-        self._resting[outlook] = self._rest(outlook, owed, tokens) if hopeful else Rest(0, 0.0)
+        self._rests[outlook] = self._rest(outlook, owed, tokens) if hopeful else Rest(0, 0.0, False)
         return self._probe(outlook, late)
 
     def _opening(self, rows: int, tokens: list[float]) -> int:
@@ -295,7 +301,7 @@ class Auto:
         self._rested += 1
         self._heard.append(Recorded(width, kept, seconds, outlook, owed, self._chosen))
         if width or self._rested >= AT_ONCE:
-            self._resting, self._rested = {}, 0
+            self._rests, self._rested = {}, 0
             self._learn()
 
     def _learn(self) -> None:
@@ -395,14 +401,16 @@ class Auto:
 
     def _probe(self, outlook: tuple[int, ...], late: float) -> int:
         """Width of a round while drafting does not pay: 0, except for a narrow look at growing distances."""
-        rest = self._resting[outlook]
+        rest = self._rests[outlook]
         if not rest.distance:
             return 0
         self._since += 1
-        if self._since >= max(self._wait, rest.distance) and late <= rest.bears:
+        due = max(self._wait, rest.distance)
+        if self._since >= due and late <= rest.bears:
             self._since, self._wait = 0, min(self.LAST_PROBE, 2 * self._wait)
             self._probing = self._look(outlook)
         if not self._probing:
+            self.resting = rest.lasting and self._since + AWAKE < due
             return 0
         self._probing -= 1
         return self.NARROW
@@ -419,7 +427,16 @@ class Auto:
         else:
             distance = self.DOUBT if self._owing else self.FIRST_PROBE
         bears = self._bearable(rows) - loses if self.NARROW in known else 0.0  # what is not known may lose more
-        return Rest(distance, max(0.0, bears))
+        return Rest(distance, max(0.0, bears), not self._can_pay(rows) or self._stays(outlook, known))
+
+    def _stays(self, outlook: tuple[int, ...], known: frozenset[int]) -> bool:
+        """Whether width 0 is the best still, and no other is tried, when what was kept lately has faded."""
+        rows, tokens = len(outlook), self._acceptance.tokens(outlook, lasting=True)
+        costs = self._times.costs(rows)
+        if len(known) == 1:
+            return self._meeting(rows, known, costs, tokens) is None
+        rates = [t / c for t, c in zip(tokens, costs, strict=True)]
+        return not self._best(known, rates) and self._worth_trying(rows, known, costs, tokens, rates) is None
 
     def _look(self, outlook: tuple[int, ...]) -> int:
         """Rounds of a narrow look: one where hardly any draft is ever kept, or where it is only asked how long a round
@@ -443,13 +460,15 @@ class Apart:
     """A policy for rounds with a constrained row and one for all others: their rounds take longer by what the host
     does for the constraint, and keep more."""
 
-    drafts = True
+    drafts, resting = True, False
 
     def __init__(self, free: Auto, bound: Auto) -> None:
         self._free, self._bound = free, bound
 
     def choose(self, outlook: Sequence[int], owed: int = 0) -> int:
-        return self._of(outlook).choose(outlook, owed)
+        policy = self._of(outlook)
+        width, self.resting = policy.choose(outlook, owed), policy.resting
+        return width
 
     def record(self, width: int, kept: list[int], seconds: float | None, outlook: Sequence[int], owed: int = 0) -> None:
         self._of(outlook).record(width, kept, seconds, outlook, owed)

@@ -218,7 +218,8 @@ class Engine:
         self.cache.commit(rows, kept, width + 1)
         newest = mx.where(kept > 0, judged.bonus, bonus)
         forced = width - guide.own if guide is not None else 0
-        fwd = Forward(rows, tokens, hidden, taps, width, judged.picked, newest, still, forced)
+        resting = self.depth.resting and not width
+        fwd = Forward(rows, tokens, hidden, taps, width, judged.picked, newest, still, forced, resting)
         new = self.drafter.observe(fwd, kept)
         self._news = None if asks or self._news is None else new
         self._history.add(rows, judged.tokens, kept)

@@ -161,15 +161,17 @@ def smallest(vocab: int = 48) -> Models:
 
 
 class Listed:
-    """The widths of a list, again and again."""
+    """The widths of a list, again and again; rests in every other round without drafts."""
 
-    drafts = True
+    drafts, resting = True, False
 
     def __init__(self, widths: Sequence[int]) -> None:
         self._widths = itertools.cycle(widths)
 
     def choose(self, outlook: Sequence[int], owed: int = 0) -> int:
-        return next(self._widths)
+        width = next(self._widths)
+        self.resting = not width and not self.resting
+        return width
 
     def record(self, width: int, kept: list[int], seconds: float | None, outlook: Sequence[int], owed: int = 0) -> None:
         pass

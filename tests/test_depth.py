@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_mtp.depth import MAX_WIDTH, Auto, Constant, Depth, Heuristic, depth_of
+from mlx_mtp.depth import AWAKE, MAX_WIDTH, Auto, Constant, Depth, Heuristic, depth_of
 from mlx_mtp.round_times import NEAR
 from mlx_mtp.rows import BOUND, NOTHING, USUAL, RequestError
 
@@ -448,14 +448,16 @@ def test_the_first_rounds_draft_before_anything_is_owed_and_those_without_follow
 
 
 class Chosen(Auto):
-    """Remembers what it chose."""
+    """Remembers what it chose, and where it said that it would choose nothing else for a while."""
 
     def __init__(self) -> None:
         super().__init__()
         self.widths: list[int] = []
+        self.rests: list[bool] = []
 
     def choose(self, outlook: Sequence[int], owed: int = 0) -> int:
         self.widths.append(super().choose(outlook, owed))
+        self.rests.append(self.resting)
         return self.widths[-1]
 
 
@@ -531,6 +533,17 @@ def test_a_drafter_that_must_catch_up_is_asked_again_where_that_is_cheap(rows):
         assert made_up_for(lambda n: 0.8 if n // 700 % 2 else 0.1, 0.2, rows, 128, seed=seed)[0] < 0.8
     for seed in (0, 10, 30):  # in one long text: what a look at rounds without drafts leaves to be made up ends nothing
         assert made_up_for(lambda n: 0.8, 0.2, rows, 5000, seed=seed)[0] < 0.6
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("turns, share", [([(0.0, 2000)], 0.7), ([(0.6, 700), (0.0, 700)] * 2, 0.0)])
+def test_no_draft_is_asked_for_soon_after_a_round_at_rest(turns, share, rows):
+    """A useless drafter is told so in most rounds; behind one that is good by turns no draft follows at once."""
+    depth = Chosen()
+    simulate_turns(depth, turns, linear(0.0, 0.3), rows, 0)
+    asked = [n for n, width in enumerate(depth.widths) if width]
+    assert sum(depth.rests) >= share * len(depth.rests)
+    assert not any(any(depth.rests[max(0, n - AWAKE) : n + 1]) for n in asked)
 
 
 def test_outlooks_are_told_apart():

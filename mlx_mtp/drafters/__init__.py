@@ -31,9 +31,9 @@ class Drafter(Protocol):
         """The target ran a pass, and kept[b] of row b's columns became true ([B] int32; 0: the row stood still).
 
         A prompt chunk is a pass whose every column is kept and none was drafted.
-        A round of width 0 is one too; what it brings is best left alone until the next draft needs it. What is new in
-        `state` since and none of the pass's own arrays, any tree, is returned then, so that nothing else need be looked
-        through; None: it may be all.
+        A round of width 0 is one too; what it brings is best left alone until the next draft needs it, and if `resting`
+        it need not be kept. What is new in `state` since and none of the pass's own arrays, any tree, is returned then,
+        so that nothing else need be looked through; None: it may be all.
         """
         ...
 

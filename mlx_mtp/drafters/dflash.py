@@ -38,7 +38,7 @@ class DFlashDrafter(FeatureDrafter):
         block = self._target.embed(mx.concatenate([bonus[:, None], masks], axis=1))
         hidden = self._network.denoise(block, pass_)[:, 1:]
         logits = self._target.logits(hidden, capped=config.softcap is not None and not sampler.greedy)
-        position = pass_.start[:, None] + 1 + mx.arange(width)
+        position = self._rows.lengths[rows][:, None] + 1 + mx.arange(width)
         return sampler.draw_all(logits, position)
 
     def observe(self, fwd: Forward, kept: mx.array) -> Any:

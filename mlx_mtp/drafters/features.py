@@ -2,8 +2,10 @@
 
 Not when it is observed: MLX's GPU backends hold on to what a queued draft reads, and copy a buffer that is written
 meanwhile (read in their source, not measured; a CPU copies nothing either way). Rounds without drafts leave their
-columns to be stored together, so that while nothing is drafted the drafter's weights are read once in 32 rounds, and
-a round has no operation of the drafter's: features are made of what passes have shown when they are stored.
+columns to be stored together, so that a round has no operation of the drafter's: features are made of what passes have
+shown when they are stored. What rounds show while the depth policy rests is not kept at all, so none of the drafter's
+weights is read then: a draft behind such a gap is made as if its columns had never been, and what is before them were
+nearer. So a drafter's own places are those of what it has stored.
 Knows nothing of what features are, nor how a draft is made.
 """
 
@@ -73,11 +75,16 @@ class FeatureDrafter:
         self._cache = Cache(specs, self._most, target_cache.dtype)
         self._seen: list[Seen] = []  # not stored yet, oldest first
         self._undrafted = False  # whether one of them was no round with drafts
+        self._gaps: list[int] = []  # by row: the target's columns that are none of its own
 
     def _see(self, fwd: Forward, kept: mx.array, *shown: mx.array) -> Any:
         """A pass has shown arrays [B * L, ...], of which kept [B] columns of each row became true. Returns as
         `observe`."""
         columns = fwd.tokens.shape[1]
+        if fwd.resting:  # a column a row
+            for row in range(fwd.rows.start, fwd.rows.stop):
+                self._gaps[row] += row not in fwd.still
+            return ()
         seen = Seen(shown, kept, columns, whole=not fwd.drafted and not fwd.still)
         if columns > 1 and not fwd.drafted:  # a prompt chunk
             if self._undrafted:
@@ -119,21 +126,26 @@ class FeatureDrafter:
         self._cache.commit(rows, kept, columns)
 
     def _open(self, rows: slice, columns: int, ahead: int = 0) -> Pass:
-        """A pass over the drafter's own cache, which may begin up to `ahead` positions behind the target's rows. Those
-        are as long, and their bounds are settled."""
+        """A pass over the drafter's own cache, which may begin up to `ahead` positions behind what its rows have. With
+        the gaps those are as long as the target's, whose bounds are settled."""
         for row in range(rows.start, rows.stop):
-            self._cache.bounds[row] = self._rows.bounds[row] + ahead
+            self._cache.bounds[row] = self._rows.bounds[row] - self._gaps[row] + ahead
         return self._cache.open(rows, columns)
 
     def listener(self, prompt: Sequence[int]) -> None:
         return None
 
-    def begin(self, row: int, length: int, state: Snapshot | None) -> None:
-        self._cache.join(1, state, length if state else None, most=self._rows.most(row))
+    def begin(self, row: int, length: int, state: tuple[Snapshot, int] | None) -> None:
+        stored, gap = state or (None, 0)
+        own = max(0, length - gap)
+        self._cache.join(1, stored, own if stored else None, most=self._rows.most(row))
+        self._gaps.append(length - own)
 
-    def snapshot(self, row: int, length: int) -> Snapshot:
+    def snapshot(self, row: int, length: int) -> tuple[Snapshot, int]:
+        """Of a row that has run on while the policy rested it has a little less than it could."""
         self._store()
-        return self._cache.snapshot(row, length)
+        own = max(0, length - self._gaps[row])
+        return self._cache.snapshot(row, own), length - own
 
     def owed(self, rows: slice) -> int:
         return 0
@@ -144,18 +156,21 @@ class FeatureDrafter:
 
     def leave(self, row: int, last: int) -> None:
         self._cache.leave(row)
+        self._gaps[row] = self._gaps[last]
+        self._gaps.pop()
         order = list(range(last))
         if row != last:
             order[row] = last
         self._seen = [seen.padded(last + 1).rows(order) for seen in self._seen] if order else []
 
     def state(self) -> Any:
-        return self._cache.state(), [(s.shown, s.kept, s.columns, s.whole) for s in self._seen], self._undrafted
+        seen = [(s.shown, s.kept, s.columns, s.whole) for s in self._seen]
+        return self._cache.state(), seen, self._undrafted, list(self._gaps)
 
     def restore(self, state: Any) -> None:
-        cache, seen, self._undrafted = state
+        cache, seen, self._undrafted, gaps = state
         self._cache.restore(cache)
-        self._seen = [Seen(*one) for one in seen]
+        self._seen, self._gaps = [Seen(*one) for one in seen], list(gaps)
 
 
 def _behind(x: mx.array, rows: int) -> mx.array:

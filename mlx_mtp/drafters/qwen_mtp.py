@@ -37,13 +37,13 @@ class QwenMtpDrafter(FeatureDrafter):
 
     def propose(self, rows: slice, bonus: mx.array, sampler: Sampler, width: int) -> Draft:
         self._store()
-        length = self._rows.lengths[rows]
+        length, own = self._rows.lengths[rows], self._cache.lengths[rows]
         hidden = feature = self._newest[rows]
         steps: list[Drawn] = []
         for i in range(width):
             if i:
                 feature = self._network.features(self._target.embed(steps[-1].tokens)[:, None], hidden)
-            hidden = self._step(rows, feature, mx.maximum(length - 1 + i, 0), i)
+            hidden = self._step(rows, feature, mx.maximum(own - 1 + i, 0), i)
             drafted = [s.tokens for s in steps]
             scores, _ = sampler.offer(self._target.logits(hidden[:, 0]), None, drafted)
             steps.append(sampler.draw(scores, None, length + 1 + i, drafted))
