@@ -223,11 +223,12 @@ class Auto:
         self._owing = self._owing or owed > 0
         missed = owed > 2 * self.CHECK_ROUNDS * len(outlook)  # more than by two looks at width 0
         late = owed * self._column if missed else 0.0
-        self.resting = False
-        if late <= self._bearable(len(outlook)):
+        bears, self.resting = self._bearable(len(outlook)), False
+        if late <= bears:
             self._chosen = self._choose(tuple(sorted(outlook)), owed, late)
         else:
             self._chosen, self._since, self._trial = 0, self._since + 1, None
+            self.resting = bears + 2 * AT_ONCE * self.LOSS < late  # so much may be brought in meanwhile
         return self._chosen
 
     def _choose(self, outlook: tuple[int, ...], owed: int, late: float) -> int:
