@@ -393,8 +393,8 @@ class Forward:
     still: places in `rows` that keep nothing whatever is kept: they are feeding their prompt, or have ended.
     forced: of the drafted columns, how many last ones a constraint forced. The drafter was asked for those before it,
         or not at all where there are none.
-    resting: no draft will be asked for within AWAKE rounds, as far as the depth policy knows. A drafter need not keep
-        what such a round shows.
+    resting: a round without drafts, and none will be asked for soon, as far as the depth policy knows. A drafter need
+        not keep what it shows.
     """
 
     rows: slice

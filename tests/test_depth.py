@@ -546,6 +546,17 @@ def test_no_draft_is_asked_for_soon_after_a_round_at_rest(turns, share, rows):
     assert not any(any(depth.rests[max(0, n - AWAKE) : n + 1]) for n in asked)
 
 
+@pytest.mark.parametrize("rows", [1, 8])
+def test_a_drafter_rests_while_the_budget_forbids_drafts(rows):
+    """Until AWAKE rounds, at least, before it is asked; nothing was drafted before, so the first rounds follow."""
+    state = Auto().state()
+    depth, rests, width = Auto.restored({**state, "left": -Auto.DEBT}), [], 0
+    while not (width := depth.choose([USUAL] * rows)):
+        rests.append(depth.resting)
+        depth.record(width, [1] * rows, 1.0, [USUAL] * rows)
+    assert sum(rests) > 0.4 * len(rests) and not any(rests[-AWAKE:])
+
+
 def test_outlooks_are_told_apart():
     """Half of the time a drafter is always right and says so: it drafts wide then, and not otherwise."""
     places = [[MAX_WIDTH, USUAL + 1]] * 60 + [[0, USUAL]] * 60
