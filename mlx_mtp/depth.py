@@ -268,7 +268,7 @@ class Auto:
                 return trial
         if self._width:
             return self._width
-        self._rests[outlook] = self._rest(outlook, owed, tokens) if hopeful else Rest(0, 0.0, False)
+        self._rests[outlook] = self._rest(outlook, owed, tokens, pays) if hopeful else Rest(0, 0.0, False)
         return self._probe(outlook, late)
 
     def _opening(self, rows: int, tokens: list[float]) -> int:
@@ -416,19 +416,19 @@ class Auto:
         self._probing -= 1
         return self.NARROW
 
-    def _rest(self, outlook: tuple[int, ...], owed: int, tokens: list[float]) -> Rest:
-        """When to look again, where width 0 is best and some drafter may have something."""
+    def _rest(self, outlook: tuple[int, ...], owed: int, tokens: list[float], pays: bool) -> Rest:
+        """When to look again, where width 0 is best and some drafter may have something. pays: as `_can_pay` says."""
         rows, known = len(outlook), self._times.known(len(outlook))
         proven = len(known) == 1 or any(self._times.comparisons(rows, w) for w in known if w)
         loses = self._look(outlook) * max(0.0, self._times.costs(self._timed(rows))[self.NARROW] - tokens[self.NARROW])
-        if self._can_pay(rows):
+        if pays:
             distance = self.FIRST_PROBE
         elif proven or owed:  # not before LOSS has brought in what the look loses
             distance = max(self.LAST_PROBE, int(loses / self.LOSS))
         else:
             distance = self.DOUBT if self._owing else self.FIRST_PROBE
         bears = self._bearable(rows) - loses if self.NARROW in known else 0.0  # what is not known may lose more
-        return Rest(distance, max(0.0, bears), not self._can_pay(rows) or self._stays(outlook, known))
+        return Rest(distance, max(0.0, bears), not pays or self._stays(outlook, known))
 
     def _stays(self, outlook: tuple[int, ...], known: frozenset[int]) -> bool:
         """Whether width 0 is the best still, and no other is tried, when what was kept lately has faded."""
