@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mlx_mtp.round_times import within
-from mlx_mtp.rows import BOUND, NOTHING
+from mlx_mtp.rows import DRAWN, NOTHING
 
 AT_ONCE = 32  # rounds without drafts that are reckoned with together: what is decided for each costs time
 
@@ -24,7 +24,7 @@ class Acceptance:
 
     def __init__(self, most: int, outlook: int) -> None:
         """most: positions that are kept apart."""
-        self._prior = self.HOPELESS if outlook % BOUND == NOTHING else self.PRIOR
+        self._prior = self.HOPELESS if outlook % DRAWN == NOTHING else self.PRIOR
         self._hits, self._tries = [0.0] * most, [0.0] * most
         self._slow, self._judged = [self._prior] * most, [0] * most
         self._unfaded = 0  # rounds since the counts were faded

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 from mlx_mtp.acceptance import AT_ONCE, Acceptances
 from mlx_mtp.round_times import PROVEN, SAMPLES, RoundTimes, within
-from mlx_mtp.rows import BOUND, NOTHING, RequestError
+from mlx_mtp.rows import BOUND, DRAWN, NOTHING, RequestError
 
 MAX_WIDTH = 15  # the widest round; the cache's rings leave room for it
 AWAKE = 16  # rounds before a look at drafts that a drafter is to know of; others it need not be shown
@@ -237,7 +237,7 @@ class Auto:
             return self._probe(outlook, late)
         self._learn()
         rows, known = len(outlook), self._times.known(len(outlook))
-        hopeful = any(o % BOUND != NOTHING for o in outlook)
+        hopeful = any(o % DRAWN != NOTHING for o in outlook)
         costs, tokens = self._times.costs(rows), self._acceptance.tokens(outlook)
         if 0 not in known:
             return self._opening(rows, tokens) if hopeful else 0

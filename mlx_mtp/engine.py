@@ -43,7 +43,7 @@ from mlx_mtp.models.families import Target
 from mlx_mtp.passes import Heard, Pass, Round
 from mlx_mtp.prefixes import Prefix
 from mlx_mtp.processors import History, check_ids
-from mlx_mtp.rows import USUAL, Draft, Event, Forward, Request, Stats, TokenLogprob
+from mlx_mtp.rows import DRAWN, USUAL, Draft, Event, Forward, Request, Stats, TokenLogprob
 from mlx_mtp.sampling import RowSampler, Sampler
 from mlx_mtp.scheduler import Chunk, Limits, Row, Scheduler, feed, neighbours
 
@@ -457,7 +457,7 @@ class Engine:
             self.confidence.record(judged, (len(done.decoded), done.width), heard.experts, alone_s)
         if self.first_drafts < JUDGED:
             right = judged.right if judged is not None else [k - 1 for k in kept]
-            guessed = [n > 0 for n, outlook in zip(right, done.outlook, strict=True) if outlook == USUAL]
+            guessed = [n > 0 for n, o in zip(right, done.outlook, strict=True) if o in (USUAL, USUAL + DRAWN)]
             self.first_drafts, self.first_kept = self.first_drafts + len(guessed), self.first_kept + sum(guessed)
 
     def _drop_done(self) -> None:

@@ -23,7 +23,7 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 # A row's outlook: what its drafter makes of the next draft. Whatever is above USUAL is a class of its own.
 NOTHING, USUAL = 0, 1
-BOUND = 64  # is added where the row's text is constrained
+DRAWN, BOUND = 32, 64  # are added where the row's tokens are drawn, and where its text is constrained
 
 
 class MlxMtpError(Exception):

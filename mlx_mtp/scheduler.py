@@ -13,7 +13,7 @@ import numpy as np
 
 from mlx_mtp.pace import Pace
 from mlx_mtp.prefixes import Prefix, Prefixes, Spacing, shared
-from mlx_mtp.rows import BOUND, USUAL, Follower, Listener, Request, RequestError, Stats
+from mlx_mtp.rows import BOUND, DRAWN, USUAL, Follower, Listener, Request, RequestError, Stats
 from mlx_mtp.sampling import RowSampler
 
 CHUNK_STEP = 16  # prompt chunks beside running rows are multiples of this
@@ -105,8 +105,9 @@ class Row:
 
     @property
     def prospect(self) -> int:
-        """The outlook as the depth policy is told of it: constrained rows are another case."""
-        return self.outlook + (BOUND if self.follower is not None else 0)
+        """The outlook as the depth policy is told of it: drawn and constrained rows are other cases."""
+        drawn = 0 if self.request.sampling.greedy else DRAWN
+        return self.outlook + drawn + (BOUND if self.follower is not None else 0)
 
     @property
     def room(self) -> int:

@@ -32,7 +32,7 @@ from mlx_mtp.grammar import Grammars, Tool
 from mlx_mtp.guide import Slot
 from mlx_mtp.load import load_pair
 from mlx_mtp.pair import Pair
-from mlx_mtp.rows import BOUND, GREEDY, USUAL, Request, Sampling
+from mlx_mtp.rows import BOUND, DRAWN, GREEDY, USUAL, Request, Sampling
 from mlx_mtp.scheduler import Limits
 
 TOOLS = json.loads((Path(__file__).resolve().parent / "fixtures" / "schemas" / "tools.json").read_text())
@@ -266,8 +266,8 @@ def test_a_mixed_round_is_a_constrained_one_and_tells_its_rows_apart():
             return super().choose(outlook, owed)
 
     engine = watched(Apart(Noting(1), Outlooks(2)))
-    run(engine, [answer(TOOLS["glob"]), free("x = ", 40)])
-    assert (USUAL + BOUND, USUAL) in seen
+    run(engine, [answer(TOOLS["glob"]), free("x = ", 40), free("y = ", 40, Sampling(temperature=1.0, seed=1))])
+    assert (USUAL + BOUND, USUAL, USUAL + DRAWN) in seen
     assert all(any(o >= BOUND for o in outlook) for outlook in seen)
 
 

@@ -17,7 +17,7 @@ from test_depth import COSTS, Cost, linear
 
 from mlx_mtp import GREEDY, Pair, load
 from mlx_mtp.depth import Apart, Auto, Depth, depth_of
-from mlx_mtp.rows import BOUND, USUAL
+from mlx_mtp.rows import BOUND, DRAWN, USUAL
 from mlx_mtp.tuning import Policies, Tuning
 
 EDGE = FIXTURES / "edge"
@@ -172,6 +172,21 @@ def test_what_is_learnt_of_constrained_rows_is_kept_apart():
         text(depth, 0.9, linear(0.1, 0.1), 1, seed, outlook=USUAL + BOUND)
     after = Apart.restored(json.loads(json.dumps(depth.state())))
     assert after.choose([USUAL]) == 0 and first_widths(after, 1, USUAL + BOUND)[-1] > 1
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_what_drawn_rows_keep_says_nothing_of_greedy_ones(rows):
+    """Somebody's chats between an editor's requests."""
+    auto, cost, found = Auto(), linear(0.0, 0.35), []
+    for turn in range(3):
+        for seed in range(3 * turn, 3 * turn + 3):
+            greedy = text(auto := again(auto), 0.9, cost, rows, seed)
+            if turn and seed % 3 == 0:
+                found.append(greedy)
+        for seed in range(6):
+            drawn = text(auto := again(auto), 0.1, cost, rows, seed, outlook=USUAL + DRAWN)
+            assert drawn < 1.04
+    assert max(found) < 0.7
 
 
 # the file ---------------------------------------------------------------------------------------------------
