@@ -441,15 +441,15 @@ class Auto:
 
     def _look(self, outlook: tuple[int, ...]) -> int:
         """Rounds of a narrow look: one where hardly any draft is ever kept, or where it is only asked how long a round
-        takes and the first tells that."""
+        takes; and one more where the first of all would not tell that."""
         rows, width = len(outlook), self.NARROW
         if width not in self._times.known(rows):
             return self.PROBE_ROUNDS
-        if self._can_pay(rows):
-            one = self._acceptance.tokens(outlook)[width] <= self.HARDLY[rows > 1]
-        else:
-            one = (rows, width) in self._seen
-        return 1 if one else self.PROBE_ROUNDS
+        unseen = (rows, width) not in self._seen
+        if not self._can_pay(rows):
+            return 1 + unseen
+        hardly = self._acceptance.tokens(outlook)[width] <= self.HARDLY[rows > 1]
+        return 1 if hardly else self.PROBE_ROUNDS + unseen
 
 
 def _went_on(costs: list[float], timed: int, width: int) -> float:

@@ -189,6 +189,20 @@ def test_what_drawn_rows_keep_says_nothing_of_greedy_ones(rows):
     assert max(found) < 0.7
 
 
+@pytest.mark.parametrize("rows", [1, 4, 8])
+def test_a_cost_that_was_too_high_is_put_right_though_a_process_looks_but_once(rows):
+    dear, cheap = [], []
+    for user in range(4):
+        auto = Auto()
+        for seed in range(4):
+            dear.append(text(auto, 0.65, linear(0.0, 0.8), rows, 10 * user + seed))
+            auto = again(auto)
+        for seed in range(4):
+            cheap.append(text(auto, 0.65, linear(0.0, 0.25), rows, 10 * user + seed))
+            auto = again(auto)
+    assert statistics.mean(dear) > 0.99 and statistics.mean(cheap) < 0.9
+
+
 # the file ---------------------------------------------------------------------------------------------------
 
 
