@@ -147,6 +147,7 @@ class Auto:
     # Tokens of all rows: what they may lose at once, for one text's gain does not pay for another's loss; and what of a
     # greater loss counts, as of a round that hung.
     BUDGET, DEBT = 20, 6
+    FULL = 0.95  # share of the budget that is all of it
     MEMORY = 0.999  # per round: after a thousand a loss is forgotten
     MISSES = 16  # after which a width is taken to be none that the drafter can draft
     FURTHER = 2  # times the widest that is timed, and one more, is as wide as a shape may be that is tried next
@@ -383,9 +384,10 @@ class Auto:
 
     def _affordable(self, rows: int, width: int, widest: int, costs: list[float], tokens: list[float]) -> bool:
         """Whether the loss would be borne if timing a width brought no more than the widest that is known, and the cost
-        went on as it has so far. Its first round tells no time, and one more is chosen before the last one is read."""
+        went on as so far; or the budget is full. The first round tells no time, and one more is chosen in vain."""
         cost = _went_on(costs, widest, width)
-        return (SAMPLES + 2) * (cost - tokens[min(width, widest)]) <= self._bearable(rows)
+        loses = (SAMPLES + 2) * (cost - tokens[min(width, widest)])
+        return min(loses, self.FULL * self.BUDGET / rows) <= self._bearable(rows)
 
     def _overdue(self, rows: int, tokens: list[float], rates: list[float]) -> bool:
         """Whether it is long since rounds of width 0 were seen, by which all the others are judged, or the last round

@@ -203,6 +203,20 @@ def test_a_cost_that_was_too_high_is_put_right_though_a_process_looks_but_once(r
     assert statistics.mean(dear) > 0.99 and statistics.mean(cheap) < 0.9
 
 
+@pytest.mark.parametrize("rows", [1, 4, 8])
+def test_a_drafter_that_pays_in_wider_rounds_only_is_found_out(rows):
+    """A block is drafted in as much time however wide it is."""
+
+    def block(rows: int, width: int) -> float:
+        return 1 + (0.68 + 0.08 * width if width else 0.0)
+
+    auto, found = Auto(), []
+    for seed in range(8):
+        found.append(text(auto, 0.65, block, rows, seed))
+        auto = again(auto)
+    assert statistics.mean(found) < 0.95
+
+
 # the file ---------------------------------------------------------------------------------------------------
 
 
