@@ -180,7 +180,7 @@ class RoundTimes:
         self._settle(rows, width)
 
     def _settle(self, rows: int, width: int) -> None:
-        paired, first = self._paired[rows, width], self._first[rows, width]
+        paired, first = self._paired[rows, width], self._first.get((rows, width), [])  # which one just forgotten lacks
         self._levels[rows, width] = statistics.median(paired or first)
         self._costs.pop(rows, None)
 

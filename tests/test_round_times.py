@@ -1,5 +1,7 @@
 """What rounds of a width cost, learnt from times that change for other reasons too."""
 
+import json
+import random
 from collections.abc import Callable
 
 import pytest
@@ -144,6 +146,22 @@ def again(times: RoundTimes) -> RoundTimes:
     after = RoundTimes(8)
     after.restore(times.state())
     return after
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_whatever_rounds_took_can_be_kept(seed):
+    """Some other program makes any round take several times as long, so that what was kept is contradicted."""
+    rng, times = random.Random(seed), RoundTimes(4)
+    for _ in range(40):
+        for _ in range(rng.randrange(60)):
+            width = rng.choice([0, 0, 0, 1, 2, 4])
+            rows, slower = rng.choice([1, 1, 1, 1, 2]), rng.choice([1.0, 1.0, 1.0, 2.0, 4.0])
+            times.learn(rows, width, 0.02 * (1 + 0.3 * width) * slower, late=rng.random() < 0.1)
+        after = RoundTimes(4)
+        after.restore(json.loads(json.dumps(times.state())))
+        for rows in (1, 2):
+            assert after.known(rows) <= times.known(rows) and min(after.costs(rows)) == 1
+        times = after
 
 
 def test_what_was_kept_is_believed_until_a_comparison_contradicts_it_and_then_all_of_it_is_forgotten():
