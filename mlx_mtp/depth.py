@@ -127,8 +127,8 @@ class Auto:
     less drafting seems to gain. Where width 0 is best, a narrow round is tried at growing distances, unless no drafter
     has anything. A width is timed only while it promises clearly more than a token a round: no draft is free. Where no
     known width would pay if all of its drafts were kept, no other is tried, and the distance is the greatest at once,
-    or as long as LOSS takes to bring in what the look loses; unless only the very first rounds say so and nothing
-    would have to be made up: those are doubted, though later of a drafter that ever has to make up for anything.
+    or as long as LOSS takes to bring in what the look loses. The very first rounds are doubted, where nothing has to
+    be made up, though later of a drafter that ever must; of others a cost little too high for good drafts.
     What drafting loses against width 0 it takes from a budget, counted in rounds of width 0; with what a plain round
     takes longer because one with drafts is built beside it. Its gains and LOSS of all time go in, up to BUDGET tokens,
     which is the fewer rounds the more rows there are. While nothing is left nothing is drafted, and no shape is tried
@@ -153,7 +153,8 @@ class Auto:
     FURTHER = 2  # times the widest that is timed, and one more, is as wide as a shape may be that is tried next
     PAUSE = 6  # rounds between two shapes that are tried for their time
     FIRST_PROBE, LAST_PROBE, PROBE_ROUNDS = 48, 768, 2
-    DOUBT = 192  # rounds, for which the very first ones are believed of a drafter that must catch up
+    WRONG = 1.25  # as much too high may a cost be that was found in bad moments
+    DOUBT = 192  # rounds, for which that is believed, and the very first ones of a drafter that must catch up
     FIRST_CHECK, LAST_CHECK, CHECK_ROUNDS = 5, 256, 3  # rounds with drafts before some without
     CHECK_SHARE = 0.005  # of the time that those may cost
     OWED, OWED_SHARE = 16, 0.05  # columns a row that are not made up in passing; share of a round that is not noise
@@ -280,12 +281,12 @@ class Auto:
         self._quiet = self.PAUSE
         return self.NARROW
 
-    def _can_pay(self, rows: int) -> bool:
-        """Whether drafts would pay if all of them were kept; while none have been timed with so many rows, whether they
-        would with the next fewer."""
+    def _can_pay(self, rows: int, wrong: float = 1.0) -> bool:
+        """Whether drafts would pay if all of them were kept, and cost so much less than is known; while none have been
+        timed with so many rows, whether they would with the next fewer."""
         timed = self._timed(rows)
         costs, widths = self._times.costs(timed), self._times.known(timed) - {0}
-        return not widths or any((1 + w) / costs[w] > self.WORTH for w in widths)
+        return not widths or any((1 + w) * wrong / costs[w] > self.WORTH for w in widths)
 
     def _timed(self, rows: int) -> int:
         """So many rows, or the next fewer with which rounds with drafts have been timed; as many if there are none."""
@@ -385,8 +386,7 @@ class Auto:
     def _affordable(self, rows: int, width: int, widest: int, costs: list[float], tokens: list[float]) -> bool:
         """Whether the loss would be borne if timing a width brought no more than the widest that is known, and the cost
         went on as so far; or the budget is full. The first round tells no time, and one more is chosen in vain."""
-        cost = _went_on(costs, widest, width)
-        loses = (SAMPLES + 2) * (cost - tokens[min(width, widest)])
+        loses = (SAMPLES + 2) * (_went_on(costs, widest, width) - tokens[min(width, widest)])
         return min(loses, self.FULL * self.BUDGET / rows) <= self._bearable(rows)
 
     def _overdue(self, rows: int, tokens: list[float], rates: list[float]) -> bool:
@@ -426,7 +426,8 @@ class Auto:
         if pays:
             distance = self.FIRST_PROBE
         elif proven or owed:  # not before LOSS has brought in what the look loses
-            distance = max(self.LAST_PROBE, int(loses / self.LOSS))
+            doubted = not self._owing and tokens[self.NARROW] > self.PROMISE and self._can_pay(rows, self.WRONG)
+            distance = max(self.DOUBT if doubted else self.LAST_PROBE, int(loses / self.LOSS))
         else:
             distance = self.DOUBT if self._owing else self.FIRST_PROBE
         bears = self._bearable(rows) - loses if self.NARROW in known else 0.0  # what is not known may lose more
@@ -450,8 +451,7 @@ class Auto:
         unseen = (rows, width) not in self._seen
         if not self._can_pay(rows):
             return 1 + unseen
-        hardly = self._acceptance.tokens(outlook)[width] <= self.HARDLY[rows > 1]
-        return 1 if hardly else self.PROBE_ROUNDS + unseen
+        return 1 if self._acceptance.tokens(outlook)[width] <= self.HARDLY[rows > 1] else self.PROBE_ROUNDS + unseen
 
 
 def _went_on(costs: list[float], timed: int, width: int) -> float:
