@@ -5,6 +5,7 @@ import json
 import os
 import random
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,25 @@ def again(auto: Auto) -> Auto:
     return Auto.restored(json.loads(json.dumps(auto.state())))
 
 
+def by_processes(
+    auto: Auto,
+    seeds: Iterable[int],
+    chance: float,
+    cost: Cost,
+    rows: int,
+    tokens: int = 127,
+    outlook: int = USUAL,
+    column: float = 0.0,
+) -> tuple[list[float], Auto]:
+    """`text` in one process after another, each of which goes on with what the one before has kept; and what goes on
+    with what the last has."""
+    found = []
+    for seed in seeds:
+        found.append(text(auto, chance, cost, rows, seed, tokens, outlook, column))
+        auto = again(auto)
+    return found, auto
+
+
 def texts(chance: float, cost: Cost, rows: int, remember: bool, column: float = 0.0) -> list[float]:
     """`text` in process after process of one user, of several users; the first of each, which nobody can remember
     anything in, left out."""
@@ -119,15 +139,10 @@ def test_drafts_that_have_become_dear_are_found_out_by_the_first_ones(rows, per_
     """As when another program takes the memory's bandwidth, or leaves it."""
     found = []
     for user in range(6):
-        auto = Auto()
-        for seed in range(3):
-            text(auto, 0.8, linear(0.05, 0.05), rows, 100 * user + seed, tokens=400)
-            auto = again(auto)
+        seed = 100 * user
+        _, auto = by_processes(Auto(), range(seed, seed + 3), 0.8, linear(0.05, 0.05), rows, tokens=400)
         assert auto.settled > 0
-        of_user = []
-        for seed in range(4):
-            of_user.append(text(auto, 0.8, linear(0.1, per_draft), rows, 100 * user + 50 + seed))
-            auto = again(auto)
+        of_user, _ = by_processes(auto, range(seed + 50, seed + 54), 0.8, linear(0.1, per_draft), rows)
         found.append(of_user)
     first, *others = (statistics.mean(ones) for ones in zip(*found, strict=True))
     assert first < 1 + 0.15 * per_draft and max(others) < 1.04
@@ -136,15 +151,9 @@ def test_drafts_that_have_become_dear_are_found_out_by_the_first_ones(rows, per_
 @pytest.mark.parametrize("column", [0.0, 0.1], ids=["reads what it missed", "makes up for it"])
 def test_a_cost_that_is_no_longer_true_is_found_out(column):
     """As when the chip was hot, or another program ran, in the processes that learnt it."""
-    auto = Auto()
-    for seed in range(3):
-        text(auto, 0.8, linear(0.1, 3.0), 1, seed, tokens=400, column=3 * column)
-        auto = again(auto)
+    _, auto = by_processes(Auto(), range(3), 0.8, linear(0.1, 3.0), 1, tokens=400, column=3 * column)
     assert auto.settled == 0
-    found = []
-    for seed in range(24):
-        found.append(text(auto, 0.8, linear(0.05, 0.05), 1, seed, column=column))
-        auto = again(auto)
+    found, _ = by_processes(auto, range(24), 0.8, linear(0.05, 0.05), 1, column=column)
     assert max(found) < 1.02 and max(found[12:]) < 0.7 and statistics.mean(found[16:]) < 0.53
 
 
@@ -156,10 +165,7 @@ def test_a_draft_model_as_large_as_its_target_is_not_tried_in_every_process(rows
 
 
 def test_what_did_not_pay_in_one_kind_of_text_is_tried_in_the_next():
-    auto = Auto()
-    for seed in range(10):
-        text(auto, 0.0, linear(0.1, 0.2), 1, seed)
-        auto = again(auto)
+    _, auto = by_processes(Auto(), range(10), 0.0, linear(0.1, 0.2), 1)
     found = [text(auto, 0.9, linear(0.1, 0.2), 1, seed, tokens=400) for seed in range(3)]
     assert found[-1] < 0.6 and found[0] < 0.85
 
@@ -179,13 +185,10 @@ def test_what_drawn_rows_keep_says_nothing_of_greedy_ones(rows):
     """Somebody's chats between an editor's requests."""
     auto, cost, found = Auto(), linear(0.0, 0.35), []
     for turn in range(3):
-        for seed in range(3 * turn, 3 * turn + 3):
-            greedy = text(auto := again(auto), 0.9, cost, rows, seed)
-            if turn and seed % 3 == 0:
-                found.append(greedy)
-        for seed in range(6):
-            drawn = text(auto := again(auto), 0.1, cost, rows, seed, outlook=USUAL + DRAWN)
-            assert drawn < 1.04
+        greedy, auto = by_processes(auto, range(3 * turn, 3 * turn + 3), 0.9, cost, rows)
+        found += greedy[:1] if turn else []
+        drawn, auto = by_processes(auto, range(6), 0.1, cost, rows, outlook=USUAL + DRAWN)
+        assert max(drawn) < 1.04
     assert max(found) < 0.7
 
 
@@ -193,13 +196,10 @@ def test_what_drawn_rows_keep_says_nothing_of_greedy_ones(rows):
 def test_a_cost_that_was_too_high_is_put_right_though_a_process_looks_but_once(rows):
     dear, cheap = [], []
     for user in range(4):
-        auto = Auto()
-        for seed in range(4):
-            dear.append(text(auto, 0.65, linear(0.0, 0.8), rows, 10 * user + seed))
-            auto = again(auto)
-        for seed in range(4):
-            cheap.append(text(auto, 0.65, linear(0.0, 0.25), rows, 10 * user + seed))
-            auto = again(auto)
+        seeds = range(10 * user, 10 * user + 4)
+        of_dear, auto = by_processes(Auto(), seeds, 0.65, linear(0.0, 0.8), rows)
+        of_cheap, _ = by_processes(auto, seeds, 0.65, linear(0.0, 0.25), rows)
+        dear, cheap = dear + of_dear, cheap + of_cheap
     assert statistics.mean(dear) > 0.99 and statistics.mean(cheap) < 0.9
 
 
@@ -210,10 +210,7 @@ def test_a_drafter_that_pays_in_wider_rounds_only_is_found_out(rows):
     def block(rows: int, width: int) -> float:
         return 1 + (0.68 + 0.08 * width if width else 0.0)
 
-    auto, found = Auto(), []
-    for seed in range(8):
-        found.append(text(auto, 0.65, block, rows, seed))
-        auto = again(auto)
+    found, _ = by_processes(Auto(), range(8), 0.65, block, rows)
     assert statistics.mean(found) < 0.95
 
 
@@ -222,10 +219,8 @@ def test_drafts_that_seemed_too_dear_to_pay_are_drafted_again_though_processes_a
     """For a few processes another program had the machine, and a round with a draft took as long as 2.2 plain ones."""
     found = []
     for user in range(4):
-        auto = Auto()
-        for seed in range(3):
-            text(auto := again(auto), 0.8, linear(0.0, 1.2), rows, 10 * user + seed)
-        found.append(statistics.mean(text(auto := again(auto), 0.8, linear(0.0, 0.3), rows, seed) for seed in range(8)))
+        _, auto = by_processes(Auto(), range(10 * user, 10 * user + 3), 0.8, linear(0.0, 1.2), rows)
+        found += by_processes(auto, range(8), 0.8, linear(0.0, 0.3), rows)[0]
     assert statistics.mean(found) < 0.9
 
 
