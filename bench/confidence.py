@@ -26,10 +26,11 @@ import numpy as np
 
 import mlx_mtp
 from mlx_mtp.accept import Verdict, verdict
+from mlx_mtp.auto import Auto
 from mlx_mtp.cache import Cache
 from mlx_mtp.chips import find_chip
 from mlx_mtp.confidence import Confidence, Judged, Overlap, Sizes
-from mlx_mtp.depth import MAX_WIDTH, Auto, Constant, Depth, depth_of
+from mlx_mtp.depth import MAX_WIDTH, Constant, Depth, depth_of
 from mlx_mtp.engine import Engine
 from mlx_mtp.load import LoadedPair, load_pair
 from mlx_mtp.roofline import CEILING, MLX, Roofline, Setting

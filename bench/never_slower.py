@@ -61,8 +61,9 @@ from drafters import DATA, quantised  # noqa: E402
 from mlx.utils import tree_map  # noqa: E402
 
 from mlx_mtp import GREEDY, Sampling, __version__  # noqa: E402
+from mlx_mtp.auto import Auto  # noqa: E402
 from mlx_mtp.cache import Cache  # noqa: E402
-from mlx_mtp.depth import MAX_WIDTH, Auto, Constant, Depth  # noqa: E402
+from mlx_mtp.depth import MAX_WIDTH, Constant, Depth  # noqa: E402
 from mlx_mtp.drafters import Drafter  # noqa: E402
 from mlx_mtp.drafters.kinds import Parts  # noqa: E402
 from mlx_mtp.drafters.lookup import LookupDrafter  # noqa: E402

@@ -27,9 +27,10 @@ from engines import (
 import mlx_mtp
 from mlx_mtp import confidence
 from mlx_mtp.accept import matching, verdict
+from mlx_mtp.auto import Auto
 from mlx_mtp.cache import Cache
 from mlx_mtp.confidence import Calibration, Confidence, Judged, Overlap, Share, Sizes
-from mlx_mtp.depth import MAX_WIDTH, Auto, Constant, Depth
+from mlx_mtp.depth import MAX_WIDTH, Constant, Depth
 from mlx_mtp.drafters.lookup import LookupDrafter
 from mlx_mtp.kernels.head import Clusters, head_odds
 from mlx_mtp.kernels.matrix import Matrix

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mlx_mtp.depth import AWAKE, MAX_WIDTH, Auto, Constant, Depth, Heuristic, depth_of
+from mlx_mtp.auto import AWAKE, Auto
+from mlx_mtp.depth import MAX_WIDTH, Constant, Depth, Heuristic, depth_of
 from mlx_mtp.round_times import NEAR
 from mlx_mtp.rows import BOUND, NOTHING, USUAL, RequestError
 

@@ -11,8 +11,9 @@ import pytest
 from engines import Models, drafter_of, prompts, request, run, smallest, texts
 from test_depth import COSTS, STEPS, Cost
 
+from mlx_mtp.auto import Auto
 from mlx_mtp.cache import Cache
-from mlx_mtp.depth import MAX_WIDTH, Auto, Constant, Depth
+from mlx_mtp.depth import MAX_WIDTH, Constant, Depth
 from mlx_mtp.drafters.draft_model import DraftModel
 from mlx_mtp.engine import Engine, Heard, Pass
 from mlx_mtp.rows import GREEDY, Draft, Event, Request, Sampling

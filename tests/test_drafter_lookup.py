@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from engines import Listed, engine_of, fixture, request, run, smallest
 
+from mlx_mtp.auto import Auto
 from mlx_mtp.cache import Cache
-from mlx_mtp.depth import MAX_WIDTH, Auto
+from mlx_mtp.depth import MAX_WIDTH
 from mlx_mtp.drafters import Drafter, lookup
 from mlx_mtp.drafters.lookup import GATE, LONGEST, SURE, LookupDrafter, certain, longest_match
 from mlx_mtp.drafters.plain import PlainDrafter

@@ -28,7 +28,8 @@ from engines import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mlx_mtp.depth import Auto, Depth, Heuristic
+from mlx_mtp.auto import Auto
+from mlx_mtp.depth import Depth, Heuristic
 from mlx_mtp.rows import GREEDY, Request, Sampling
 from mlx_mtp.scheduler import Limits
 

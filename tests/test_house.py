@@ -36,7 +36,19 @@ LAYERS = (
         "inside",
     ),
     ("passes",),
-    ("scheduler", "pace", "prefixes", "depth", "drafters", "accept", "sampling", "processors", "logprobs", "guide")
+    (
+        "scheduler",
+        "pace",
+        "prefixes",
+        "depth",
+        "auto",
+        "drafters",
+        "accept",
+        "sampling",
+        "processors",
+        "logprobs",
+        "guide",
+    )
     + ("confidence",),
     ("models",),
     ("cache", "states", "buffers", "kernels", "round_times", "acceptance", "kept"),

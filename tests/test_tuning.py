@@ -17,7 +17,8 @@ from servers import running, until
 from test_depth import COSTS, Cost, linear
 
 from mlx_mtp import GREEDY, Pair, load
-from mlx_mtp.depth import Apart, Auto, Depth, depth_of
+from mlx_mtp.auto import Auto
+from mlx_mtp.depth import Apart, Depth, depth_of
 from mlx_mtp.rows import BOUND, DRAWN, USUAL
 from mlx_mtp.tuning import Policies, Tuning
 
