@@ -19,6 +19,9 @@ engine in the drafter's place: what the measure says where nothing is to be foun
 --cold instead asks what a program that ends with its eight prompts would see: every case has a new policy, its prompts
 come one after another, `rows` of them at once, and all of it counts.
 
+A new policy is calibrated for as many rows before its first text, as `mlx-mtp generate` and `serve` do; what that takes
+is told apart, in rounds of the plain side. --uncalibrated leaves it out.
+
 --cpu-time takes the process's own processor time, for the figures and as the policy's clock: for a machine that others
 use too. It counts twice what runs at the same time.
 
@@ -27,7 +30,7 @@ With --json every case is written down as it is found, and --go-on adds to that:
 rate: tokens of rounds over their seconds, from when every row has its first token to when the first row ends. ratio: of
 the two sides' rates, mean of all processes; its standard error, from theirs; then the least and the most of them.
 drafting, probing: share of its time in rounds with drafts, and in those of another width than the one it takes to be
-the best. Ends with 1 if a ratio is below `--least`.
+the best. calibrating: rounds of the plain side. Ends with 1 if a ratio is below `--least`.
 
 A threaded BLAS spins on the second core beside the host's thread: OPENBLAS_NUM_THREADS=1 makes both sides faster and
 the figures steadier.
@@ -63,6 +66,7 @@ from mlx.utils import tree_map  # noqa: E402
 from mlx_mtp import GREEDY, Sampling, __version__  # noqa: E402
 from mlx_mtp.auto import Auto  # noqa: E402
 from mlx_mtp.cache import Cache  # noqa: E402
+from mlx_mtp.calibration import calibrate  # noqa: E402
 from mlx_mtp.depth import MAX_WIDTH, Constant, Depth  # noqa: E402
 from mlx_mtp.drafters import Drafter  # noqa: E402
 from mlx_mtp.drafters.kinds import Parts  # noqa: E402
@@ -89,6 +93,7 @@ Make = Callable[[Cache], Drafter]
 Clock = Callable[[], float]
 Key = tuple[str, str, int]  # of a case
 New = Callable[[Sequence[Request]], "Side"]
+Prepare = Callable[[Auto], float]  # a policy, before its texts; returns the seconds that this took
 
 
 class Watched:
@@ -115,12 +120,15 @@ class Watched:
         """Rounds under way, which will not be told of: their engine is no more."""
         self._finding.clear()
 
-    def begin(self, learnt: str) -> None:
-        """Another set of texts: `LEARNT` says with what."""
-        if isinstance(self._policy, Auto) and learnt == "nothing":
+    def begin(self, learnt: str, prepare: Prepare) -> float:
+        """Another set of texts: `LEARNT` says with what. Returns the seconds that preparing the policy took."""
+        if not isinstance(self._policy, Auto):
+            return 0.0
+        if learnt == "nothing":
             self._policy = Auto()
-        elif isinstance(self._policy, Auto) and learnt == "kept":
+        elif learnt == "kept":
             self._policy = Auto.restored(json.loads(json.dumps(self._policy.state())))
+        return prepare(self._policy)
 
     def shares(self) -> tuple[float, float]:
         """(drafting, probing) since this was asked last."""
@@ -131,12 +139,13 @@ class Watched:
 
 @dataclass(frozen=True)
 class Turn:
-    """What one process found of a case."""
+    """What one process found of a case. calibrating: rounds of the plain side that it took, for all sets."""
 
     plain_tok_s: float
     auto_tok_s: float
     drafting: float
     probing: float
+    calibrating: float = 0.0
 
     @property
     def ratio(self) -> float:
@@ -175,10 +184,11 @@ class Case:
     def line(self) -> str:
         ratios = [turn.ratio for turn in self.turns]
         spread = f"{self.ratio:.3f} ± {self.error:.3f} ({min(ratios):.2f}..{max(ratios):.2f}, {len(ratios)})"
-        plain, auto, drafting, probing = (statistics.mean(part) for part in zip(*map(astuple, self.turns), strict=True))
+        means = (statistics.mean(part) for part in zip(*map(astuple, self.turns), strict=True))
+        plain, auto, drafting, probing, calibrating = means
         return (
             f"| {self.drafter} | {self.prompts} | {self.rows} | {spread} | {plain:.0f} | {auto:.0f} "
-            f"| {drafting:.0%} | {probing:.1%} |"
+            f"| {drafting:.0%} | {probing:.1%} | {calibrating:.0f} |"
         )
 
 
@@ -300,14 +310,15 @@ def measured(
     sets: Sequence[Sequence[Request]],
     before: int,
     learnt: str,
+    prepare: Prepare,
     order: random.Random,
 ) -> Turn:
     """What the plain side and the other one, whose policy is given, make of sets of requests, of which the first
     `before` do not count. learnt: what every set begins with."""
-    counted = []
+    counted, preparing_s = [], 0.0
     for place, wanted in enumerate(sets):
         policy.forget()
-        policy.begin(learnt)
+        preparing_s += policy.begin(learnt, prepare)
         found = by_turns(new, wanted, order)
         gc.collect()  # before other engines are made
         if place < before:
@@ -315,7 +326,8 @@ def measured(
         else:
             counted.append(found)
     tokens, seconds = np.sum(counted, axis=0).T
-    return Turn(*(tokens / seconds).tolist(), *policy.shares())
+    plain, auto = (tokens / seconds).tolist()
+    return Turn(plain, auto, *policy.shares(), preparing_s * plain / len(sets[0]))
 
 
 def turns(process: int, wanted: Sequence[Key], args: argparse.Namespace) -> Iterator[tuple[Key, Turn]]:
@@ -326,6 +338,14 @@ def turns(process: int, wanted: Sequence[Key], args: argparse.Namespace) -> Iter
 
     def side(make: Make, depth: Depth, own: Sequence[Request]) -> Side:
         return Side(engine_of(target, make, depth), clock, own)
+
+    def prepare(make: Make, rows: int, policy: Auto) -> float:
+        began_s = clock()
+        if not args.uncalibrated and not policy.knows(rows):
+            engine = engine_of(target, make, Constant(0))
+            engine.clock = clock
+            calibrate(engine, rows, [policy], target.model.config.max_positions)
+        return clock() - began_s
 
     def policy_of(name: str) -> Watched:
         return Watched(Constant(0) if name == NONE else Auto())
@@ -339,7 +359,8 @@ def turns(process: int, wanted: Sequence[Key], args: argparse.Namespace) -> Iter
                 policy, before = policy_of(name), 0
                 sets = [texts[i : i + rows] for i in range(0, len(texts), rows)]
             new = partial(side, nothing, Constant(0)), partial(side, made[name], policy)
-            yield (name, kind, rows), measured(new, policy, sets, before, args.learnt, order)
+            own = partial(prepare, made[name], rows)
+            yield (name, kind, rows), measured(new, policy, sets, before, args.learnt, own, order)
 
 
 def work(process: int, wanted: Sequence[Key], args: argparse.Namespace, results: Connection) -> None:
@@ -390,6 +411,7 @@ def arguments() -> argparse.Namespace:
         help="what texts begin with: all that was learnt before, as in one process; what is kept of it for the "
         "next process, as in one of its own; or nothing",
     )
+    parser.add_argument("--uncalibrated", action="store_true", help="begin new policies with their first text")
     parser.add_argument("--processes", type=int, default=3)
     parser.add_argument("--most", type=int, default=9, help="processes for cases that are hard to tell")
     parser.add_argument("--least", type=float, default=0.97, help="the least ratio that passes")
@@ -418,8 +440,8 @@ def main() -> None:
             if args.json:
                 found = {"runs": runs, "cases": [asdict(case) for case in cases.values() if case.turns]}
                 args.json.write_text(json.dumps(found, indent=1) + "\n")
-    print("| drafter | prompts | rows | auto / width 0 | plain tok/s | auto tok/s | drafting | probing |")
-    print("|---" * 8 + "|")
+    print("| drafter | prompts | rows | auto / width 0 | plain tok/s | auto tok/s | drafting | probing | calibrating |")
+    print("|---" * 9 + "|")
     for case in cases.values():
         print(case.line())
     slow = [case for case in cases.values() if case.ratio < args.least]

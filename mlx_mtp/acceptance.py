@@ -68,6 +68,11 @@ class Acceptance:
         return self._expected
 
     @property
+    def judged(self) -> bool:
+        """Whether any draft has been kept or not."""
+        return self._judged[0] > 0
+
+    @property
     def lasting(self) -> list[float]:
         """The same once the counts have faded."""
         return self._expect(faded=True)
@@ -104,6 +109,10 @@ class Acceptances:
         if len(kinds) == 1:
             return of[outlook[0]]
         return [sum(of[one][w] for one in outlook) / len(outlook) for w in range(self._most + 1)]
+
+    def judged(self, outlook: Sequence[int]) -> bool:
+        """Whether any draft of rows of these outlooks has been kept or not."""
+        return any(self._known(one).judged for one in set(outlook))
 
     def state(self) -> dict[str, Any]:
         """What was counted, as plain values of JSON."""

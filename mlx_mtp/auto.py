@@ -49,7 +49,8 @@ class Auto:
     case than one where it guesses. What is known of a row when a width is chosen is one round old, and what comes of
     it is put down to that knowledge, so that the delay is part of the estimate.
     The very first rounds draft, narrowly and while that promises anything, for a drafter that reads what it has missed
-    owes nothing yet. Rounds of width 0 follow, by which they are timed.
+    owes nothing yet. Rounds of width 0 follow, by which they are timed. Where costs were `timed` before, it drafts if
+    that promises to pay, and narrowly, too, until a draft has been judged.
     Times are those of `RoundTimes`. They never fall with the width, so a shape not yet seen takes at least what the
     next narrower one takes; where that would be fast enough to win, the shape is tried. Steps in the cost, as kernels
     have them, are found this way; of several shapes that is tried first which is the best if there is no step, though
@@ -180,7 +181,7 @@ class Auto:
         costs, tokens = self._times.costs(rows), self._acceptance.tokens(outlook)
         if 0 not in known:
             return self._opening(rows, tokens) if hopeful else 0
-        drafted, pays = len(known) > 1, self._can_pay(rows)
+        drafted, pays = len(known) > 1, self.can_pay(rows)
         meeting = self._meeting(rows, known, costs, tokens) if hopeful and (drafted or pays) else None
         if meeting is not None and self._missed[rows, meeting] < self.MISSES:
             return 0 if self._times.plain_s(rows) is None else meeting  # where nothing ran it could be compared with
@@ -197,7 +198,8 @@ class Auto:
                 return 0
             if self._overdue(rows, tokens, rates):
                 return 0
-        if drafted and pays and self._quiet > self.PAUSE:
+        judged = self._acceptance.judged(outlook)
+        if drafted and pays and judged and self._quiet > self.PAUSE:
             trial = self._worth_trying(rows, known, costs, tokens, rates)
             if trial is not None and self._width and self._unseen:  # rounds to compare it with come first
                 self._unseen = self._recheck
@@ -206,19 +208,19 @@ class Auto:
                 self._trial, self._quiet = (rows, trial), 0
                 return trial
         if self._width:
-            return self._width
+            return self._width if judged else self.NARROW
         self._rests[outlook] = self._rest(outlook, owed, tokens, pays) if hopeful else Rest(0, 0.0, False)
         return self._probe(outlook, late)
 
     def _opening(self, rows: int, tokens: list[float]) -> int:
         """Width of one of the first rounds with so many rows, before the time of width 0 is known."""
-        if self._opened[rows] == self.OPENING or tokens[self.NARROW] <= self.PROMISE or not self._can_pay(rows):
+        if self._opened[rows] == self.OPENING or tokens[self.NARROW] <= self.PROMISE or not self.can_pay(rows):
             return 0
         self._opened[rows] += 1
         self._quiet = self.PAUSE
         return self.NARROW
 
-    def _can_pay(self, rows: int, wrong: float = 1.0) -> bool:
+    def can_pay(self, rows: int, wrong: float = 1.0) -> bool:
         """Whether drafts would pay if all of them were kept, and cost so much less than is known; while none have been
         timed with so many rows, whether they would with the next fewer."""
         timed = self._timed(rows)
@@ -243,6 +245,16 @@ class Auto:
         if width or self._rested >= AT_ONCE:
             self._rests, self._rested = {}, 0
             self._learn()
+
+    def knows(self, rows: int) -> bool:
+        """Whether it knows what rounds of so many rows cost, with drafts and without."""
+        return {0, self.NARROW} <= self._times.known(rows)
+
+    def timed(self, rows: int, width: int, seconds: float | None) -> None:
+        """A round of a text that nobody has asked for, of which only the time counts, if even that does."""
+        self._seen.add((rows, width))
+        if seconds is not None:
+            self._times.learn(rows, width, seconds)
 
     def _learn(self) -> None:
         """From the rounds that nothing has been made of yet."""
@@ -278,7 +290,7 @@ class Auto:
                 return
         # The last round with drafts may seem too short, where the host is the slower one: good enough for a trial that
         # was broken off, rather than to try it again, and where drafts could not pay even so.
-        if width == chosen or (not chosen and (width not in known or not self._can_pay(rows))):
+        if width == chosen or (not chosen and (width not in known or not self.can_pay(rows))):
             self._times.learn(rows, width, seconds, heard.owed > 0)
         elif chosen not in known:
             self._missed[rows, chosen] += 1
@@ -356,14 +368,14 @@ class Auto:
         return self.NARROW
 
     def _rest(self, outlook: tuple[int, ...], owed: int, tokens: list[float], pays: bool) -> Rest:
-        """When to look again, where width 0 is best and some drafter may have something. pays: as `_can_pay` says."""
+        """When to look again, where width 0 is best and some drafter may have something. pays: as `can_pay` says."""
         rows, known = len(outlook), self._times.known(len(outlook))
         proven = len(known) == 1 or any(self._times.comparisons(rows, w) for w in known if w)
         loses = self._look(outlook) * max(0.0, self._times.costs(self._timed(rows))[self.NARROW] - tokens[self.NARROW])
         if pays:
             distance = self.FIRST_PROBE
         elif proven or owed:  # not before LOSS has brought in what the look loses
-            doubted = not self._owing and tokens[self.NARROW] > self.PROMISE and self._can_pay(rows, self.WRONG)
+            doubted = not self._owing and tokens[self.NARROW] > self.PROMISE and self.can_pay(rows, self.WRONG)
             distance = max(self.DOUBT if doubted else self.LAST_PROBE, int(loses / self.LOSS))
         else:
             distance = self.DOUBT if self._owing else self.FIRST_PROBE
@@ -386,7 +398,7 @@ class Auto:
         if width not in self._times.known(rows):
             return self.PROBE_ROUNDS
         unseen = (rows, width) not in self._seen
-        if not self._can_pay(rows):
+        if not self.can_pay(rows):
             return 1 + unseen
         return 1 if self._acceptance.tokens(outlook)[width] <= self.HARDLY[rows > 1] else self.PROBE_ROUNDS + unseen
 

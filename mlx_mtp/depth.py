@@ -82,6 +82,10 @@ class Apart:
     def __init__(self, free: Auto, bound: Auto) -> None:
         self._free, self._bound = free, bound
 
+    @property
+    def both(self) -> tuple[Auto, Auto]:
+        return self._free, self._bound
+
     def choose(self, outlook: Sequence[int], owed: int = 0) -> int:
         policy = self._of(outlook)
         width, self.resting = policy.choose(outlook, owed), policy.resting

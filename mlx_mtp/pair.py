@@ -21,6 +21,7 @@ import numpy as np
 
 from mlx_mtp import inside
 from mlx_mtp.cache import Cache
+from mlx_mtp.calibration import calibrate
 from mlx_mtp.depth import MAX_WIDTH, depth_of
 from mlx_mtp.doctor import memory_bytes
 from mlx_mtp.engine import Engine
@@ -28,16 +29,7 @@ from mlx_mtp.load import LoadedPair, load_pair
 from mlx_mtp.pairs import poor_acceptance
 from mlx_mtp.processors import check_ids
 from mlx_mtp.provenance import chip
-from mlx_mtp.rows import (
-    Completion,
-    Event,
-    FinishReason,
-    Request,
-    RequestError,
-    Sampling,
-    Stats,
-    TokenLogprob,
-)
+from mlx_mtp.rows import Completion, Event, FinishReason, Request, RequestError, Sampling, Stats, TokenLogprob
 from mlx_mtp.scheduler import Limits
 from mlx_mtp.text import StoppedText, Text
 from mlx_mtp.tuning import Policies, Tuning
@@ -110,14 +102,16 @@ class Pair:
 
     def restart(self) -> None:
         """Forget all requests and all cached keys and values, and begin with a new engine over the same weights."""
-        cache, most = Cache(self._model.specs, MAX_WIDTH, self._dtype), self._limits.kv_bytes
-        self._policies = Policies(self._tuning)
-        drafter = self._loaded.new_drafter(cache)
-        self._engine = Engine(self._model, cache, drafter, depth_of(0), self._limits, self._profile)
-        scheduler, share = self._engine.scheduler, most and most // self._limits.max_rows
+        self._policies, self._engine = Policies(self._tuning), self._new_engine()
+        scheduler, most = self._engine.scheduler, self._limits.kv_bytes
+        share = most and most // self._limits.max_rows
         self._most_tok = scheduler.positions_in(most, self.context_tok)
         self._share_tok = scheduler.positions_in(share, self.context_tok)
         self._inbox: dict[int, deque[Event]] = {}
+
+    def _new_engine(self) -> Engine:
+        model, cache = self._model, Cache(self._model.specs, MAX_WIDTH, self._dtype)
+        return Engine(model, cache, self._loaded.new_drafter(cache), depth_of(0), self._limits, self._profile)
 
     def profile(self) -> None:
         """From now on `Stats.draft_s` tells drafting from verifying, at the cost of a wait a round."""
@@ -133,6 +127,17 @@ class Pair:
         place, checkpoints = Path(folder).expanduser(), [one.path for one in loaded]
         self._tuning = Tuning(place, checkpoints, run_as, chip(), metadata.version("mlx"))
         self._policies = Policies(self._tuning)
+
+    def calibrate(self, rows: int = 1) -> bool:
+        """Measure what rounds of so many requests cost, for width "auto" to begin with, unless that is known; returns
+        whether it was not. Takes as long as 15 to 50 plain rounds; else the first texts pay for finding that out.
+        Raises RequestError."""
+        if not 1 <= rows <= self._limits.max_rows:
+            raise RequestError(f"rows is {rows!r}; expected 1 to {self._limits.max_rows}, as many as may run at once")
+        unaware = self._policies.unaware(rows) if self.drafter_name else []
+        if unaware:
+            calibrate(self._new_engine(), rows, unaware, self._most_tok)
+        return bool(unaware)
 
     @property
     def doubt(self) -> str | None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from mlx_mtp.auto import Auto
 from mlx_mtp.depth import Apart, Depth, depth_of
 from mlx_mtp.kept import write_whole
 
@@ -61,6 +62,11 @@ class Policies:
             found = self._tuning.recall(Apart.restored) if self._tuning and width == "auto" else None
             self._made[key] = found or depth_of(width)
         return self._made[key]
+
+    def unaware(self, rows: int) -> list[Auto]:
+        """Those of "auto" that do not know what rounds of so many rows cost."""
+        depth = self.of("auto")
+        return [auto for auto in depth.both if not auto.knows(rows)] if isinstance(depth, Apart) else []
 
     def keep(self) -> None:
         """Keep what "auto" has learnt."""

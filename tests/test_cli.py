@@ -324,7 +324,7 @@ def test_version(run):
 
 def test_a_reader_that_goes_away_is_no_error():
     reader, writer = os.pipe()
-    argv = [sys.executable, "-m", "mlx_mtp", "generate", CODE, "--max-tokens", "60"]
+    argv = [sys.executable, "-m", "mlx_mtp", "generate", CODE, "--max-tokens", "60", "--no-remember"]
     with subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=writer, stderr=subprocess.PIPE, text=True) as child:
         os.close(writer)
         os.close(reader)

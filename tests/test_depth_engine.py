@@ -13,6 +13,7 @@ from test_depth import COSTS, STEPS, Cost
 
 from mlx_mtp.auto import Auto
 from mlx_mtp.cache import Cache
+from mlx_mtp.calibration import calibrate
 from mlx_mtp.depth import MAX_WIDTH, Constant, Depth
 from mlx_mtp.drafters.draft_model import DraftModel
 from mlx_mtp.engine import Engine, Heard, Pass
@@ -96,10 +97,13 @@ def plainly(work: Work) -> tuple[list[Ran], list[list[int]]]:
     return engine.passes, said
 
 
-def slowdown(kind: str, machine: str, work: Work) -> float:
+def slowdown(kind: str, machine: str, work: Work, calibrates: bool = False) -> float:
     """Time a token with the policy over time a token without a drafter, from the first round on."""
     passes, truth = plainly(work)
-    engine = OnMachine(smallest(), kind, Auto(), MACHINES[machine], work.rows)
+    policy = Auto()
+    if calibrates:
+        calibrate(OnMachine(smallest(), kind, policy, MACHINES[machine], work.rows), work.rows, [policy], 1000)
+    engine = OnMachine(smallest(), kind, policy, MACHINES[machine], work.rows)
     said = texts(run(engine, work.requests(smallest())))
     assert said == truth or work.sampling == Sampling()
     return seconds_a_token(engine.passes, engine.cost) / seconds_a_token(passes, engine.cost)

@@ -33,6 +33,7 @@ LAYERS = (
         "weights",
         "clusters",
         "tuning",
+        "calibration",
         "inside",
     ),
     ("passes",),

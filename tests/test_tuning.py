@@ -364,11 +364,14 @@ def test_a_width_that_is_given_keeps_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_server_keeps_what_its_requests_have_shown_and_nothing_of_its_warm_up(tmp_path):
+def test_a_server_keeps_what_its_requests_have_shown_and_of_its_warm_up_what_rounds_cost(tmp_path):
+    def half(name: str) -> dict[str, Any]:
+        (file,) = tmp_path.glob("*.json")
+        return json.loads(file.read_text())[name]
+
     with running(width="auto", prepare=lambda pair: pair.remember(tmp_path)) as live:
-        assert not list(tmp_path.iterdir())
-        live.client.post("/v1/completions", json={"prompt": "hello there", "max_tokens": 40})
         until(lambda: list(tmp_path.glob("*.json")))
-        (file,) = tmp_path.iterdir()
-        kept = json.loads(file.read_text())["free"]["kept"]
-        assert kept and not json.loads(file.read_text())["bound"]["kept"]
+        assert half("free")["times"] and not half("free")["kept"]
+        live.client.post("/v1/completions", json={"prompt": "hello there", "max_tokens": 40})
+        until(lambda: half("free")["kept"])
+        assert not half("bound")["kept"]

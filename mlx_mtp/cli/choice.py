@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -124,3 +125,10 @@ def load_pair(options: Choice, limits: Limits | None = None, prefix_bytes: int |
     for warning in pair.warnings:
         say(f"warning: {warning}")
     return pair
+
+
+def calibrate(pair: Pair, options: Choice) -> None:
+    """Measure what one text's rounds cost, where that matters, is kept and is not known yet."""
+    began_s = time.perf_counter()
+    if options.remember and options.width == "auto" and pair.calibrate():
+        say(f"measured once what drafts cost on this machine, in {time.perf_counter() - began_s:.1f} s")

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
+from mlx_mtp.calibration import made_up
 from mlx_mtp.pair import Pair, leave_thread
 from mlx_mtp.rows import GREEDY, Event, Request, RequestError, Sampling, one_line
 from mlx_mtp.server.decoding import Decoder, joined
@@ -230,14 +231,17 @@ class Worker:
                     return
 
     def _warm_up(self, pair: Pair) -> None:
-        plan = self._settings.warm_up
-        width = "heuristic" if self._width == "auto" else self._width  # auto would learn from a text nobody asked for
-        for done, (rows, length) in enumerate(plan):
-            self._reports.progress("warm-up", done, len(plan))
-            length = max(1, min(length, pair.room_tok - 9))
-            prompts = [[3 + (i + row) % 32 for i in range(length)] for row in range(rows)]
-            pair.generate(prompts, GREEDY, width, 8)
-        self._reports.progress("warm-up", len(plan), len(plan))
+        plan, auto, most = self._settings.warm_up, self._width == "auto", self._settings.rows
+        batches = sorted({1, min(4, most), most}) if auto else []
+        steps = len(batches) + len(plan)
+        for done, rows in enumerate(batches):
+            self._reports.progress("warm-up", done, steps)
+            pair.calibrate(rows)
+        width = "heuristic" if auto else self._width  # auto would learn from a text nobody asked for
+        for done, (rows, length) in enumerate(plan, len(batches)):
+            self._reports.progress("warm-up", done, steps)
+            pair.generate(made_up(rows, max(1, min(length, pair.room_tok - 9))), GREEDY, width, 8)
+        self._reports.progress("warm-up", steps, steps)
 
     def _serve(self, pair: Pair) -> None:
         while self._obey(pair):
