@@ -80,7 +80,9 @@ class Auto:
     OPENING = 2  # first rounds that draft
     PROMISE = 1.25  # tokens of a round, for which its width is timed
     HARDLY = 1.1, 1.15  # tokens of a narrow round of one row and of several, up to which hardly any draft is kept
-    HOPE = 0.75  # share of the present rate, for which a width is tried: costs may bend, but not everywhere
+    # Share of the present rate, for which a width is tried: costs may bend, but not everywhere, and less between widths
+    # that are known.
+    HOPE, BETWEEN = 0.75, 0.9
     LOSS = 0.006  # share of the time
     # Tokens of all rows: what they may lose at once, for one text's gain does not pay for another's loss; and what of a
     # greater loss counts, as of a round that hung.
@@ -326,7 +328,8 @@ class Auto:
             timed = max(w for w in known if w < width) or max(known)
             likely[width] = tokens[width] / _went_on(costs, timed, width)
         best = max(likely, key=lambda w: likely[w], default=0)
-        return best if best and likely[best] > self.HOPE * rates[self._width] else None
+        hope = self.HOPE if best > max(known) else self.BETWEEN
+        return best if best and likely[best] > hope * rates[self._width] else None
 
     def _bearable(self, rows: int) -> float:
         """Rounds of width 0 that may be lost with so many rows. What a new policy begins with is one row's."""

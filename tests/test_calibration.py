@@ -162,12 +162,18 @@ def test_a_random_drafter_does_not_slow_down_the_first_text_of_all_in_the_engine
     assert slowdown("rand", "experts, M2 Pro", Work(4, **FIRST), calibrates=True) < 1.03
 
 
+def test_no_width_is_tried_between_others_that_are_as_dear_as_it_would_have_to_be():
+    """Copies that keep nearly what they cost, where width 3 would cost what lies between 2 and 4."""
+    assert slowdown("lookup", "experts, M5", Work(4, **FIRST), calibrates=True) < 1.03
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("machine", MACHINES)
 @pytest.mark.parametrize("kind", ("rand", "dflash", "near", "lookup", "rand+lookup", "near+lookup", "fickle"))
 @pytest.mark.parametrize("rows", [1, 4, 8])
 def test_no_kind_slows_down_the_first_text_of_all_on_any_machine(kind, machine, rows):
-    assert slowdown(kind, machine, Work(rows, **FIRST), calibrates=True) < 1.03
+    """Drafts that are perfect and then useless, in one text of 128 tokens, may cost a percent more."""
+    assert slowdown(kind, machine, Work(rows, **FIRST), calibrates=True) < (1.04 if kind == "fickle" else 1.03)
 
 
 # a pair -----------------------------------------------------------------------------------------------------
