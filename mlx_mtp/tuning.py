@@ -66,7 +66,8 @@ class Policies:
     def unaware(self, rows: int) -> list[Auto]:
         """Those of "auto" that do not know what rounds of so many rows cost."""
         depth = self.of("auto")
-        return [auto for auto in depth.both if not auto.knows(rows)] if isinstance(depth, Apart) else []
+        assert isinstance(depth, Apart)
+        return [auto for auto in depth.both if not auto.knows(rows)]
 
     def keep(self) -> None:
         """Keep what "auto" has learnt."""

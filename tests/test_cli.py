@@ -111,10 +111,12 @@ def test_a_later_run_begins_with_what_an_earlier_one_has_learnt_and_writes_the_s
     argv = ["generate", CODE, "--max-tokens", "40"]
     first = run(*argv, "--no-remember")
     assert not list(tmp_path.iterdir())
-    texts = [run(*argv).out for _ in range(2)]
+    assert "measured once" not in run(*argv, "--width", "2").err and not list(tmp_path.iterdir())
+    remembering = [run(*argv) for _ in range(2)]
     (file,) = (tmp_path / ".cache" / "mlx-mtp").iterdir()
     learnt = json.loads(file.read_text())
-    assert learnt["free"]["times"] and texts == [first.out] * 2
+    assert learnt["free"]["times"] and [one.out for one in remembering] == [first.out] * 2
+    assert ["measured once" in one.err for one in (first, *remembering)] == [False, True, False]
     file.write_text("{")
     done = run(*argv)
     assert done.code == 0 and done.out == first.out and json.loads(file.read_text())["free"]["times"]

@@ -23,8 +23,8 @@ class Settings:
     api_key: None leaves the server open. origins: web origins that may call it, "*" is any. hosts: host names beside
     this machine's that it answers to, "*" is any.
     warm_up: (requests at once, prompt tokens of each), run one after another before the first request, so that no
-    client waits for kernels to be compiled. loop_guard: when a chat's text counts as a loop, and is ended; None lets it
-    go on to its limit.
+    client waits for kernels to be compiled; before them "auto" measures what rounds cost.
+    loop_guard: when a chat's text counts as a loop, and is ended; None lets it go on to its limit.
     keepalive_s: a stream that has nothing to say for so long says that it lives. grace_s: how long running requests
     may go on after SIGTERM.
     """
