@@ -17,7 +17,7 @@ ROUNDS, PLAIN = 4, 3  # of a width, and those of width 0 behind it, to compare t
 PROMPT_TOK, TEXT_TOK = 8, 96  # a text has room for all rounds
 
 
-class Calibration:
+class Script:
     """A Depth of given widths, whose rounds over so many rows only tell policies what they take. None wider are run
     where no drafts could pay. Of rounds of a width that follow each other the first and the last do not count: kernels
     are built, what was missed is made up for, a round of another width is built beside."""
@@ -53,10 +53,10 @@ class Calibration:
 
 def calibrate(engine: Engine, rows: int, policies: Sequence[Auto], most_tok: int) -> None:
     """Tell policies what rounds of so many rows cost, by running a new engine. most_tok: that a row has room for."""
-    engine.depth = calibration = Calibration(rows, policies)
+    engine.depth = script = Script(rows, policies)
     for prompt in made_up(rows, PROMPT_TOK):
         engine.submit(Request(prompt, max(1, min(TEXT_TOK, most_tok - PROMPT_TOK))))
-    while not (engine.idle or calibration.done):
+    while not (engine.idle or script.done):
         engine.step()
 
 

@@ -8,22 +8,21 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from engines import FIXTURES, drafter_of, smallest
+from engines import drafter_of, smallest
 from servers import running, until
 from test_depth import COSTS, STEPS, Cost, linear
-from test_depth_engine import MACHINES, OnMachine, Work, slowdown
-from test_tuning import text
+from test_depth_engine import KINDS, MACHINES, OnMachine, Work, slowdown
+from test_tuning import EDGE, pair, text
 
-from mlx_mtp import GREEDY, Pair, load
+from mlx_mtp import GREEDY, load
 from mlx_mtp.auto import Auto
 from mlx_mtp.cache import Cache
-from mlx_mtp.calibration import WIDTHS, Calibration, calibrate
+from mlx_mtp.calibration import WIDTHS, Script, calibrate
 from mlx_mtp.depth import MAX_WIDTH, Constant
 from mlx_mtp.engine import Engine
 from mlx_mtp.rows import DRAWN, USUAL, RequestError
 from mlx_mtp.scheduler import Limits
 
-EDGE = FIXTURES / "edge"
 USERS = 20
 DEAR = {f"{per_draft} a draft": linear(0.1, per_draft) for per_draft in (0.3, 0.55, 0.8, 1.1, 2.0)}
 BLOCK = {"a block": lambda rows, width: 1.45 + 0.16 * width if width else 1.0}
@@ -34,12 +33,12 @@ def calibrated(cost: Cost, rows: int, seed: int = 0, noise: float = 0.05) -> tup
     """A new policy that has been told what rounds cost, and the widths that this took. As in the engine a width is
     chosen while the round before runs."""
     auto, rng, widths = Auto(), random.Random(1000 + seed), []
-    calibration = Calibration(rows, [auto])
-    width = calibration.choose([USUAL] * rows)
-    while not calibration.done:
+    script = Script(rows, [auto])
+    width = script.choose([USUAL] * rows)
+    while not script.done:
         widths.append(width)
-        following = calibration.choose([USUAL] * rows)
-        calibration.record(width, [1] * rows, cost(rows, width) * (1 + noise * abs(rng.gauss(0, 1))), [USUAL] * rows)
+        following = script.choose([USUAL] * rows)
+        script.record(width, [1] * rows, cost(rows, width) * (1 + noise * abs(rng.gauss(0, 1))), [USUAL] * rows)
         width = following
     return auto, widths
 
@@ -75,12 +74,12 @@ def test_no_wide_rounds_are_run_where_no_draft_could_pay(rows):
 
 def test_rounds_while_others_are_on_their_way_are_plain_and_say_nothing():
     auto = Auto()
-    calibration = Calibration(4, [auto])
+    script = Script(4, [auto])
     for rows in (1, 2, 3):
-        assert calibration.choose([USUAL] * rows) == 0
-        calibration.record(0, [1] * rows, 9.0, [USUAL] * rows)
+        assert script.choose([USUAL] * rows) == 0
+        script.record(0, [1] * rows, 9.0, [USUAL] * rows)
     assert not any(auto.knows(rows) for rows in (1, 2, 3, 4))
-    together = [calibration.choose([USUAL] * 4) for _ in range(50)]
+    together = [script.choose([USUAL] * 4) for _ in range(50)]
     assert [w for w in together if w] == [w for w in calibrated(linear(0.0, 0.2), 4)[1] if w]
 
 
@@ -135,13 +134,13 @@ def test_an_engine_finds_what_its_machine_takes(kind, rows):
 
 def test_a_round_counts_only_between_others_of_its_width():
     """The first one of a width takes ten times as long here, and the last next to nothing."""
-    calibration = Calibration(1, [auto := Auto()])
-    widths = [calibration.choose([USUAL])]
-    while not calibration.done:
-        widths.append(calibration.choose([USUAL]))
+    script = Script(1, [auto := Auto()])
+    widths = [script.choose([USUAL])]
+    while not script.done:
+        widths.append(script.choose([USUAL]))
         before, width, following = ([0, *widths])[-3:]
         seconds = 10.0 if before != width else 0.01 if following != width else 1.0 + 0.1 * width
-        calibration.record(width, [1], seconds, [USUAL])
+        script.record(width, [1], seconds, [USUAL])
     assert [auto._times.costs(1)[w] for w in (0, *WIDTHS)] == pytest.approx([1.0, 1.1, 1.2, 1.4])
 
 
@@ -169,7 +168,7 @@ def test_no_width_is_tried_between_others_that_are_as_dear_as_it_would_have_to_b
 
 @pytest.mark.slow
 @pytest.mark.parametrize("machine", MACHINES)
-@pytest.mark.parametrize("kind", ("rand", "dflash", "near", "lookup", "rand+lookup", "near+lookup", "fickle"))
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rows", [1, 4, 8])
 def test_no_kind_slows_down_the_first_text_of_all_on_any_machine(kind, machine, rows):
     """Drafts that are perfect and then useless, in one text of 128 tokens, may cost a percent more."""
@@ -177,12 +176,6 @@ def test_no_kind_slows_down_the_first_text_of_all_on_any_machine(kind, machine, 
 
 
 # a pair -----------------------------------------------------------------------------------------------------
-
-
-def pair(folder: Path, drafter: str | None = str(EDGE / "assistant_fit")) -> Pair:
-    made = load(str(EDGE / "target"), drafter, dtype="float32")
-    made.remember(folder)
-    return made
 
 
 def kept(folder: Path) -> dict:

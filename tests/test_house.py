@@ -49,8 +49,8 @@ LAYERS = (
         "processors",
         "logprobs",
         "guide",
-    )
-    + ("confidence",),
+        "confidence",
+    ),
     ("models",),
     ("cache", "states", "buffers", "kernels", "round_times", "acceptance", "kept"),
     ("rows",),

@@ -330,8 +330,8 @@ def test_what_is_no_tuning_is_left_alone_until_something_is_learnt(tmp_path, con
 # a pair -----------------------------------------------------------------------------------------------------
 
 
-def pair(folder: Path) -> Pair:
-    made = load(str(EDGE / "target"), str(EDGE / "assistant_fit"), dtype="float32")
+def pair(folder: Path, drafter: str | None = str(EDGE / "assistant_fit")) -> Pair:
+    made = load(str(EDGE / "target"), drafter, dtype="float32")
     made.remember(folder)
     return made
 
