@@ -6,7 +6,7 @@ Shapes: B rows, K drafted columns, V vocabulary; column j of the target's output
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import mlx.core as mx
@@ -23,14 +23,11 @@ class Verdict:
     """tokens [B, K+1] int32: the first kept[b] of a row are its new text. kept [B] int32, from 1 to K+1.
 
     picked [B, H]: the hidden state that the last of them came from, where the kernel has picked it on its way.
-    right [B] int32, of a draft that was cut: how many of its first drafts the rule would have kept, counted up to the
-    first dead one, which the column before it judges.
     """
 
     tokens: mx.array
     kept: mx.array
     picked: mx.array | None = None
-    right: mx.array | None = None
 
     @property
     def bonus(self) -> mx.array:
@@ -61,40 +58,18 @@ def verdict(
         logits = sampler.processors.columns(logits, draft.tokens)
     if sampler.greedy:
         judged = _by_kernel(draft, logits, None, hidden, None)
-        return _with_right(draft, judged or matching(_tried(draft), mx.argmax(logits, axis=-1).astype(mx.int32)))
+        return judged or matching(draft.tokens, mx.argmax(logits, axis=-1).astype(mx.int32))
     position = start[:, None] + 1 + mx.arange(logits.shape[1])
     scaled = sampler.scaled(logits)
     least = sampler.least(scaled)
     z = scaled if least is None else mx.where(scaled >= least, scaled, -mx.inf)
     judged = _by_kernel(draft, scaled, least, hidden, sampler.choosing(start + 1))
-    coupled = _with_right(draft, judged or matching(_tried(draft), sampler.choose(z, position)))
+    coupled = judged or matching(draft.tokens, sampler.choose(z, position))
     if not sampler.rejecting or draft.width == 0:
         return coupled
     drawn = rejection(draft, z, position, sampler)
-    each = sampler.coupled[:, 0]
-    return Verdict(
-        mx.where(sampler.coupled, coupled.tokens, drawn.tokens),
-        mx.where(each, coupled.kept, drawn.kept),
-        None,
-        None if coupled.right is None or drawn.right is None else mx.where(each, coupled.right, drawn.right),
-    )
-
-
-def _tried(draft: Draft) -> mx.array:
-    """Tokens [B, K] with, behind the live ones, what no choice ever equals."""
-    if draft.live is None:
-        return draft.tokens
-    return mx.where(mx.arange(draft.width) < draft.live[:, None], draft.tokens, -1)
-
-
-def _with_right(draft: Draft, judged: Verdict) -> Verdict:
-    """A verdict by `matching`, with `right`: the token behind the live drafts, if all were kept, judges the next."""
-    if draft.live is None:
-        return judged
-    kept = judged.kept - 1
-    at = mx.minimum(kept, draft.width - 1)[:, None]
-    same = (mx.take_along_axis(draft.tokens, at, axis=1) == mx.take_along_axis(judged.tokens, at, axis=1))[:, 0]
-    return replace(judged, right=kept + (same & (kept == draft.live) & (kept < draft.width)))
+    tokens = mx.where(sampler.coupled, coupled.tokens, drawn.tokens)
+    return Verdict(tokens, mx.where(sampler.coupled[:, 0], coupled.kept, drawn.kept))
 
 
 def _by_kernel(
@@ -103,7 +78,7 @@ def _by_kernel(
     """`matching` with the choices made beside it; None where the kernel cannot be used."""
     if hidden is None or not kernels.usable("verdict"):
         return None
-    judged = kernel.Round(logits, _tried(draft), hidden, None if least is None else least[..., 0], draw)
+    judged = kernel.Round(logits, draft.tokens, hidden, None if least is None else least[..., 0], draw)
     if kernel.why_not(judged):
         return None
     found = kernel.verdict(judged)
@@ -124,17 +99,13 @@ def rejection(draft: Draft, z: mx.array, position: mx.array, sampler: Sampler) -
 
     z [B, K+1, V]: the target's filtered logits, p = softmax(z); position [B, K+1]. A draft x drawn from q is kept
     with probability min(1, p(x) / q(x)); the first that is not is replaced by a draw from max(p - q, 0).
-    A draft without `source` is a certain one: q(x) = 1. Behind the live drafts of a cut one stands a draw from p, as
-    behind a narrower draft; `confidence` says what may decide how many live.
+    A draft without `source` is a certain one: q(x) = 1.
     """
     width, columns = draft.width, mx.arange(z.shape[1])
     log_p = mx.take_along_axis(z[:, :-1], draft.tokens[..., None], axis=-1)[..., 0]
     log_p = log_p - mx.logsumexp(z[:, :-1], axis=-1)
     log_q = _log_q(draft)
-    would = kept = _leading(mx.log(sampler.uniform(position[:, :width])) < log_p - log_q)
-    right = None
-    if draft.live is not None:
-        kept, right = mx.minimum(would, draft.live), mx.minimum(would, draft.live + 1)
+    kept = _leading(mx.log(sampler.uniform(position[:, :width])) < log_p - log_q)
     at = kept[:, None, None]
     p = mx.softmax(mx.take_along_axis(z, at, axis=1)[:, 0], axis=-1, precise=True)  # [B, V]
     left = mx.maximum(p - _q_at(draft, kept, p.shape[-1]), 0.0)
@@ -143,7 +114,7 @@ def rejection(draft: Draft, z: mx.array, position: mx.array, sampler: Sampler) -
     noise = sampler.noise(where, None, p.shape[-1], mx.array(RESIDUAL_STREAM, mx.uint32))[:, 0]
     last = mx.argmax(mx.log(left) + noise, axis=-1).astype(mx.int32)
     padded = mx.concatenate([draft.tokens, last[:, None]], axis=1)
-    return Verdict(mx.where(columns < kept[:, None], padded, last[:, None]), kept + 1, None, right)
+    return Verdict(mx.where(columns < kept[:, None], padded, last[:, None]), kept + 1)
 
 
 def _leading(hits: mx.array) -> mx.array:
@@ -167,8 +138,8 @@ def _columns(draft: Draft, source: Candidates) -> mx.array:
 
 
 def _q_at(draft: Draft, column: mx.array, vocabulary: int) -> mx.array:
-    """[B, V]: the drafter's distribution at column [B]; nothing where the column lies behind the (live) draft."""
-    inside = (column < (draft.width if draft.live is None else draft.live))[:, None]
+    """[B, V]: the drafter's distribution at column [B]; nothing where the column lies behind the draft."""
+    inside = (column < draft.width)[:, None]
     at = mx.minimum(column, draft.width - 1)[:, None]
     if draft.source is None:
         token = mx.take_along_axis(draft.tokens, at, axis=1)

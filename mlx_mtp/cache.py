@@ -380,7 +380,6 @@ class Pass:
         self._at = self.start[:, None] + mx.arange(columns)  # [B, L] positions of the new columns
         self._chunk = columns > cache.max_width + 1  # too wide for the ring's slack: a prompt chunk
         self.routed: list[mx.array] = []  # the model leaves its expert choices here, [N, k] a layer, to be counted
-        self.lenders: mx.array | None = None  # [N]: the column whose experts each column takes; None: its own
         self._masks: dict[tuple, mx.array] = {}
         self._slots: dict[int | tuple, tuple] = {}
         self._replay = Replay(cache.states, rows, columns, self.start, still)

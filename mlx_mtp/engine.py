@@ -34,7 +34,6 @@ from mlx_mtp import logprobs
 from mlx_mtp.accept import Judge, Verdict, verdict
 from mlx_mtp.buffers import put
 from mlx_mtp.cache import Cache
-from mlx_mtp.confidence import Confidence, Judged, lenders, pack
 from mlx_mtp.depth import MAX_WIDTH, Depth
 from mlx_mtp.drafters import Drafter
 from mlx_mtp.guide import Guide, Plan, beginning
@@ -65,7 +64,6 @@ class Engine:
         """profile: wait for every draft, to tell its time from the verifying pass's; costs a host wait a round."""
         self.target, self.cache, self.drafter, self.depth = target, cache, drafter, depth
         self.judge: Judge = verdict  # what decides which drafts a round keeps; benchmarks give another
-        self.confidence = Confidence.of(target)  # what decides which drafts a round tries; None: all of them
         self.clock = time.perf_counter  # all that tells it time, in seconds; tests and benchmarks give another
         self.scheduler = Scheduler(
             limits, lambda n: cache.row_bytes(n) + drafter.row_bytes(n), cache.back(0), cache.tail
@@ -160,14 +158,13 @@ class Engine:
         most = max((r.request.logprobs or 0 for r in (*active, *begun)), default=0)
         most = min(most, self.target.config.vocab_size)
         owed = self.drafter.owed(slice(0, len(decoded)))
-        outs, scores, draft, guide, width, experts, weighed = [], [], None, None, 0, [], False
+        outs, scores, draft, guide, width, experts = [], [], None, None, 0, []
         if decoded:
             planned = self._width(active, known, owed)
             guide = self._guide(decoded, active, planned)
             round_ = self._round(decoded, active, planned, guide, most)
             draft, experts, width = round_.draft, round_.experts, round_.judged.tokens.shape[1] - 1
-            outs += [round_.judged.tokens.reshape(-1), round_.judged.kept, *round_.weighed]
-            weighed = bool(round_.weighed)
+            outs += [round_.judged.tokens.reshape(-1), round_.judged.kept]
             scores += round_.scores
         for group in groups:
             first, score = self._chunks(group, most)
@@ -176,8 +173,8 @@ class Engine:
         prefixes = [self._marked(c) for c in chunks if c.row.stops and c.row.stops[0] == c.row.prefilled]
         scored = [*((r, width + 1) for r in _asking(active)), *((r, 1) for r in begun)]
         out = mx.concatenate([*outs, *experts, *scores])
-        flags = weighed, bool(experts)
-        return Pass(decoded, active, width, chunks, prefixes, draft, guide, out, known, owed, *flags, scored, most)
+        counted = bool(experts)
+        return Pass(decoded, active, width, chunks, prefixes, draft, guide, out, known, owed, counted, scored, most)
 
     def _join(self, row: Row) -> None:
         prompt, most, n = len(row.request.prompt), row.request.max_tokens, row.prefilled
@@ -197,16 +194,14 @@ class Engine:
         """Draft, verify, commit. most: log-probabilities of so many tokens go with each where they are asked for."""
         rows, wanted = slice(0, len(decoded)), _asking(active)
         asking = [i for i, r in enumerate(decoded) if r in wanted]
-        cuts, bonus = self.confidence, self._bonus[rows]
+        bonus = self._bonus[rows]
         asks = width and (guide is None or not guide.certain)
-        sampler = self._sampler(decoded, rows, weighs=bool(asks and cuts and cuts.looks()))
+        sampler = self._sampler(decoded, rows)
         draft = self._draft(rows, bonus, sampler, width, guide)
-        draft = cuts.cut(draft) if cuts is not None else draft
         width = draft.width
         tokens = mx.concatenate([bonus[:, None], draft.tokens], axis=1)
         still = frozenset() if active == decoded else frozenset(i for i, r in enumerate(decoded) if r not in active)
         pass_ = self.cache.open(rows, width + 1, still)
-        pass_.lenders = lenders(draft)
         hidden, taps = self.target.forward(tokens, pass_, self.drafter.taps)
         logits = self.target.logits(hidden, capped=bool(asking) or not sampler.order_decides)
         if guide is not None:
@@ -228,8 +223,7 @@ class Engine:
             row.pending += 1
         experts = [distinct_experts(pass_.routed)[None]] if pass_.routed else []
         scores = logprobs.packed_rows(logits, judged.tokens, asking, most)
-        read = pack(draft, judged.right), experts, scores
-        return Round(draft.tokens if width else None, Verdict(judged.tokens, kept), *read)
+        return Round(draft.tokens if width else None, Verdict(judged.tokens, kept), experts, scores)
 
     def _guide(self, decoded: list[Row], active: list[Row], width: int) -> Guide | None:
         """What constrains a round; None where nothing does."""
@@ -304,13 +298,13 @@ class Engine:
         n = len(tokens)
         return Prefix(tokens, self.cache.snapshot(row.index, n), self.drafter.snapshot(row.index, n), back)
 
-    def _sampler(self, rows: list[Row], where: slice, weighs: bool = False) -> Sampler:
+    def _sampler(self, rows: list[Row], where: slice) -> Sampler:
         """The rows' settings as arrays, built once for a set of rows, with what their texts do to the next logits."""
-        key = weighs, *(r.id for r in rows)
+        key = tuple(r.id for r in rows)
         if key not in self._samplers:
             if len(self._samplers) > 64:
                 self._samplers.clear()
-            self._samplers[key] = Sampler([r.sampler for r in rows], weighs=weighs)
+            self._samplers[key] = Sampler([r.sampler for r in rows])
         return self._samplers[key].steered(self._history.processors(where))
 
     # running ----------------------------------------------------------------------------------------------------
@@ -371,7 +365,6 @@ class Engine:
         self._work = self._work[0] + 1, self._work[1] + done.columns
         tokens = [list(islice(values, columns)) for _ in done.decoded]
         kept = list(islice(values, len(done.decoded)))
-        weighed = Judged.unpack(values, len(done.decoded), done.width) if done.weighed else None
         firsts = list(islice(values, len(done.chunks)))
         experts = next(values) / len(self.target.layers) if done.counted else 0.0
         size = logprobs.packed_size(done.most)
@@ -385,8 +378,7 @@ class Engine:
                 row.stats.device_s += now - self._sent_s
                 row.stats.experts += experts
                 own = tokens[i][: kept[i]]
-                tried = done.width, weighed.live[i] if weighed else done.width
-                events.append(self._emit(row, own, tried, now, _told(row, scores, own, done.most)))
+                events.append(self._emit(row, own, done.width, now, _told(row, scores, own, done.most)))
                 said.append((row, events[-1].tokens))
         for chunk, first in zip(done.chunks, firsts, strict=True):
             row = chunk.row
@@ -399,13 +391,13 @@ class Engine:
                 said.append((row, events[-1].tokens))
         seconds = None if self._last is None or away_s > 0.2 * (now - self._last) else now - self._last
         self._last = now
-        return events, Heard(said, kept, weighed, experts, now - self._sent_s, seconds)
+        return events, Heard(said, kept, now - self._sent_s, seconds)
 
     def _emit(
-        self, row: Row, tokens: list[int], tried: tuple[int, int] | None, now: float, scores: tuple[TokenLogprob, ...]
+        self, row: Row, tokens: list[int], drafted: int | None, now: float, scores: tuple[TokenLogprob, ...]
     ) -> Event:
-        """Append new text to a row; ends it at an end token or at its limit. tried: how many tokens were drafted, and
-        how many of them tried; None for the first token."""
+        """Append new text to a row; ends it at an end token or at its limit. drafted: how many tokens were;
+        None for the first token."""
         row.pending -= 1
         kept, request = len(tokens), row.request
         tokens = tokens[: request.max_tokens - len(row.tokens)]
@@ -417,8 +409,8 @@ class Engine:
             row.follower.advance(tokens)
         stats, reason = row.stats, None
         stats.generated_tokens = len(row.tokens)
-        if tried is not None:
-            stats.count_round(*tried, kept, len(tokens))
+        if drafted is not None:
+            stats.count_round(drafted, kept, len(tokens))
         failed = row.follower is not None and row.follower.failed
         if end is not None or failed or len(row.tokens) == request.max_tokens:
             reason = "stop" if end is not None else "length"
@@ -452,12 +444,8 @@ class Engine:
         self.depth.record(done.width, kept, alone_s, done.outlook, done.owed)
         if not done.width:
             return
-        judged = None if heard.weighed is None else heard.weighed.of(own)
-        if self.confidence is not None:
-            self.confidence.record(judged, (len(done.decoded), done.width), heard.experts, alone_s)
         if self.first_drafts < JUDGED:
-            right = judged.right if judged is not None else [k - 1 for k in kept]
-            guessed = [n > 0 for n, o in zip(right, done.outlook, strict=True) if o in (USUAL, USUAL + DRAWN)]
+            guessed = [k > 1 for k, o in zip(kept, done.outlook, strict=True) if o in (USUAL, USUAL + DRAWN)]
             self.first_drafts, self.first_kept = self.first_drafts + len(guessed), self.first_kept + sum(guessed)
 
     def _drop_done(self) -> None:

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 import numpy as np
 
-from mlx_mtp.confidence import FORCED, IDLE
 from mlx_mtp.drafters.lookup import certain
 from mlx_mtp.processors import Processors, Steering
 from mlx_mtp.rows import Candidates, Draft, Follower
@@ -97,23 +96,17 @@ class Guide:
 
     def completed(self, draft: Draft) -> Draft:
         """A draft by `hinting` with forced tokens in their places, whether its drafter has heeded them or not, and
-        behind it as far as the round is wide; a row that has none there drafts token 0, surely, and as little worth a
-        try as a draft can be."""
+        behind it as far as the round is wide; a row that has none there drafts token 0, surely."""
         assert self._hints is not None
         steps = self._hints[0].array[:, : draft.width]
         tokens = mx.where(steps >= 0, steps, draft.tokens)
         source = None if draft.source is None else certain(draft.source, tokens, steps >= 0)
-        bins = None if draft.bins is None else mx.where(steps >= 0, FORCED, draft.bins)
         self._drafted = self.own = draft.width
         self.width, self.certain = self._widened()
         if self.width == draft.width:
-            return Draft(tokens, source, bins)
+            return Draft(tokens, source)
         tail = mx.array([row[draft.width :] for row in self.known()], mx.int32)
-        if bins is not None:
-            at = range(draft.width, self.width)
-            sure = [[FORCED if i < len(row) else IDLE for i in at] for row in self._forced]
-            bins = mx.concatenate([bins, mx.array(sure, mx.int32)], axis=1)
-        return Draft(mx.concatenate([tokens, tail], axis=1), source and self._behind(source, tail), bins)
+        return Draft(mx.concatenate([tokens, tail], axis=1), source and self._behind(source, tail))
 
     def _behind(self, source: Candidates, tail: mx.array) -> Candidates:
         """The source with certain drafts [B, n] behind its own."""

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_mtp.accept import Verdict
-from mlx_mtp.confidence import Judged
 from mlx_mtp.guide import Guide
 from mlx_mtp.prefixes import Prefix
 from mlx_mtp.scheduler import Chunk, Row
@@ -21,10 +20,10 @@ class Pass:
     chunks: prompt chunks beside it. draft: evaluated first, so that the device starts on it while the rest is
     still being dispatched. guide: what constrains the round, None where nothing does. prefixes: to be kept when this
     has been dispatched. out: int32, everything the host will read: per decoded row its width + 1 tokens, then every
-    decoded row's kept count, then, if `weighed`, what was cut, then one number per chunk (the first token, where the
-    prompt ends here), then the round's distinct experts summed over layers, where there are any (`counted`), then per
-    row of `scored` as many tokens' log-probabilities as it has columns, with the `most` best. outlook: of the active
-    rows, what was known when the width was chosen; owed: columns that they had computed since a draft was asked for.
+    decoded row's kept count, then one number per chunk (the first token, where the prompt ends here), then the round's
+    distinct experts summed over layers, where there are any (`counted`), then per row of `scored` as many tokens'
+    log-probabilities as it has columns, with the `most` best. outlook: of the active rows, what was known when the
+    width was chosen; owed: columns that they had computed since a draft was asked for.
     """
 
     decoded: list[Row]
@@ -37,7 +36,6 @@ class Pass:
     out: mx.array
     outlook: tuple[int, ...]
     owed: int
-    weighed: bool
     counted: bool
     scored: list[tuple[Row, int]]
     most: int
@@ -61,15 +59,12 @@ class Pass:
 class Heard:
     """What the host has read of a pass, for whoever decides about later ones.
 
-    said: new tokens of rows that had any. kept: columns, by row of `decoded`. weighed: what was cut, if it was.
-    experts: distinct ones a layer. took_s: from the dispatch on. seconds: since the pass before was read; None where
-    that says nothing of this one.
+    said: new tokens of rows that had any. kept: columns, by row of `decoded`. took_s: from the dispatch on. seconds:
+    since the pass before was read; None where that says nothing of this one.
     """
 
     said: list[tuple[Row, tuple[int, ...]]]
     kept: list[int]
-    weighed: Judged | None
-    experts: float
     took_s: float
     seconds: float | None
 
@@ -78,13 +73,11 @@ class Heard:
 class Round:
     """What a round brings. draft: tokens [B, K] (K may be less than was asked for), None where nothing was drafted.
 
-    weighed: one array, what `confidence` has packed; none where nothing is cut.
     experts: one array [1], how many distinct ones; none where there are no experts. scores: one array with the packed
     log-probabilities of the rows that ask for them, in order, flat; none where no row asks.
     """
 
     draft: mx.array | None
     judged: Verdict
-    weighed: list[mx.array]
     experts: list[mx.array]
     scores: list[mx.array]

@@ -220,8 +220,7 @@ class Stats:
 
     rounds: passes of the target after the prompt.
     drafted_at[i], kept_at[i]: how often position i was drafted, and how often the draft there was kept.
-        Drafts behind the end of the text (end token, max_tokens) are not counted, nor are those that were cut.
-    cut: drafts that were not tried because they were not worth their experts.
+        Drafts behind the end of the text (end token, max_tokens) are not counted.
     widths: width -> rounds of that width.
     first_passes, first_columns: passes that ended from the request's coming to its first token, and all columns in
         them.
@@ -247,16 +246,13 @@ class Stats:
     host_s: float = 0.0
     draft_s: float = 0.0
     experts: float = 0.0
-    cut: int = 0
     peak_memory_bytes: int = 0
 
-    def count_round(self, width: int, live: int, kept: int, emitted: int) -> None:
-        """Add a round: `width` tokens drafted, `live` of them tried, `kept` columns committed, `emitted` of them in the
-        text."""
+    def count_round(self, width: int, kept: int, emitted: int) -> None:
+        """Add a round: `width` tokens drafted, `kept` columns committed, `emitted` of them in the text."""
         self.rounds += 1
         self.widths[width] = self.widths.get(width, 0) + 1
-        self.cut += width - live
-        counted = live if emitted == kept else min(live, emitted)
+        counted = width if emitted == kept else min(width, emitted)
         self.drafted_at += [0] * (counted - len(self.drafted_at))
         self.kept_at += [0] * (counted - len(self.kept_at))
         for i in range(counted):
@@ -265,7 +261,7 @@ class Stats:
 
     def add(self, other: Stats) -> None:
         """Sum another request's counts and times into this one; the peak is the greater."""
-        for name in ("prompt_tokens", "cached_tokens", "generated_tokens", "rounds", "host_reads", "experts", "cut"):
+        for name in ("prompt_tokens", "cached_tokens", "generated_tokens", "rounds", "host_reads", "experts"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for name in ("prefill_s", "decode_s", "device_s", "host_s", "draft_s"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
@@ -328,7 +324,6 @@ class Stats:
             "host_s": self.host_s,
             "draft_s": self.draft_s,
             "experts_per_pass": self.experts_per_pass,
-            "cut": self.cut,
             "host_reads": self.host_reads,
             "first_passes": self.first_passes,
             "first_columns": self.first_columns,
@@ -423,16 +418,10 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Draft:
-    """Proposed tokens [B, K] int32, and what they were drawn from (None: each is its drafter's only choice).
-
-    bins [B, K] int32: how sure the drafter is of each, where it was asked (`confidence`). live [B] int32: how many of a
-    row's first drafts may be kept; None: all of them.
-    """
+    """Proposed tokens [B, K] int32, and what they were drawn from (None: each is its drafter's only choice)."""
 
     tokens: mx.array
     source: Candidates | None = None
-    bins: mx.array | None = None
-    live: mx.array | None = None
 
     @property
     def width(self) -> int:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_mtp import confidence
 from mlx_mtp.kernels.choice import Draw
 from mlx_mtp.kernels.noise import gumbel
 from mlx_mtp.processors import Processors
@@ -48,13 +47,12 @@ class Drawn:
     """Drafts of one step [B], or of several [B, L].
 
     tokens int32; logits [.., C]: the filtered ones they came from, where rejection sampling will ask; ids [.., C]: what
-    their columns stand for, None where column c is token c; bins int32: how sure, where the sampler weighs.
+    their columns stand for, None where column c is token c.
     """
 
     tokens: mx.array
     logits: mx.array | None = None
     ids: mx.array | None = None
-    bins: mx.array | None = None
 
     @staticmethod
     def draft(steps: Sequence[Drawn]) -> Draft:
@@ -65,26 +63,19 @@ class Drawn:
 
         logits, ids = joined([s.logits for s in steps]), joined([s.ids for s in steps])
         source = None if logits is None else Candidates(logits, ids)
-        return Draft(mx.stack([s.tokens for s in steps], axis=1), source, joined([s.bins for s in steps]))
+        return Draft(mx.stack([s.tokens for s in steps], axis=1), source)
 
 
 class Sampler:
     """The settings of the B rows of a pass, as arrays."""
 
-    def __init__(self, rows: list[RowSampler], keep_logits: bool = False, weighs: bool = False) -> None:
-        """keep_logits: `draw` returns its logits even where no row needs them (to inspect a drafter).
-
-        weighs: it also says how sure the drafter is."""
-        self._rows, self.weighs = rows, weighs
+    def __init__(self, rows: list[RowSampler], keep_logits: bool = False) -> None:
+        """keep_logits: `draw` returns its logits even where no row needs them (to inspect a drafter)."""
+        self._rows = rows
         self.greedy = all(r.sampling.greedy for r in rows)
         self.rejecting = any(not r.coupled for r in rows)
         self.keep_logits = keep_logits or self.rejecting
         self.processors: Processors | None = None
-        sure = [
-            confidence.CERTAIN if r.sampling.greedy else confidence.COUPLED if r.coupled else confidence.REJECTING
-            for r in rows
-        ]
-        self.kind = mx.array(sure, mx.int32)[:, None]  # [B, 1]: how its bins are to be read
         if self.greedy:
             return
         column = [1.0 if r.sampling.greedy else 1.0 / r.sampling.temperature for r in rows]
@@ -182,8 +173,7 @@ class Sampler:
             logits = self.processors.step(logits, ids, drafted)
         shown = None if ids is None else ids[:, None]
         all_ = self._drawn(logits[:, None], shown, position[:, None])
-        z, sure = (None if a is None else a[:, 0] for a in (all_.logits, all_.bins))
-        return Drawn(all_.tokens[:, 0], z, ids, sure)
+        return Drawn(all_.tokens[:, 0], None if all_.logits is None else all_.logits[:, 0], ids)
 
     def draw_all(self, logits: mx.array, position: mx.array) -> Draft:
         """As `draw`, for drafts that were computed together: logits [B, L, V], position [B, L]. Penalties still see
@@ -191,29 +181,22 @@ class Sampler:
         if self.processors is None:
             drawn = self._drawn(logits, None, position)
             source = None if drawn.logits is None else Candidates(drawn.logits, None)
-            return Draft(drawn.tokens, source, drawn.bins)
+            return Draft(drawn.tokens, source)
         steps: list[Drawn] = []
         for i in range(logits.shape[1]):
             steps.append(self.draw(logits[:, i], None, position[:, i], [s.tokens for s in steps]))
         return Drawn.draft(steps)
 
     def _drawn(self, logits: mx.array, ids: mx.array | None, position: mx.array) -> Drawn:
-        """logits [B, L, C] of tokens `ids` [B, 1, C], position [B, L] -> tokens and bins [B, L], logits [B, L, C]."""
+        """logits [B, L, C] of tokens `ids` [B, 1, C], position [B, L] -> tokens [B, L], logits [B, L, C]."""
         z = competing = logits
         if not self.greedy:
             z = self.filter(logits)
             competing = z + self.noise(position, ids, z.shape[-1], self._stream(DRAFT_STREAM))
-        column, sure = mx.argmax(competing, axis=-1), None
-        if self.weighs:
-            # Coupled rows: by how much the winner wins, noise included, since the target's choice has the same noise.
-            # (Of seeded drafts of the tiny experts pair that ranks .80 of pairs rightly, and the distribution .61.)
-            # Rows that reject: of the distribution, which does not know what was drawn.
-            if self.rejecting:
-                competing = mx.where(self.coupled[..., None], competing, z)
-            sure = confidence.bins(competing, self.kind)
+        column = mx.argmax(competing, axis=-1)
         if ids is not None:
             column = mx.take_along_axis(ids[:, 0], column, axis=-1)
-        return Drawn(column.astype(mx.int32), z if self.keep_logits else None, None, sure)
+        return Drawn(column.astype(mx.int32), z if self.keep_logits else None)
 
     def offer(
         self, logits: mx.array, ids: mx.array | None, drafted: Sequence[mx.array]

@@ -10,9 +10,7 @@ import numpy as np
 import pytest
 from engines import Models, engine_of, full_pass, processed, prompts, request, run, smallest
 
-from mlx_mtp import confidence
 from mlx_mtp.accept import Verdict, matching, rejection, verdict
-from mlx_mtp.confidence import Confidence, Sizes
 from mlx_mtp.processors import History, Processors
 from mlx_mtp.rows import GREEDY, Candidates, Draft, Request, Sampling
 from mlx_mtp.sampling import RowSampler, Sampler
@@ -291,57 +289,6 @@ def test_draft_test_and_replacement_use_noise_that_is_independent():
     rejected = np.array(token) == 0
     counts = np.bincount(np.array(result.tokens)[rejected, 0], minlength=4)[1:]
     assert fits(counts, np.full(3, 1 / 3))
-
-
-# cut drafts -------------------------------------------------------------------------------------------------
-
-
-def cut_by_distribution(draft: Draft, threshold: float) -> mx.array:
-    """How many drafts of each row live, [N] int32, by how peaked what they were drawn from is."""
-    assert draft.source is not None
-    sure = mx.full((len(draft.tokens), 1), confidence.REJECTING, mx.int32)
-    weighed = replace(draft, bins=confidence.bins(draft.source.logits, sure))
-    live = Confidence(Sizes(8, 2, 1, 1), threshold).cut(weighed).live
-    assert live is not None
-    return live
-
-
-def cut_by_draw(draft: Draft) -> mx.array:
-    """The same by the probability of the token that was drawn: what must not be done."""
-    assert draft.source is not None
-    q = mx.softmax(draft.source.logits, axis=-1)
-    chance = mx.take_along_axis(q, draft.tokens[..., None], axis=-1)[..., 0]
-    return mx.cumprod(chance > 0.3, axis=1).sum(axis=1).astype(mx.int32)
-
-
-@pytest.mark.parametrize(
-    "few, threshold",
-    [
-        pytest.param(False, 0.15, id="all_tokens-0.15"),
-        pytest.param(True, 0.2, id="few_tokens-0.2"),
-        pytest.param(False, 0.2, id="all_tokens-0.2", marks=pytest.mark.slow),
-        pytest.param(True, 0.15, id="few_tokens-0.15", marks=pytest.mark.slow),
-    ],
-)
-def test_a_cut_by_the_drafters_distribution_leaves_the_targets(few, threshold):
-    sampler = fresh(SAMPLES, 3)
-    draft = drafted(sampler, SAMPLES, few, False)
-    live = cut_by_distribution(draft, threshold)
-    assert sorted(np.bincount(np.array(live)))[-2] > 0.05 * SAMPLES, "every row is cut at the same place"
-    result = judged(replace(draft, live=live), sampler)
-    assert mx.all(result.kept <= live + 1).item()
-    counts, p = counts_of(continued(result, sampler)), joint()
-    assert fits(counts, p.ravel())
-    for depth in (1, 2):
-        axes = tuple(range(depth, 3))
-        assert fits(counts.reshape((VOCAB,) * 3).sum(axes).ravel(), p.sum(axes).ravel())
-
-
-def test_a_cut_that_knows_what_was_drawn_is_seen_to_be_biased():
-    sampler = fresh(SAMPLES, 3)
-    draft = drafted(sampler, SAMPLES, False, False)
-    result = judged(replace(draft, live=cut_by_draw(draft)), sampler)
-    assert not fits(counts_of(continued(result, sampler)), joint().ravel())
 
 
 # coupling and greedy ------------------------------------------------------------------------------------------

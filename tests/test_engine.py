@@ -26,7 +26,6 @@ from engines import (
     texts,
 )
 
-from mlx_mtp.confidence import Confidence, Sizes
 from mlx_mtp.depth import Constant
 from mlx_mtp.drafters.lookup import Echo
 from mlx_mtp.drafters.mtp import MtpDrafter
@@ -107,13 +106,8 @@ def test_penalties_bias_and_log_probabilities_take_no_read_of_their_own(kind, re
         assert dict(reads) == {"tolist": 1}
 
 
-@pytest.mark.parametrize("cut", [False, True], ids=["all_tried", "cut"])
-def test_experts_are_counted_and_drafts_cut_without_another_read(reads, cut):
-    models = fixture("moe")
-    engine = engine_of(models, "fit", 2)
-    sizes = Sizes.of(models.target)
-    assert sizes is not None
-    engine.confidence = Confidence(sizes, 0.5) if cut else None
+def test_experts_are_counted_without_another_read(reads):
+    engine = engine_of(fixture("moe"), "fit", 2)
     engine.submit(request(goldens("moe")["short/ids"], 8))
     while not engine.idle:
         reads.clear()

@@ -19,18 +19,15 @@ from engines import (
     engine_of,
     random_widths,
     run,
-    solo,
     texts,
 )
 
 import mlx_mtp
 from mlx_mtp.cache import Cache
-from mlx_mtp.confidence import FORCED, IDLE, Confidence, Sizes
 from mlx_mtp.depth import MAX_WIDTH, Apart, Constant, Depth
 from mlx_mtp.engine import Engine, Pass
 from mlx_mtp.grammar import Grammars, Tool
 from mlx_mtp.guide import Slot
-from mlx_mtp.load import load_pair
 from mlx_mtp.pair import Pair
 from mlx_mtp.rows import BOUND, DRAWN, GREEDY, USUAL, Request, Sampling
 from mlx_mtp.scheduler import Limits
@@ -104,55 +101,6 @@ def test_tools_come_out_as_without_drafting_whatever_drafts(kind, sampling):
     alone = texts(run(engine_of(models(), "plain", 0, Limits(max_rows=1)), wanted))
     for rows in (1, 4):
         assert texts(run(engine_of(models(), kind, random_widths(), Limits(max_rows=rows)), wanted)) == alone
-
-
-# drafts that are cut ------------------------------------------------------------------------------------------
-
-
-@cache
-def experts() -> Models:
-    """A pair of which cutting saves something, with the embedded one's tokenizer."""
-    loaded = load_pair(str(Path(__file__).parent / "fixtures" / "tiny_moe" / "target"), dtype=mx.float32)
-    assert loaded.drafter is not None
-    return Models("tiny_moe", loaded.target, {"fit": loaded.drafter.model})
-
-
-def cutting(kind: str, depth: Depth, threshold: float) -> Engine:
-    engine, sizes = engine_of(experts(), kind, depth), Sizes.of(experts().target)
-    assert sizes is not None
-    engine.confidence = Confidence(sizes, threshold)
-    return engine
-
-
-@pytest.mark.parametrize("kind", ["fit", "dflash", pytest.param("fit+lookup", marks=pytest.mark.slow)])
-def test_texts_are_those_without_drafting_however_much_is_cut(kind):
-    wanted = [answer(TOOLS["glob"], most=40), call("stock_price", SEEDED), free("import os\n", 20, SEEDED)]
-    outcomes = run(cutting(kind, Listed([3, 0, 5]), 0.7), wanted)
-    assert texts(outcomes) == [solo(experts(), one) for one in wanted]
-    cut = [outcome.stats.cut for outcome in outcomes if outcome.stats is not None]
-    assert min(cut) > 0, cut
-
-
-@pytest.mark.parametrize("sampling", [GREEDY, FREE], ids=["greedy", "free"])
-def test_what_is_forced_is_never_cut_and_columns_that_another_row_needs_are(sampling):
-    """Where only certainty is enough, nothing else lives."""
-    engine, told = cutting("fit", Listed([1, 4]), 1.0), []
-    dispatch = engine._dispatch
-
-    def keep(built: Pass) -> None:
-        dispatch(built)
-        if built.guide is not None and not built.guide.certain:
-            rows = len(built.decoded)
-            lives = built.out[rows * (built.width + 2) :][:rows].tolist()
-            told.append(([min(len(tokens), built.width) for tokens in built.guide._forced], lives))
-
-    engine._dispatch = keep
-    run(engine, [answer(TOOLS["filter"], sampling), call("stock_price", sampling)])
-    assert all(lives == forced for forced, lives in told)
-    assert any(forced[0] != forced[1] and min(forced) for forced, _ in told if len(forced) == 2)
-    assert engine.confidence is not None
-    table = engine.confidence.calibration.table
-    assert table[FORCED] == 1.0 and table[IDLE] < 0.1
 
 
 class Watched(Engine):

@@ -49,7 +49,6 @@ LAYERS = (
         "processors",
         "logprobs",
         "guide",
-        "confidence",
     ),
     ("models",),
     ("cache", "states", "buffers", "kernels", "round_times", "acceptance", "kept"),

@@ -174,7 +174,6 @@ def _engine(made: MadeUp, setting: Setting, rounds: int, seed: int, profile: boo
     limits = Limits(max_rows=setting.batch)
     engine = Engine(made.target, cache, drafter, depth_of(setting.width), limits, profile)
     engine.judge = Synthetic(setting.acceptance, seed)
-    engine.confidence = None  # what is kept is drawn, so nothing is to be learned of it
     vocabulary = made.target.config.vocab_size
     prompt = tuple((31 * i + 7) % vocabulary for i in range(setting.context))
     most = (setting.width + 1) * (rounds + WARM_UP_ROUNDS + setting.batch + 4)

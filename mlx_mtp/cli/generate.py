@@ -162,8 +162,7 @@ def _report_stats(stats: Stats | None) -> None:
     parts = [f"{stats.generated_tokens} tokens", f"{stats.tokens_per_round:.2f} per round"]
     if stats.drafted:
         by_position = " ".join(f"{share:.0%}" for share in stats.acceptance_by_position)
-        tried = f", {stats.cut} not tried" if stats.cut else ""
-        parts.append(f"{stats.kept / stats.drafted:.0%} of drafts kept (by position {by_position}){tried}")
+        parts.append(f"{stats.kept / stats.drafted:.0%} of drafts kept (by position {by_position})")
     else:
         parts.append("nothing drafted")
     parts.append(f"{stats.decode_tok_s:.1f} tok/s")

@@ -18,7 +18,6 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_mtp.cache import Cache
-from mlx_mtp.confidence import bins_of_match
 from mlx_mtp.drafters import Drafter
 from mlx_mtp.drafters.kinds import Kind
 from mlx_mtp.drafters.plain import PlainDrafter
@@ -53,13 +52,11 @@ class LookupDrafter:
         length, at = match[:, 0], match[:, 1:]
         period = mx.maximum(newest[:, None] - at, 1)
         tokens = self._texts.at(rows, at + 1 + mx.arange(width) % period)
-        sure = bins_of_match(length, width) if sampler.weighs else None
         if not other.width:
-            return Draft(tokens, None, sure)
+            return Draft(tokens)
         looked = (length >= self._gate)[:, None]
         source = other.source and certain(other.source, tokens, looked)
-        sure = None if sure is None or other.bins is None else mx.where(looked, sure, other.bins)
-        return Draft(mx.where(looked, tokens, other.tokens), source, sure)
+        return Draft(mx.where(looked, tokens, other.tokens), source)
 
     def observe(self, fwd: Forward, kept: mx.array) -> Any:
         under, texts = self._under.observe(fwd, kept), self._texts.observe(fwd, kept)

@@ -11,9 +11,8 @@ import mlx.core as mx
 from mlx_mtp import kernels
 from mlx_mtp.buffers import put
 from mlx_mtp.cache import Cache
-from mlx_mtp.confidence import bins_of_odds
 from mlx_mtp.drafters.kinds import Kind, Network
-from mlx_mtp.kernels.head import head_odds
+from mlx_mtp.kernels.head import head
 from mlx_mtp.models.config import DRAFTER_TYPES, AssistantConfig, LayerConfig, TextConfig, read_assistant
 from mlx_mtp.models.families import Stored, TargetConfig
 from mlx_mtp.models.gemma4 import Gemma4
@@ -63,9 +62,7 @@ class MtpDrafter:
     def _drawn(self, y: mx.array, sampler: Sampler, position: mx.array, before: list[Drawn]) -> Drawn:
         """A step's token from its hidden state y [B, h]."""
         if self._clusters is not None and sampler.drafts_by_kernel:
-            found = head_odds(y, self._clusters, sampler.drafting(position))
-            sure = bins_of_odds(found.odds, sampler.kind[:, 0]) if sampler.weighs else None
-            return Drawn(found.token, bins=sure)
+            return Drawn(head(y, self._clusters, sampler.drafting(position)))
         drafted = [step.tokens for step in before]
         scores, which = sampler.offer(*self._assistant.logits(y), drafted)
         return sampler.draw(scores, which, position, drafted)

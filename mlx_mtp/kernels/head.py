@@ -251,33 +251,14 @@ def why_not(y: mx.array, clusters: Clusters) -> str | None:
     return clusters.centroids.why_not() or clusters.embedding.why_not() or why_not_here()
 
 
-@dataclass(frozen=True)
-class Found:
-    """token [M] int32, and [M, top] float32, what competed for it: the best value of each chosen cluster."""
-
-    token: mx.array
-    best: mx.array
-
-    @property
-    def odds(self) -> mx.array:
-        """[M] the token's log-odds against the best of the other clusters, by a softmax of their values."""
-        share = mx.minimum(mx.max(self.best, axis=-1) - mx.logsumexp(self.best, axis=-1), -1e-6)
-        return share - mx.log1p(-mx.exp(share))
-
-
 def head(y: mx.array, clusters: Clusters, draw: choice.Draw | None = None) -> mx.array:
     """y [M, h] float -> token [M] int32: greedy, or drawn with each row's temperature, seed and position."""
-    return head_odds(y, clusters, draw).token
-
-
-def head_odds(y: mx.array, clusters: Clusters, draw: choice.Draw | None = None) -> Found:
-    """The same with what it won against."""
     if why_not(y, clusters):
-        return _by_reference(y, clusters, draw)
+        return reference(y, clusters, draw)
     chosen = _select(_scores(y, clusters.centroids), clusters.top)
     value, token = _best_of_clusters(y, clusters, chosen, draw)
     launch = Launch((32 * y.shape[0], 1, 1), (32, 1, 1), [(y.shape[0],)], [mx.int32], [])
-    return Found(run(FINAL, [value, token], launch)[0], value)
+    return run(FINAL, [value, token], launch)[0]
 
 
 def _scores(y: mx.array, centroids: Matrix) -> mx.array:
@@ -329,15 +310,10 @@ def _best_of_clusters(
 
 def reference(y: mx.array, clusters: Clusters, draw: choice.Draw | None = None) -> mx.array:
     """`head` in plain mlx."""
-    return _by_reference(y, clusters, draw).token
-
-
-def _by_reference(y: mx.array, clusters: Clusters, draw: choice.Draw | None) -> Found:
     scores = rows_qmv.reference(y.astype(mx.float32), clusters.centroids)
     chosen = mx.argsort(-scores, axis=-1)[:, : clusters.top]
     tokens = clusters.ordering.reshape(clusters.centroids.rows, -1)[chosen].reshape(y.shape[0], -1)
     rows = clusters.embedding.take(tokens).dense()
     logits = (rows @ y.astype(mx.float32)[:, :, None])[..., 0]
     competing = logits if draw is None else choice.values(logits, draw, draw.position, tokens)
-    best = competing.reshape(y.shape[0], clusters.top, -1).max(axis=-1)
-    return Found(choice.lowest_best(competing, tokens), best)
+    return choice.lowest_best(competing, tokens)

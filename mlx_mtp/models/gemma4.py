@@ -154,40 +154,31 @@ class Block(nn.Module):
         values where the layer owns them."""
         return self._fused_project(h.shape[0] // start.shape[0], h, start)
 
-    def finish(
-        self, h: mx.array, a: mx.array, ple: mx.array | None, columns: int, lenders: mx.array | None = None
-    ) -> tuple[mx.array, mx.array | None]:
+    def finish(self, h: mx.array, a: mx.array, ple: mx.array | None, columns: int) -> tuple[mx.array, mx.array | None]:
         """The half after attention a [N, heads * D]: h [N, H] -> [N, H], and the experts chosen [N, k] if there are
-        any; ple [N, d] is this layer's per-layer input, columns is L, lenders as in `Pass`."""
-        return self._fused_finish(columns, h, a, ple, lenders)
+        any; ple [N, d] is this layer's per-layer input, columns is L."""
+        return self._fused_finish(columns, h, a, ple)
 
     def _project(self, h: mx.array, start: mx.array) -> tuple[mx.array, ...]:
         x = self.input_layernorm(h)
         q = self.self_attn.queries(x, start)
         return (q, *self.self_attn.keys_values(x, start)) if self._owner else (q,)
 
-    def _finish(
-        self, h: mx.array, a: mx.array, ple: mx.array | None, lenders: mx.array | None
-    ) -> tuple[mx.array, mx.array | None]:
+    def _finish(self, h: mx.array, a: mx.array, ple: mx.array | None) -> tuple[mx.array, mx.array | None]:
         h = h + self.post_attention_layernorm(self.self_attn.o_proj(a))
-        fed, chosen = self.feed_forward(h, lenders)
+        fed, chosen = self.feed_forward(h)
         h = h + self.post_feedforward_layernorm(fed)
         if ple is not None:
             gated = geglu(self.per_layer_input_gate(h), ple)
             h = h + self.post_per_layer_input_norm(self.per_layer_projection(gated))
         return h * self.layer_scalar, chosen
 
-    def feed_forward(self, h: mx.array, lenders: mx.array | None = None) -> tuple[mx.array, mx.array | None]:
-        """The dense branch, plus the routed experts where there are any: [N, H] -> [N, H], experts chosen [N, k].
-
-        A column whose experts are another's (lenders [N]) has a result that means nothing, and is finite.
-        """
+    def feed_forward(self, h: mx.array) -> tuple[mx.array, mx.array | None]:
+        """The dense branch, plus the routed experts where there are any: [N, H] -> [N, H], experts chosen [N, k]."""
         dense = self.mlp(self.pre_feedforward_layernorm(h))
         if "experts" not in self:
             return dense, None
         chosen, weights = self.router(h)
-        if lenders is not None:
-            chosen = chosen[lenders]
         routed = self.experts(self.pre_feedforward_layernorm_2(h), chosen, weights)
         return self.post_feedforward_layernorm_1(dense) + self.post_feedforward_layernorm_2(routed), chosen
 
@@ -248,7 +239,7 @@ class Gemma4(nn.Module):
             if owned:
                 views[i] = pass_.store(self._slot[i], *owned)
             attended = views[layer.owner].attend(queries, last)
-            h, chosen = block.finish(h, attended, None if ple is None else ple[:, i], columns, pass_.lenders)
+            h, chosen = block.finish(h, attended, None if ple is None else ple[:, i], columns)
             if chosen is not None:
                 pass_.routed.append(chosen)
             if i in taps:

@@ -61,7 +61,6 @@ class Metrics:
         self._rounds.inc(stats.rounds)
         self._drafts.labels("kept").inc(stats.kept)
         self._drafts.labels("rejected").inc(stats.drafted - stats.kept)
-        self._drafts.labels("cut").inc(stats.cut)
         if stats.decode_s > 0:
             self._rate.observe(stats.decode_tok_s)
 
