@@ -23,7 +23,6 @@ Arrays = list[mx.array]
 LAYOUTS: dict[str, Layout] = {"affine4": (64, 4, "affine"), "affine8": (64, 8, "affine"), "mxfp4": (32, 4, "mxfp4")}
 LAYOUTS |= {"mxfp8": (32, 8, "mxfp8"), "nvfp4": (16, 4, "nvfp4"), "bf16": None}
 MOST = 16  # columns
-BUILT_CLUSTERS = (2048, 32)  # for drafters that ship without: as many as those have that ship with them
 COLD_BYTES = 256e6  # moved between two uses of the same weights: more than the caches of a GPU hold
 SLICE_VALUES = 2**27  # drawn at a time
 MOST_COPIES = 64
@@ -223,8 +222,8 @@ def attention(layer: LayerConfig, context: int) -> Case:
     return Case("attend", what, moves, 4 * kv * size * slots, make, axis=2)
 
 
-def clustered(found: Shape, layout: Layout) -> Case:
-    (count, top), vocabulary = found.drafter.clusters or BUILT_CLUSTERS, found.target.vocab_size
+def clustered(found: Shape, clusters: tuple[int, int], layout: Layout) -> Case:
+    (count, top), vocabulary = clusters, found.target.vocab_size
     hidden, size = found.drafter.text.hidden_size, vocabulary // count
 
     def make(seed: int) -> Work:
@@ -241,7 +240,7 @@ def clustered(found: Shape, layout: Layout) -> Case:
 
     one, scores = top * size * (4 + weight_bytes(1, hidden, layout)), weight_bytes(count, hidden, layout)
     held = weight_bytes(count * size, hidden, layout) + scores + 4 * count * size
-    what = f"{top} of {count}{'' if found.drafter.clusters else ' built'} clusters, {hidden} hidden"
+    what = f"{top} of {count} clusters, {hidden} hidden"
     return Case("head", what, lambda n: scores + n * one, held, make)
 
 
@@ -327,4 +326,6 @@ def cases(found: Shape, layout: Layout, context: int) -> list[Case]:
     if config.moe:
         out.append(routed(config.moe, hidden, layout))
     out += [attention(layer, context) for layer in layers]
-    return [*out, clustered(found, layout), judged(found, False), judged(found, True)]
+    if found.drafter.clusters:
+        out.append(clustered(found, found.drafter.clusters, layout))
+    return [*out, judged(found, False), judged(found, True)]

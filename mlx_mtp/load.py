@@ -12,18 +12,13 @@ from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
-from mlx_mtp import clusters as clustering
 from mlx_mtp import hub
 from mlx_mtp.cache import Cache
 from mlx_mtp.drafters import Drafter
 from mlx_mtp.drafters.kinds import Kind, Network, Parts, kind_of, kinds, split_name
 from mlx_mtp.drafters.plain import PlainDrafter
 from mlx_mtp.few_rows import use_kernels
-from mlx_mtp.kept import own_cache
-from mlx_mtp.kernels.matrix import Matrix
-from mlx_mtp.models.config import AssistantConfig
 from mlx_mtp.models.families import Family, Target, family_of
 from mlx_mtp.models.gemma4_assistant import Assistant
 from mlx_mtp.pairs import check_pair, find_drafter, whole_copy
@@ -117,7 +112,6 @@ def load_pair(
     *,
     dtype: mx.Dtype | None = None,
     quantize: int | None = None,
-    clusters: int | None = None,
     report: Report | None = None,
 ) -> LoadedPair:
     """Load a target and its drafter, checking both before a weight of either is read.
@@ -129,23 +123,21 @@ def load_pair(
     """
     family, folder = _open_target(target, report)
     base, over = split_name(drafter or "none")
-    for name, value, what in (("quantize", quantize, "quantise"), ("clusters", clusters, "cluster")):
-        if base is None and value is not None:
-            raise RequestError(f"{name} is {value!r}, but there is no drafter to {what}; name one, or leave it out")
+    if base is None and quantize is not None:
+        raise RequestError(f"quantize is {quantize!r}, but there is no drafter to quantise; name one, or leave it out")
     opened, notes = _find_drafter(base, folder, report)
     if opened is not None:
         names = (target, opened.folder.name)
         base_model = not _has_chat_template(folder.path)
         notes += check_pair(opened.network, folder.config, opened.folder.config, names, base_model)
-        _check_clusters(opened, clusters)
     target_plan = plan(folder, family.build, dtype)
     draft_plan = opened and _plan_drafter(opened, dtype or target_plan.dtype, quantize)
     if opened and draft_plan:
         notes += _compare_sizes(draft_plan, target_plan)
     loaded = _finish_target(target_plan, family, report)
     notes += loaded.notes
-    finished = _finish_drafter(opened, draft_plan, clusters, report) if opened and draft_plan else None
-    return LoadedPair(loaded, finished, (*notes, *(finished.notes if finished else ())), over)
+    finished = _finish_drafter(opened, draft_plan, report) if opened and draft_plan else None
+    return LoadedPair(loaded, finished, tuple(notes), over)
 
 
 def load_target(name: str, *, dtype: mx.Dtype | None = None, report: Report | None = None) -> LoadedTarget:
@@ -165,22 +157,18 @@ def load_drafter(
     *,
     dtype: mx.Dtype | None = None,
     quantize: int | None = None,
-    clusters: int | None = None,
     report: Report | None = None,
 ) -> LoadedDrafter:
     """Load the drafter of a loaded target from a folder or hub id.
 
-    dtype: None takes the target's. quantize: 4 or 8 packs a plain drafter's linear layers and embedding. clusters:
-    a drafter that scores its whole vocabulary gets clusters, of which each step scores so many; built once.
+    dtype: None takes the target's. quantize: 4 or 8 packs a plain drafter's linear layers and embedding.
     Raises DownloadError, CheckpointError, PairingError, RequestError.
     """
     opened = _open_drafter(name, report)
     names = (target.name, name)
     notes = check_pair(opened.network, target.model.config, opened.folder.config, names, target.base_model)
-    _check_clusters(opened, clusters)
     made = _plan_drafter(opened, dtype or target.dtype, quantize)
-    drafter = _finish_drafter(opened, made, clusters, report)
-    return replace(drafter, notes=(*notes, *drafter.notes))
+    return replace(_finish_drafter(opened, made, report), notes=tuple(notes))
 
 
 # before weights -------------------------------------------------------------------------------------------
@@ -330,13 +318,8 @@ def _finish_target(made: Plan, family: Family, report: Report | None) -> LoadedT
     )
 
 
-def _finish_drafter(opened: Opened, made: Plan, clusters: int | None, report: Report | None) -> LoadedDrafter:
-    weight_bytes, notes = read(made, report), ()
-    model, folder = made.model, made.folder
-    if clusters:
-        assert isinstance(model, Assistant)
-        notes = _cluster(model, folder, clusters, report)
-        weight_bytes += model.masked_embedding.centroids.weight.nbytes + model.masked_embedding.token_ordering.nbytes
+def _finish_drafter(opened: Opened, made: Plan, report: Report | None) -> LoadedDrafter:
+    weight_bytes, model, folder = read(made, report), made.model, made.folder
     use_kernels(model)
     if isinstance(model, Assistant) and model.config.clusters:
         ordering = model.masked_embedding.token_ordering
@@ -344,58 +327,7 @@ def _finish_drafter(opened: Opened, made: Plan, clusters: int | None, report: Re
             raise CheckpointError(
                 f"{folder.path}: token_ordering is no ordering of {ordering.size} tokens; download it again"
             )
-    return LoadedDrafter(opened.kind, model, folder.path, folder.name, weight_bytes, notes)
-
-
-def _check_clusters(opened: Opened, clusters: int | None) -> None:
-    """Raise unless the drafter can be given clusters of which so many are scored."""
-    if clusters is None:
-        return
-    folder, config = opened.folder, opened.folder.config
-    if not isinstance(config, AssistantConfig):
-        raise RequestError(
-            f"clusters is {clusters!r}; expected an MTP drafter (gemma4_assistant), and {folder.name} is none; leave "
-            "the option out"
-        )
-    most = config.text.vocab_size
-    if not isinstance(clusters, int) or isinstance(clusters, bool) or not 1 <= clusters <= most:
-        raise RequestError(
-            f"clusters is {clusters!r}; expected a number of clusters to score, 1 to {most}, such as 128"
-        )
-    if config.clusters:
-        count, top = config.clusters
-        raise RequestError(
-            f"{folder.name} has {count} clusters of its own, of which it scores {top}; expected a drafter that scores "
-            "its whole vocabulary; leave the option out"
-        )
-
-
-def _cluster(model: Assistant, folder: Folder, top: int, report: Report | None) -> tuple[str, ...]:
-    """Give a drafter clusters, kept beside the checkpoint or in the user's cache; returns notes."""
-    rows, notes = head_rows(model), ()
-    count = clustering.best_count(len(rows), top)
-    places = (folder.path, own_cache())
-    key = clustering.key_of(rows, count)
-    found = clustering.stored(places, key, (*rows.shape, count))
-    if found is None:
-        tell = (lambda done, total: report(f"clustering {folder.name}", done, total)) if report else None
-        found = clustering.build(rows, count, tell)
-        if clustering.store(places, key, found) is None:
-            notes = (f"clusters of {folder.name} were built, but neither {places[0]} nor {places[1]} can keep them",)
-    dtype = model.model.norm.weight.dtype
-    model.use_clusters(mx.array(found.centroids).astype(dtype), mx.array(found.ordering), top)
-    mx.eval(model.masked_embedding.parameters())
-    return notes
-
-
-def head_rows(model: Assistant) -> np.ndarray:
-    """The rows of the output head, [V, h] float32."""
-    table = Matrix.of(model.model.embed_tokens)
-    rows = np.empty((table.rows, table.columns), np.float32)
-    for first in range(0, len(rows), 8192):  # a table is 1 GB in float32, and need not be there twice
-        some = mx.arange(first, min(first + 8192, len(rows)))
-        rows[first : first + 8192] = np.array(table.take(some).dense())
-    return rows
+    return LoadedDrafter(opened.kind, model, folder.path, folder.name, weight_bytes)
 
 
 # what comes with a target ---------------------------------------------------------------------------------

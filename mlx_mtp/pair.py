@@ -48,7 +48,6 @@ def load(
     drafter: str | None = "auto",
     *,
     quantize_drafter: int | None = None,
-    drafter_clusters: int | None = None,
     dtype: str | None = None,
     limits: Limits | None = None,
     prefix_bytes: int | None = None,
@@ -59,8 +58,7 @@ def load(
     target: a checkpoint folder, a hub id, or "tiny", the small pair that comes with this package.
     drafter: a folder or hub id; "auto" finds the one made for the target; None or "none" decodes plainly; "lookup"
     copies from prompt and text, alone or, as in "auto+lookup", before another drafter.
-    quantize_drafter: 4 or 8 bits, at load. drafter_clusters: cluster the vocabulary of a drafter that scores all of it,
-    once (kept on disk), and score so many clusters a step: fewer drafts are kept, the text is the same.
+    quantize_drafter: 4 or 8 bits, at load.
     dtype: "float32", "bfloat16" or "float16"; None takes the checkpoint's on a GPU and float32 on a CPU.
     limits: on rows and memory; without kv_bytes they take what the weights leave.
     prefix_bytes: memory for what has been computed of earlier prompts and replies, so that a later prompt that begins
@@ -79,7 +77,6 @@ def load(
         drafter,
         dtype=DTYPES[dtype] if dtype else None,
         quantize=quantize_drafter,
-        clusters=drafter_clusters,
         report=report,
     )
     limits = _limits(loaded, limits or Limits(), prefix_bytes)

@@ -31,7 +31,6 @@ LAYERS = (
         "quantized",
         "tensors",
         "weights",
-        "clusters",
         "tuning",
         "calibration",
         "inside",

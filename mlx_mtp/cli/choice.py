@@ -31,14 +31,6 @@ class Choice(Debug):
     quantize_drafter: Annotated[
         int | None, typer.Option(metavar="4|8", help="Quantise the drafter to so many bits at load.")
     ] = None
-    drafter_clusters: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Cluster the vocabulary of a drafter that scores all of it, once, and score the best N clusters, "
-            "such as 128: cheaper drafts, fewer of them kept. The text is the same.",
-        ),
-    ] = None
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; unset = what suits the machine.")] = (
         None
     )
@@ -112,7 +104,6 @@ def load_pair(options: Choice, limits: Limits | None = None, prefix_bytes: int |
             options.model,
             options.drafter,
             quantize_drafter=options.quantize_drafter,
-            drafter_clusters=options.drafter_clusters,
             dtype=options.dtype,
             limits=limits,
             prefix_bytes=prefix_bytes,

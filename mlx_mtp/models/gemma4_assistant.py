@@ -6,8 +6,6 @@ Ports transformers 5.22 `models/gemma4_assistant/modeling_gemma4_assistant.py`.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -61,12 +59,6 @@ class Assistant(nn.Module):
         self.post_projection = nn.Linear(size, backbone, bias=False)
         if config.clusters:
             self.masked_embedding = ClusteredHead(config)
-
-    def use_clusters(self, centroids: mx.array, ordering: mx.array, top: int) -> None:
-        """Score clusters from now on, of which `top` compete: centroids [C, h], ordering [V] as in ClusteredHead."""
-        self.config = replace(self.config, clusters=(centroids.shape[0], top))
-        self.masked_embedding = ClusteredHead(self.config)
-        self.masked_embedding.centroids.weight, self.masked_embedding.token_ordering = centroids, ordering
 
     @property
     def clusters(self) -> Clusters | None:
