@@ -15,13 +15,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from unittest import mock
 
+import graph
 import mlx.core as mx
+from made_up import MadeUp, Size, hollow, hollow_fill, make
 from mlx.utils import tree_map
 
 from mlx_mtp.accept import verdict
-from mlx_mtp.bench import graph
-from mlx_mtp.bench.made_up import MadeUp, hollow, hollow_fill, make
-from mlx_mtp.bench.settings import Size
 from mlx_mtp.cache import Cache
 from mlx_mtp.drafters.mtp import MtpDrafter
 from mlx_mtp.kernels import trials
@@ -82,7 +81,7 @@ def primitives(*trees: object) -> Counter[str]:
 
 
 def networks(size: str, bits: int) -> MadeUp:
-    return make(shape(size), Size(size, bits, bits), hollow_fill)
+    return make(shape(size), Size(size, bits), hollow_fill)
 
 
 def filled(target: Gemma4, rows: int) -> Cache:

@@ -1,14 +1,12 @@
 """Dispatches are counted from graphs that are never run, as the emulator counts the launches of ones that are."""
 
-import importlib.util
-import sys
 from collections import Counter
-from pathlib import Path
 
+import dispatches
 import mlx.core as mx
 import pytest
+from graph import FUSED
 
-from mlx_mtp.bench.graph import FUSED
 from mlx_mtp.drafters.mtp import KIND
 from mlx_mtp.models.config import read_assistant, read_target
 from mlx_mtp.pairs import KNOWN, check_pair
@@ -17,23 +15,12 @@ from mlx_mtp.shapes import read_configs
 pytestmark = pytest.mark.kernels
 
 
-@pytest.fixture(scope="module")
-def bench():
-    file = Path(__file__).parent.parent / "bench" / "dispatches.py"
-    spec = importlib.util.spec_from_file_location("dispatches", file)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["dispatches"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["dispatches"]
-
-
-def test_what_only_looks_at_memory_is_no_dispatch(bench):
+def test_what_only_looks_at_memory_is_no_dispatch():
     x = mx.zeros((4, 6))
     mx.eval(x)
     y = mx.exp(x).reshape(6, 4).T[1:3]
-    assert bench.primitives(y) == Counter(Exp=1)
-    assert bench.primitives(y, mx.abs(y)) == Counter(Exp=1, Abs=1), "what two results share is counted once"
+    assert dispatches.primitives(y) == Counter(Exp=1)
+    assert dispatches.primitives(y, mx.abs(y)) == Counter(Exp=1, Abs=1), "what two results share is counted once"
 
 
 def test_the_sizes_are_those_of_the_published_pairs():
@@ -45,10 +32,10 @@ def test_the_sizes_are_those_of_the_published_pairs():
         assert check_pair(KIND.network, read, found, (pair.target, pair.drafter)) == []
 
 
-def test_a_step_of_kernels_is_what_the_code_launches(bench):
-    with bench.as_on_metal(kernels=True):
-        made = bench.networks("26B-A4B", 4)
-        step, draft = bench.round_of(made, 0), bench.counts("26B-A4B", 4, True, 1).draft
+def test_a_step_of_kernels_is_what_the_code_launches():
+    with dispatches.as_on_metal(kernels=True):
+        made = dispatches.networks("26B-A4B", 4)
+        step, draft = dispatches.round_of(made, 0), dispatches.counts("26B-A4B", 4, True, 1).draft
     # a layer: 7 products (6 in full layers, whose values are their keys), 4 launches of experts, 2 of attention, 13
     # norms and rotations; then the last norm and the output head, the verdict's two, the embedding's dequantising
     layers, full = 30, 5
@@ -56,9 +43,9 @@ def test_a_step_of_kernels_is_what_the_code_launches(bench):
     assert draft[FUSED] == (4 + 2 + 6) * 4 + 3 + 1 + 1
 
 
-def test_attention_over_heads_of_512_is_several_operations_without_the_kernel(bench):
-    with bench.as_on_metal(kernels=False):
-        made = bench.networks("E4B", 4)
-        step = bench.round_of(made, 0)
+def test_attention_over_heads_of_512_is_several_operations_without_the_kernel():
+    with dispatches.as_on_metal(kernels=False):
+        made = dispatches.networks("E4B", 4)
+        step = dispatches.round_of(made, 0)
     assert step["Softmax"] == 7 and step["Matmul"] == 2 * 7
     assert step["QuantizedMatmul"] == 24 * 2 + 42 * (2 + 3 + 2) + 2  # keys and values; every layer; two outside

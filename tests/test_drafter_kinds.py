@@ -7,9 +7,9 @@ import mlx.core as mx
 import pytest
 from checkpoints import FIXTURES
 from engines import Job, Listed, Models, engine_of, prompts, qwen, request, run, smallest
+from graph import primitives
 from mlx.utils import tree_flatten
 
-from mlx_mtp.bench.graph import primitives
 from mlx_mtp.depth import Constant
 from mlx_mtp.drafters.kinds import KINDS, kind_of, kinds, split_name
 from mlx_mtp.engine import Pass

@@ -6,8 +6,8 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from engines import smallest
+from graph import primitives
 
-from mlx_mtp.bench.graph import primitives
 from mlx_mtp.cache import Cache
 from mlx_mtp.depth import MAX_WIDTH
 from mlx_mtp.drafters.texts import UNWRITTEN, Texts

@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Top to bottom. A module may import from its own layer and from those below it.
 LAYERS = (
     ("cli", "server", "__main__"),
-    ("compare", "bench", "plan"),
+    ("compare", "plan"),
     ("pair", "roofline"),
     ("chips", "shapes", "provenance"),
     ("segments", "arguments", "messages", "grammar", "call_grammar", "loops"),
@@ -73,7 +73,7 @@ MAX_PARAMETERS = 8
 MAX_README_LINES = 200
 
 READS_ENVIRONMENT = {"cli"}
-READS_DEVICE = {"engine", "load", "weights", "pair", "inside", "bench", "compare"}
+READS_DEVICE = {"engine", "load", "weights", "pair", "inside", "compare"}
 CHECKS_DEVICE = PACKAGE / "kernels" / "trials.py"  # its answer decides what runs; asked while loading
 
 TEXT_SUFFIXES = {".py", ".md", ".toml", ".json", ".jinja", ".sh", ".txt", ".yml", ".yaml", ".cfg", ""}

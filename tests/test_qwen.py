@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import graph
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -17,7 +18,6 @@ from servers import running
 
 import mlx_mtp
 from mlx_mtp.accept import verdict
-from mlx_mtp.bench import graph
 from mlx_mtp.cache import Cache, LayerSpec
 from mlx_mtp.depth import MAX_WIDTH
 from mlx_mtp.drafters.qwen_mtp import QwenMtpDrafter

@@ -3,7 +3,6 @@
 Everything heavy is imported inside the command that needs it, so that `--help` answers at once.
 """
 
-from mlx_mtp.cli import bench as bench
 from mlx_mtp.cli import compare as compare
 from mlx_mtp.cli import generate as generate
 from mlx_mtp.cli import plan as plan

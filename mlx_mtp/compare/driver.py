@@ -115,10 +115,6 @@ class Pool:
         job = {"do": "run", "mode": contender.mode, "prompts": prompts, "tokens": tokens}
         return Run.of(self.ask(contender.runtime, job))
 
-    def costs(self, contender: Contender, prompts: Sequence[Prompt], tokens: int) -> dict[str, float]:
-        job = {"do": "costs", "mode": contender.mode, "prompts": prompts, "tokens": tokens}
-        return self.ask(contender.runtime, job)
-
     def margin(self, tokens: Sequence[int]) -> float:
         return self.ask(PLAIN.runtime, {"do": "margin", "tokens": list(tokens)})["margin"]
 
@@ -135,7 +131,6 @@ class Measured:
     contender: Contender
     texts: list[Run] = field(default_factory=list)
     timed: list[list[Run]] = field(default_factory=list)
-    costs: dict[str, float] = field(default_factory=dict)
 
     @property
     def stable(self) -> bool:
@@ -162,7 +157,6 @@ def measure(pool: Pool, contenders: Sequence[Contender], cases: Sequence[Case], 
     out = [Measured(c) for c in contenders if rows == 1 or c.batches]
     for m in out:
         m.texts = [pool.run(m.contender, case.prompts, how.tokens) for case in cases]
-        m.costs = pool.costs(m.contender, cases[0].prompts, min(how.tokens, 48))
     for repeat in range(how.repeats):
         for m in out:
             m.timed.append([])

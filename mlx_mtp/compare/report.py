@@ -36,7 +36,7 @@ class Figures:
 
     over_plain: tok/s over that of the same runtime without drafts; if_free: what tokens per round alone would give,
     if drafts and further columns cost nothing. over_baseline: over mlx-lm's plain decoding. Ratios are within a repeat.
-    per_round: host reads, dispatches, primitives. differs: rows that differ from what the target alone writes.
+    differs: rows that differ from what the target alone writes.
     """
 
     name: str
@@ -51,7 +51,6 @@ class Figures:
     if_free: float
     over_baseline: Spread | None
     peak_bytes: int
-    per_round: dict[str, float]
     differs: tuple[Divergence, ...]
     stable: bool
 
@@ -133,7 +132,6 @@ def _figures(m: Measured, decode: dict[str, list[float]], speeds: list[Speeds], 
         if_free=per_round,
         over_baseline=ratio(decode[name], decode[BASELINE.name]) if BASELINE.name in decode else None,
         peak_bytes=max(text.peak_bytes for text in m.texts),
-        per_round=m.costs,
         differs=tuple(differs),
         stable=m.stable,
     )
@@ -159,7 +157,7 @@ def write_csv(file: Path, tables: Sequence[Table], machine: dict[str, str]) -> N
 
 SPEED = ("contender", "tok/s, all rows", "a row", "prompt", "tok/round", "kept by position")
 SPEED += ("over its own plain", "if drafts were free", "over mlx-lm plain")
-COST = ("contender", "peak GB", "reads/round", "dispatches", "operations", "text")
+COST = ("contender", "peak GB", "text")
 
 
 def speed_rows(t: Table) -> list[tuple[str, ...]]:
@@ -183,6 +181,5 @@ def cost_rows(t: Table) -> list[tuple[str, ...]]:
             text = f"differs in {len(f.differs)} row(s), first at token {first.at}, margin {first.margin:.1e}"
         if not f.stable:
             text += "; not the same every time"
-        per = (f"{f.per_round[name]:.2f}" for name in ("reads", "dispatches"))
-        rows.append((f.name, f"{f.peak_bytes / 1e9:.2f}", *per, f"{f.per_round['primitives']:.0f}", text))
+        rows.append((f.name, f"{f.peak_bytes / 1e9:.2f}", text))
     return rows

@@ -15,7 +15,6 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_mtp.compare.costs import costs
 from mlx_mtp.compare.runs import Mode, run
 from mlx_mtp.rows import MlxMtpError, RequestError, one_line
 
@@ -96,12 +95,10 @@ def _no_margin(tokens: list[int]) -> float:
 
 
 def answer(held: Held, job: dict[str, Any]) -> dict[str, Any]:
-    """Do a job: "run", "costs" or "margin"."""
+    """Do a job: "run" or "margin"."""
     if job["do"] == "margin":
         return {"margin": held.margin(job["tokens"])}
     mode, prompts = held.mode(job["mode"]), [tuple(prompt) for prompt in job["prompts"]]
-    if job["do"] == "costs":
-        return costs(mode, prompts, job["tokens"])
     return run(mode, prompts, job["tokens"]).to_json()
 
 

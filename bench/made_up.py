@@ -13,7 +13,6 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map, tree_map_with_path, tree_unflatten
 
-from mlx_mtp.bench.settings import Size
 from mlx_mtp.cache import Cache
 from mlx_mtp.depth import MAX_WIDTH
 from mlx_mtp.doctor import on_gpu
@@ -32,6 +31,15 @@ GROUP = 64
 
 
 @dataclass(frozen=True)
+class Size:
+    """A published size of Gemma 4. bits: of a weight of both networks. layers: of the target, the first; None: all."""
+
+    name: str
+    bits: int
+    layers: int | None = None
+
+
+@dataclass(frozen=True)
 class MadeUp:
     """A pair ready to run. layers: of the target, of so many."""
 
@@ -47,8 +55,8 @@ def make(found: Shape, size: Size, fill: Fill | None = None) -> MadeUp:
     config = truncated(found.target, size.layers)
     dtype = mx.bfloat16 if on_gpu() else mx.float32
     target, drafter = Gemma4(config), Assistant(found.drafter)
-    for model, bits in ((target, size.bits), (drafter, size.drafter_bits)):
-        _finish(model, bits, dtype, fill or random_fill)
+    for model in (target, drafter):
+        _finish(model, size.bits, dtype, fill or random_fill)
         use_kernels(model)
     return MadeUp(target, drafter, dtype, len(config.layers), len(found.target.layers))
 
@@ -57,8 +65,7 @@ def bytes_of(size: Size, batch: int, context: int) -> int:
     """What a size takes in this process: weights of both, and the cache of so many rows."""
     found = shape(size.name)
     config = truncated(found.target, size.layers)
-    weights = target_counts(config).total * BYTES_PER_PARAMETER[size.bits]
-    weights += found.drafter_counts.total * BYTES_PER_PARAMETER[size.drafter_bits]
+    weights = (target_counts(config).total + found.drafter_counts.total) * BYTES_PER_PARAMETER[size.bits]
     if not on_gpu() and size.bits == 16:
         weights *= 2  # float32
     cache = Cache(Gemma4(config).specs, MAX_WIDTH, mx.bfloat16 if on_gpu() else mx.float32)
