@@ -1,16 +1,14 @@
 """Kinds of drafters: told by their config, named on the command line."""
 
 import json
-from typing import Any
 
 import mlx.core as mx
 import pytest
 from checkpoints import FIXTURES
-from engines import Job, Listed, Models, engine_of, prompts, qwen, request, run, smallest
+from engines import Job, Listed, engine_of, prompts, qwen, request, run, smallest
 from graph import primitives
 from mlx.utils import tree_flatten
 
-from mlx_mtp.depth import Constant
 from mlx_mtp.drafters.kinds import KINDS, kind_of, kinds, split_name
 from mlx_mtp.engine import Pass
 from mlx_mtp.rows import CheckpointError
@@ -86,45 +84,6 @@ def test_a_draft_models_cache_leaves_room_for_fewer_rows():
         assert len(engine.scheduler.rows) == rows, kind
 
 
-def operations_a_round(models: Models, kind: str, rows: int, resting: bool) -> float:
-    """Primitives of a round of width 0, mean of 32: what waits to be stored is stored twice."""
-    counted, depth = [], Constant(0)
-    depth.resting = resting
-    engine = engine_of(models, kind, depth)
-    dispatch = engine._dispatch
-
-    def count(built: Pass) -> None:
-        if built.decoded and not built.chunks:
-            counted.append(primitives(built.out, engine._state()).total())
-        dispatch(built)
-
-    engine._dispatch = count
-    for prompt in prompts(models, (5,) * rows):
-        engine.submit(request(prompt, 60))
-    while len(counted) < 8 + 32:
-        engine.step()
-    return sum(counted[8:]) / 32
-
-
-@pytest.mark.parametrize(
-    ("kind", "most", "at_rest"),
-    [
-        ("rand", 0, 0),
-        ("near", 1, 1),
-        ("dflash", 6, 0),
-        ("lookup", 1, 1),
-        ("rand+lookup", 1, 1),
-        ("near+lookup", 2, 2),
-        ("head", 5, 0),
-    ],
-)
-def test_a_drafter_that_is_not_asked_adds_few_operations_to_a_round(kind, most, at_rest):
-    models = qwen() if kind == "head" else smallest()
-    plain = operations_a_round(models, "plain", 2, False)
-    for resting, allowed in ((False, most), (True, at_rest)):
-        assert operations_a_round(models, kind, 2, resting) - plain <= allowed
-
-
 @pytest.mark.parametrize("kind", ["rand", "near", "dflash", "lookup", "rand+lookup", "near+lookup", "head"])
 def test_a_dispatch_leaves_nothing_of_a_drafter_to_be_evaluated(kind):
     models, left = qwen() if kind == "head" else smallest(), []
@@ -139,29 +98,3 @@ def test_a_dispatch_leaves_nothing_of_a_drafter_to_be_evaluated(kind):
     engine._dispatch = look
     run(engine, [Job(request(p, 40 + 9 * i), 5 * i) for i, p in enumerate(prompts(models, (5, 9, 3)))])
     assert len(left) > 40 and not any(left)
-
-
-def waits_a_round(models: Models, kind: str, monkeypatch: pytest.MonkeyPatch) -> float:
-    """Arrays that the device is made to wait for in a round of width 0, mean of 32."""
-    counted, evaluate = [], mx.async_eval
-
-    def count(*trees: Any) -> None:
-        counted.append(sum(isinstance(leaf, mx.array) for _, leaf in tree_flatten(trees)))
-        evaluate(*trees)
-
-    engine = engine_of(models, kind, 0)
-    for prompt in prompts(models, (5, 5)):
-        engine.submit(request(prompt, 60))
-    for _ in range(8):
-        engine.step()
-    with monkeypatch.context() as patched:
-        patched.setattr(mx, "async_eval", count)
-        for _ in range(32):
-            engine.step()
-    return sum(counted) / 32
-
-
-@pytest.mark.parametrize(("kind", "most"), [("rand", 0), ("near", 1), ("rand+lookup", 1), ("dflash", 1), ("head", 1)])
-def test_the_device_does_not_wait_for_a_drafter_that_is_not_asked(kind, most, monkeypatch):
-    models = qwen() if kind == "head" else smallest()
-    assert waits_a_round(models, kind, monkeypatch) - waits_a_round(models, "plain", monkeypatch) <= most

@@ -375,29 +375,6 @@ def test_a_head_fed_a_position_too_early_or_before_the_final_norm_does_not_pass_
         assert np.abs(logits - g["draft_logits"] * STEP).max() > 0.05
 
 
-def test_behind_a_rest_drafts_are_those_of_a_head_that_was_shown_the_rest_of_the_text_alone():
-    """Ten tokens, five while the policy rests, and seven; the reference is fed both pieces as prompts."""
-    models, text = qwen(), goldens()["text"]
-    found = []
-    for rests in (True, False):
-        rows, target = (Cache(models.target.specs, MAX_WIDTH, mx.float32) for _ in range(2))
-        head = QwenMtpDrafter(models.target, models.head, rows)
-        for cache in (rows, target):
-            cache.join(1)
-        head.begin(0, 0, None)
-        for start, stop in [(0, 10), *((i, i + 1) for i in range(10, 15)), (15, 22)]:
-            ids, newest, count = mx.array(text[None, start:stop]), mx.array(text[stop, None]), stop - start
-            hidden, taps = models.target.forward(ids, target.open(ONE, count), head.taps)
-            target.commit(ONE, mx.array([count]), count)
-            if rests or count > 1:
-                rows.commit(ONE, mx.array([count]), count)
-                fwd = Forward(ONE, ids, hidden, taps, 0, newest=newest, resting=count == 1)
-                head.observe(fwd, mx.array([count]))
-        draft = head.propose(ONE, newest, Sampler([RowSampler.of(GREEDY)], keep_logits=True), 4)
-        found.append(np.array(draft.source.logits[0]))
-    np.testing.assert_allclose(*found, rtol=0, atol=3e-4)
-
-
 def test_drafts_of_rows_that_reject_and_run_beside_others_are_those_of_a_row_alone():
     """As many rounds, with as many tokens each, whoever runs beside a row."""
     models = qwen()

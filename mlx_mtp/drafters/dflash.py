@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import mlx.core as mx
 
 from mlx_mtp.cache import Cache
@@ -26,7 +24,7 @@ class DFlashDrafter(FeatureDrafter):
         """cache: the target's, of which only the bounds of the rows' lengths are read."""
         self.taps: tuple[int, ...] = network.config.taps
         size = len(self.taps) * network.config.hidden_size * cache.dtype.size
-        super().__init__(network.specs, size, _side_by_side, network.remember, cache)
+        super().__init__(network.specs, size, network.remember, cache)
         self._target, self._network = target, network
 
     def propose(self, rows: slice, bonus: mx.array, sampler: Sampler, width: int) -> Draft:
@@ -41,12 +39,9 @@ class DFlashDrafter(FeatureDrafter):
         position = self._rows.lengths[rows][:, None] + 1 + mx.arange(width)
         return sampler.draw_all(logits, position)
 
-    def observe(self, fwd: Forward, kept: mx.array) -> Any:
-        return self._see(fwd, kept, *(fwd.taps[i] for i in self.taps))
-
-
-def _side_by_side(*tapped: mx.array) -> mx.array:
-    return mx.concatenate(list(tapped), axis=-1)
+    def observe(self, fwd: Forward, kept: mx.array) -> None:
+        tapped = mx.concatenate([fwd.taps[i] for i in self.taps], axis=-1)
+        self._see(fwd, tapped.reshape(*fwd.tokens.shape, -1), kept)
 
 
 # pairing ----------------------------------------------------------------------------------------------------

@@ -28,8 +28,8 @@ class QwenMtpDrafter(FeatureDrafter):
 
     def __init__(self, target: Target, network: QwenMtp, cache: Cache) -> None:
         """cache: the target's, of which only the lengths of the rows and their bounds are read."""
-        size = target.config.hidden_size * cache.dtype.size + 4
-        super().__init__(network.specs, size, self._made, network.remember, cache)
+        size = target.config.hidden_size * cache.dtype.size
+        super().__init__(network.specs, size, network.remember, cache)
         self._target, self._network = target, network
         self.taps: tuple[int, ...] = (len(target.layers) - 1,)  # so that every column's hidden state is there
         # [R, 1, H]: the last feature that is stored
@@ -37,13 +37,13 @@ class QwenMtpDrafter(FeatureDrafter):
 
     def propose(self, rows: slice, bonus: mx.array, sampler: Sampler, width: int) -> Draft:
         self._store()
-        length, own = self._rows.lengths[rows], self._cache.lengths[rows]
+        length = self._rows.lengths[rows]
         hidden = feature = self._newest[rows]
         steps: list[Drawn] = []
         for i in range(width):
             if i:
                 feature = self._network.features(self._target.embed(steps[-1].tokens)[:, None], hidden)
-            hidden = self._step(rows, feature, mx.maximum(own - 1 + i, 0), i)
+            hidden = self._step(rows, feature, length - 1 + i, i)
             drafted = [s.tokens for s in steps]
             scores, _ = sampler.offer(self._target.logits(hidden[:, 0]), None, drafted)
             steps.append(sampler.draw(scores, None, length + 1 + i, drafted))
@@ -57,18 +57,12 @@ class QwenMtpDrafter(FeatureDrafter):
         self._cache.lengths = lengths
         return hidden
 
-    def observe(self, fwd: Forward, kept: mx.array) -> Any:
+    def observe(self, fwd: Forward, kept: mx.array) -> None:
         assert fwd.newest is not None
-        behind, hidden = fwd.newest, fwd.hidden
-        if fwd.tokens.shape[1] > 1:
-            at, last, newest = mx.arange(fwd.tokens.shape[1]), mx.maximum(kept - 1, 0)[:, None], behind[:, None]
-            behind = mx.where(at == last, newest, mx.concatenate([fwd.tokens[:, 1:], newest], axis=1)).flatten()
-            hidden = hidden.reshape(-1, 1, hidden.shape[-1])
-        return self._see(fwd, kept, behind, hidden)
-
-    def _made(self, behind: mx.array, hidden: mx.array) -> mx.array:
-        """Features [N, H] of the tokens behind positions [N] and the hidden states there [N, 1, H]."""
-        return self._network.features(self._target.embed(behind), hidden[:, 0])
+        newest, at = fwd.newest[:, None], mx.arange(fwd.tokens.shape[1])
+        following = mx.concatenate([fwd.tokens[:, 1:], newest], axis=1)
+        following = mx.where(at == kept[:, None] - 1, newest, following)
+        self._see(fwd, self._network.features(self._target.embed(following), fwd.hidden), kept)
 
     def _take(self, rows: slice, features: mx.array, kept: mx.array) -> None:
         super()._take(rows, features, kept)
