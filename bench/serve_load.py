@@ -15,7 +15,7 @@ reversed in every other repeat. Figures are of the client's side:
 - short behind long: the first token of a short request sent 50 to 130 ms after one with a long prompt, over that of
   one as long on the idle server, in pairs of which every prompt is new to the server; median of `--pairs` a repeat. Of
   this package's servers also what their log counts: passes from the engine's taking a request up to its first token,
-  and columns in them. The pass that runs when the request comes is one more at most.
+  and positions in them. The pass that runs when the request comes is one more at most.
 - greedy beside hot: how often a greedy text stays what it is alone while a request at temperature 1.5 runs.
 
 mlx-vlm drafts only for its multimodal class, so the text checkpoint is written once more with an unused vision tower.
@@ -45,7 +45,7 @@ import httpx
 START_S, REQUEST_S = 300.0, 600.0
 TINY = Path(__file__).resolve().parent.parent / "mlx_mtp" / "data" / "tiny"
 SHORT_TOK = 100  # a prompt of 16 words has fewer
-COUNTS = ("idle_passes", "idle_columns", "behind_passes", "behind_columns")
+COUNTS = ("idle_passes", "idle_positions", "behind_passes", "behind_positions")
 WORDS = "def class return import for if while with try self value name path file read write list dict open key".split()
 
 # servers ------------------------------------------------------------------------------------------------------
@@ -271,13 +271,13 @@ def short_behind_long(server: Server, args: argparse.Namespace, seed: int) -> di
 
 
 def counts(log: Path, pairs: int) -> Iterator[tuple[str, str, float]]:
-    """(idle or behind, passes or columns, median) of the last pairs of requests; none where the log has no counts."""
-    lines = [json.loads(line) for line in log.read_text().splitlines() if '"first_columns": ' in line]
+    """(idle or behind, passes or positions, median) of the last pairs of requests; none where the log has no counts."""
+    lines = [json.loads(line) for line in log.read_text().splitlines() if '"ttft_positions": ' in line]
     short = [line for line in lines if line["prompt_tok"] < SHORT_TOK][-2 * pairs :]  # in turn
     for name, some in (("idle", short[::2]), ("behind", short[1::2])):
-        for key in ("passes", "columns"):
+        for key in ("passes", "positions"):
             if some:
-                yield name, key, statistics.median(line[f"first_{key}"] for line in some)
+                yield name, key, statistics.median(line[f"ttft_{key}"] for line in some)
 
 
 def kept_beside_a_hot_request(server: Server, tries: int = 4) -> float:

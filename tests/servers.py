@@ -21,28 +21,28 @@ from mlx_mtp.scheduler import Limits
 from mlx_mtp.server.metrics import Metrics
 from mlx_mtp.server.nouns import Settings
 from mlx_mtp.server.run import Server, listen
-from mlx_mtp.server.service import Service
-from mlx_mtp.server.worker import Reports, Worker
+from mlx_mtp.server.service import Admission
+from mlx_mtp.server.worker import EngineThread, Reports
 
 TINY = (str(resources.files("mlx_mtp") / "data" / "tiny" / "target"), "auto")
 EDGE = (str(FIXTURES / "edge" / "target"), str(FIXTURES / "edge" / "assistant_fit"))
 LATE_S = 60.0  # no answer is waited for longer, however busy the machine
-Serves = Callable[[Settings, Worker], Service]
+MakeAdmission = Callable[[Settings, EngineThread], Admission]
 
 
 @dataclass
 class Live:
-    """A server that answers. pair: the engine's own, to be read only while it is idle, or to inject a fault."""
+    """A running server. pair: the engine's own; read it only while it is idle, or to inject a fault."""
 
     url: str
-    service: Service
+    admission: Admission
     client: httpx.Client
     pair: Pair
     server: Server
 
     @property
-    def worker(self) -> Worker:
-        return self.service.worker
+    def engine_thread(self) -> EngineThread:
+        return self.admission.engine_thread
 
     def chat(self, text: str, **fields: Any) -> httpx.Response:
         messages = [{"role": "user", "content": text}]
@@ -52,7 +52,7 @@ class Live:
         return self.client.post("/v1/completions", json={"prompt": prompt, **fields})
 
     def text(self, prompt: Any, **fields: Any) -> str:
-        """The text of one completion."""
+        """The output of one completion."""
         answer = self.complete(prompt, **fields)
         assert answer.status_code == 200, answer.text
         return answer.json()["choices"][0]["text"]
@@ -64,8 +64,8 @@ class Live:
             return [line for line in answer.iter_lines() if line]
 
     def settled(self) -> bool:
-        """Wait until nothing runs; returns whether the engine is as if new."""
-        until(lambda: not self.worker.open and not self.worker.running and not self.worker.waiting)
+        """Wait until nothing runs; returns whether the engine is empty."""
+        until(lambda: not self.engine_thread.open and not self.engine_thread.running and not self.engine_thread.waiting)
         engine = self.pair._engine
         return engine.idle and not engine.cache.bounds and not self.pair._inbox
 
@@ -84,8 +84,8 @@ def chunks(lines: list[str]) -> list[dict]:
     return [json.loads(line.removeprefix("data: ")) for line in lines[:-1] if not line.startswith(":")]
 
 
-def _service(settings: Settings, worker: Worker) -> Service:
-    return Service(settings, worker, Metrics())
+def _admission(settings: Settings, engine_thread: EngineThread) -> Admission:
+    return Admission(settings, engine_thread, Metrics())
 
 
 @contextlib.contextmanager
@@ -93,35 +93,35 @@ def running(
     model: tuple[str, str | None] = EDGE,
     kv_bytes: int | None = None,
     prepare: Callable[[Pair], None] = lambda pair: None,
-    service: Serves = _service,
+    make_admission: MakeAdmission = _admission,
     **settings: Any,
 ) -> Iterator[Live]:
     """A server on a free port of this machine, ended afterwards. prepare: done with the pair, on its own thread."""
-    chosen = Settings(**{"name": "tiny", "width": 3, "grace_s": 1.0, "warm_up": ((1, 8),), **settings})
+    chosen = Settings(**{"name": "tiny", "num_draft_tokens": 3, "grace_s": 1.0, "warm_up": ((1, 8),), **settings})
     pairs: list[Pair] = []
 
     def make() -> Pair:
-        limits = Limits(max_rows=chosen.rows, kv_bytes=kv_bytes)
+        limits = Limits(max_rows=chosen.max_num_seqs, kv_bytes=kv_bytes)
         pairs.append(load(*model, dtype="float32", limits=limits))
         prepare(pairs[0])
         return pairs[0]
 
-    worker = Worker(make, chosen, Reports())
-    serving = service(chosen, worker)
+    engine_thread = EngineThread(make, chosen, Reports())
+    admission = make_admission(chosen, engine_thread)
     bound = listen("127.0.0.1", 0)
     url = f"http://127.0.0.1:{bound.getsockname()[1]}"
-    server = Server(serving)
+    server = Server(admission)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, name="server")
     thread.start()
     try:
-        until(lambda: worker.state != "loading")
-        assert worker.state == "ready", worker.error
+        until(lambda: engine_thread.state != "loading")
+        assert engine_thread.state == "ready", engine_thread.error
         limits = httpx.Limits(max_connections=64)
         headers = {} if chosen.api_key is None else {"authorization": b"Bearer " + chosen.api_key.encode()}
         with httpx.Client(base_url=url, timeout=LATE_S, limits=limits, headers=headers) as client:
-            yield Live(url, serving, client, pairs[0], server)
+            yield Live(url, admission, client, pairs[0], server)
     finally:
         pairs.clear()
         server.should_exit = True
         thread.join(LATE_S)
-        assert not thread.is_alive() and worker.join(LATE_S)
+        assert not thread.is_alive() and engine_thread.join(LATE_S)

@@ -1,6 +1,6 @@
 """The anthropic and ollama packages, openai's responses and /infill against the server with the embedded pair.
 
-The pair has not learnt to call tools; where a call is wanted the request requires one, and the grammar sees to it.
+The pair was not trained to call tools. Where a test needs a call, the request requires one and the grammar enforces it.
 """
 
 import asyncio
@@ -17,8 +17,8 @@ import pytest
 from servers import TINY, Live, running
 
 from mlx_mtp.loops import LoopLimits
-from mlx_mtp.server.asking import stable
-from mlx_mtp.server.openai_form import Message, plain_messages
+from mlx_mtp.server.asking import GenerationRequest, ResponseFormat, stable
+from mlx_mtp.server.openai_form import ChatMessage, plain_messages
 
 HERE = Path(__file__).resolve().parent
 CITY = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 12}, "days": {"type": "integer"}}}
@@ -29,17 +29,17 @@ ASK = [{"role": "user", "content": "def main():"}]
 
 @pytest.fixture(scope="module")
 def live(tmp_path_factory):
-    """A server whose checkpoint has Gemma 4's own chat template, which knows tools and thoughts."""
+    """A server whose checkpoint has Gemma 4's chat template, with tools and thinking."""
     target = tmp_path_factory.mktemp("pair") / "target"
     shutil.copytree(TINY[0], target)
     shutil.copy(HERE / "fixtures" / "templates" / "gemma4_v5.jinja", target / "chat_template.jinja")
     drafter = str(Path(TINY[0]).parent / "drafter")
-    with running((str(target), drafter), rows=4, sampling={"temperature": 0.0}) as live:
+    with running((str(target), drafter), max_num_seqs=4, sampling={"temperature": 0.0}) as live:
         yield live
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left_behind(live: Live):
+def the_engine_is_empty_afterwards(live: Live):
     yield
     assert live.settled()
 
@@ -55,19 +55,19 @@ def claude(live):
         yield client
 
 
-def read(message: anthropic.types.Message) -> int:
-    """Tokens of a message's prompt, whether they came from the cache or not."""
+def prompt_tokens(message: anthropic.types.Message) -> int:
+    """A message's prompt tokens, cached or not."""
     return message.usage.input_tokens + message.usage.cache_read_input_tokens
 
 
-def test_a_message_has_text_usage_and_a_reason(claude):
+def test_a_message_has_text_usage_and_a_stop_reason(claude):
     message = claude.messages.create(model="tiny", max_tokens=12, messages=ASK, system="Be brief.")
     assert message.role == "assistant" and message.stop_reason == "max_tokens"
     assert message.content[0].type == "text" and message.content[0].text
-    assert message.usage.output_tokens == 12 and read(message) > 5
+    assert message.usage.output_tokens == 12 and prompt_tokens(message) > 5
 
 
-def test_a_stream_of_messages_tells_the_same(claude):
+def test_a_message_stream_equals_the_message(claude):
     fields = {"model": "tiny", "max_tokens": 12, "messages": ASK}
     whole = claude.messages.create(**fields)
     with claude.messages.stream(**fields) as stream:
@@ -78,7 +78,7 @@ def test_a_stream_of_messages_tells_the_same(claude):
     assert kinds[0] == "message_start" and kinds[-1] == "message_stop" and "content_block_delta" in kinds
 
 
-def test_a_required_tool_is_used_and_its_result_goes_back(claude):
+def test_a_required_tool_is_called_and_its_result_goes_back(claude):
     fields = {"model": "tiny", "max_tokens": 120, "tools": [TOOL], "tool_choice": {"type": "any"}}
     with claude.messages.stream(messages=ASK, **fields) as stream:
         pieces = [event.partial_json for event in stream if event.type == "input_json"]
@@ -92,11 +92,11 @@ def test_a_required_tool_is_used_and_its_result_goes_back(claude):
     result = {"type": "tool_result", "tool_use_id": call.id, "content": [{"type": "text", "text": "sunny"}]}
     talk = [*ASK, {"role": "assistant", "content": message.content}, {"role": "user", "content": [result]}]
     answer = claude.messages.create(model="tiny", max_tokens=4, messages=talk, tools=[TOOL])
-    assert read(answer) > read(message)
+    assert prompt_tokens(answer) > prompt_tokens(message)
 
 
-def test_thinking_is_a_block_of_its_own(claude, live):
-    """The grammar cannot make the model think, but a prompt that ends inside a thought does."""
+def test_thinking_is_a_separate_block(claude, live):
+    """A grammar cannot make the model think, but a prompt that ends inside a thought can."""
     call = {"type": "tool_use", "id": "t1", "name": "get_weather", "input": {"city": "Oslo"}}
     result = {"type": "tool_result", "tool_use_id": "t1", "content": "sunny"}
     talk = [*ASK, {"role": "assistant", "content": [call]}, {"role": "user", "content": [result]}]
@@ -109,19 +109,19 @@ def test_thinking_is_a_block_of_its_own(claude, live):
     assert claude.messages.create(model="tiny", max_tokens=2, messages=again, tools=[TOOL]).content
 
 
-def test_stop_sequences_counts_and_schemas_of_messages(claude):
+def test_messages_have_stop_sequences_token_counts_and_schemas(claude):
     text = claude.messages.create(model="tiny", max_tokens=12, messages=ASK).content[0].text
     stopped = claude.messages.create(model="tiny", max_tokens=12, messages=ASK, stop_sequences=[text[4:7]])
     assert stopped.content[0].text == text[:4]
     assert (stopped.stop_reason, stopped.stop_sequence) == ("stop_sequence", text[4:7])
     counted = claude.messages.count_tokens(model="tiny", messages=ASK)
-    assert counted.input_tokens == read(claude.messages.create(model="tiny", max_tokens=1, messages=ASK))
+    assert counted.input_tokens == prompt_tokens(claude.messages.create(model="tiny", max_tokens=1, messages=ASK))
     output = {"format": {"type": "json_schema", "schema": CITY}}
     answer = claude.messages.create(model="tiny", max_tokens=120, messages=ASK, extra_body={"output_config": output})
     jsonschema.validate(json.loads(answer.content[0].text), CITY)
 
 
-def test_what_claude_code_sends_beside_is_borne(live):
+def test_the_other_fields_of_claude_code_are_accepted(live):
     body = {
         "model": "tiny",
         "max_tokens": 2,
@@ -144,20 +144,20 @@ def test_what_claude_code_sends_beside_is_borne(live):
     assert live.client.head("/").status_code == 200
 
 
-def test_the_order_of_tools_makes_no_difference_to_the_prompt(live):
-    service, other = live.service, {**FUNCTION, "function": {**FUNCTION["function"], "name": "a"}}
+def test_the_order_of_tools_does_not_change_the_prompt(live):
+    other = {**FUNCTION, "function": {**FUNCTION["function"], "name": "a"}}
 
-    async def both():
-        return [await service.chat(ASK, {"tools": tools}) for tools in ([FUNCTION, other], [other, FUNCTION])]
+    def prompt(*tools: dict) -> tuple[int, ...]:
+        request = GenerationRequest(messages=ASK, response_format=ResponseFormat(tools))
+        return asyncio.run(live.admission.tokenize(request))
 
-    first, second = asyncio.run(both())
-    assert first == second
+    assert prompt(FUNCTION, other) == prompt(other, FUNCTION) != prompt(FUNCTION)
 
 
-def test_only_the_volatile_line_is_taken_out_of_a_system_prompt():
+def test_system_prompts_lose_only_their_volatile_line():
     line, parts = "x-anthropic-billing-header: a=1;", [{"type": "text", "text": "You"}, {"type": "other"}]
-    messages = [Message(role="system", content=[{"type": "text", "text": line}, *parts])]
-    messages += [Message(role="system", content=f"{line}\nYou"), Message(role="user", content=line)]
+    messages = [ChatMessage(role="system", content=[{"type": "text", "text": line}, *parts])]
+    messages += [ChatMessage(role="system", content=f"{line}\nYou"), ChatMessage(role="user", content=line)]
     assert [m["content"] for m in plain_messages(messages)] == [parts, "You", line]
     assert stable("x-anthropic-billing-header: a=1; b\nYou are") == "You are"
     assert stable("Say x-anthropic-billing-header: no") == "Say x-anthropic-billing-header: no"
@@ -169,11 +169,11 @@ def test_only_the_volatile_line_is_taken_out_of_a_system_prompt():
         ({"model": "gpt"}, anthropic.NotFoundError, "is not served here"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, anthropic.BadRequestError, "no image"),
         ({"tools": [{"type": "web_search_20250305", "name": "w"}]}, anthropic.BadRequestError, "run at Anthropic"),
-        ({"tool_choice": {"type": "tool", "name": "x"}, "tools": [TOOL]}, anthropic.BadRequestError, "none of the"),
+        ({"tool_choice": {"type": "tool", "name": "x"}, "tools": [TOOL]}, anthropic.BadRequestError, "not in"),
         ({"max_tokens": 0}, anthropic.BadRequestError, "max_tokens"),
     ],
 )  # fmt: skip
-def test_refusals_are_in_the_form_of_anthropic(claude, fields, error, message):
+def test_errors_have_anthropics_form(claude, fields, error, message):
     with pytest.raises(error, match=message) as caught:
         claude.messages.create(**{"model": "tiny", "max_tokens": 4, "messages": ASK, **fields})
     assert caught.value.body["type"] == "error" and caught.value.body["error"]["type"]
@@ -183,7 +183,7 @@ def test_refusals_are_in_the_form_of_anthropic(claude, fields, error, message):
 
 
 def result_turn(i: int, form: str) -> list[dict]:
-    """A call and what it brought: chat's or messages' form."""
+    """A tool call and its result, in the form of chat or messages."""
     bulk = f"line {i}: def f(x): return x\n" * 12
     if form == "chat":
         call = {"id": f"c{i}", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Oslo"}'}}
@@ -197,7 +197,7 @@ def result_turn(i: int, form: str) -> list[dict]:
 
 
 def agent_turn(form: str, turn: int) -> dict:
-    """Request `turn` of an agent's conversation: another volatile line and another order of tools every time."""
+    """Request `turn` of an agent's conversation. The volatile line and the order of tools change every time."""
     line, system = (
         f"x-anthropic-billing-header: cc_version={turn}; cch={turn * 77:x};",
         f"For {form}, " + "be brief. " * 40,
@@ -215,8 +215,7 @@ def agent_turn(form: str, turn: int) -> dict:
 
 
 @pytest.mark.parametrize(("form", "path"), [("chat", "/v1/chat/completions"), ("messages", "/v1/messages")])
-def test_a_turn_of_an_agent_costs_only_what_it_adds(live, form, path):
-    """Whatever the volatile line and the order of the tools; a tool's result comes last."""
+def test_an_agents_turn_computes_only_what_it_adds(live, form, path):
     before = 0
     for turn in range(3):
         usage = live.client.post(path, json=agent_turn(form, turn)).json()["usage"]
@@ -226,12 +225,12 @@ def test_a_turn_of_an_agent_costs_only_what_it_adds(live, form, path):
             cached = usage["cache_read_input_tokens"]
             prompt = cached + usage["input_tokens"]
         assert prompt > before + 100
-        assert cached == before if turn else cached < 20  # other tests leave a beginning that all prompts have
+        assert cached == before if turn else cached < 20  # other tests have cached the beginning that all prompts share
         before = prompt
 
 
-def test_nearly_the_same_requests_at_once_share_one_prefill(live):
-    """As editors send them: some to the letter, some with another end."""
+def test_similar_requests_at_once_share_one_prefill(live):
+    """Editors send such requests: equal ones, and some with another end."""
     system = {"role": "system", "content": "Complete the code. " * 60}
     ends = ["x = 1", "x = 1", "x = 1", "x = 2"]
 
@@ -269,7 +268,7 @@ def test_ollama_lists_and_shows_the_model(client):
     assert shown.modelinfo["gemma4.context_length"] > 100
 
 
-def test_ollama_chats_whole_and_in_lines(client):
+def test_ollama_chats_whole_and_as_a_stream(client):
     whole = client.chat("tiny", ASK, options={"num_predict": 10})
     assert whole.message.content and whole.done_reason == "length" and whole.eval_count == 10
     parts = list(client.chat("tiny", ASK, options={"num_predict": 10}, stream=True))
@@ -278,7 +277,7 @@ def test_ollama_chats_whole_and_in_lines(client):
     assert parts[-1].prompt_eval_count == whole.prompt_eval_count
 
 
-def test_ollama_generates_from_a_template_and_from_bare_text(client, live):
+def test_ollama_generates_with_and_without_the_template(client, live):
     asked = client.generate("tiny", "def main():", options={"num_predict": 8, "temperature": 0})
     bare = client.generate("tiny", "def main():", raw=True, options={"num_predict": 8, "temperature": 0})
     assert asked.response == client.chat("tiny", ASK, options={"num_predict": 8}).message.content
@@ -286,7 +285,7 @@ def test_ollama_generates_from_a_template_and_from_bare_text(client, live):
     assert client.generate("tiny", "").done_reason == "load"
 
 
-def test_ollama_holds_an_answer_to_a_schema(client):
+def test_ollama_answers_follow_a_schema(client):
     answer = client.chat("tiny", ASK, format=CITY, options={"num_predict": 120})
     jsonschema.validate(json.loads(answer.message.content), CITY)
     assert isinstance(json.loads(client.generate("tiny", "x", format=CITY).response), dict)
@@ -300,7 +299,7 @@ def test_ollama_takes_tools_calls_and_results(client):
     assert answer.message.thinking and not answer.message.content
 
 
-def test_refusals_are_in_the_form_of_ollama(client, live):
+def test_errors_have_ollamas_form(client, live):
     with pytest.raises(ollama.ResponseError, match="is not served here") as caught:
         client.chat("other", ASK)
     assert caught.value.status_code == 404
@@ -358,22 +357,22 @@ def test_a_function_is_called_and_its_output_goes_back(openai_client):
     assert answer.usage.output_tokens_details.reasoning_tokens == 6
 
 
-def test_a_response_is_held_to_a_schema(openai_client):
+def test_a_response_follows_a_schema(openai_client):
     wanted = {"format": {"type": "json_schema", "name": "city", "schema": CITY, "strict": True}}
     answer = openai_client.responses.create(model="tiny", input="x", text=wanted, max_output_tokens=120)
     jsonschema.validate(json.loads(answer.output_text), CITY)
 
 
-def test_a_response_that_would_need_memory_of_another_is_refused(openai_client):
+def test_a_response_that_needs_an_earlier_one_is_refused(openai_client):
     with pytest.raises(openai.BadRequestError, match="send the whole conversation"):
         openai_client.responses.create(model="tiny", input="x", previous_response_id="resp_1")
 
 
-# openai's chat, what must be --------------------------------------------------------------------------------
+# openai's chat, response formats --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
-def test_chat_calls_a_tool_where_it_must(openai_client, choice):
+def test_chat_calls_a_required_tool(openai_client, choice):
     fields = {"model": "tiny", "messages": ASK, "tools": [FUNCTION], "tool_choice": choice, "max_tokens": 120}
     whole = openai_client.chat.completions.create(**fields).choices[0]
     assert whole.finish_reason == "tool_calls"
@@ -385,13 +384,13 @@ def test_chat_calls_a_tool_where_it_must(openai_client, choice):
     assert done[0].name == "get_weather"
 
 
-def test_chat_is_held_to_a_schema_and_to_strict_tools(openai_client):
+def test_chat_follows_a_schema_and_strict_tools(openai_client):
     strict = {**FUNCTION, "function": {**FUNCTION["function"], "strict": True}}
     wanted = {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY, "strict": True}}
     for fields in ({"response_format": wanted}, {"response_format": wanted, "tools": [strict]}):
         answer = openai_client.chat.completions.create(model="tiny", messages=ASK, max_tokens=120, **fields).choices[0]
-        told = answer.message.content or answer.message.tool_calls[0].function.arguments
-        jsonschema.validate(json.loads(told), CITY)
+        output = answer.message.content or answer.message.tool_calls[0].function.arguments
+        jsonschema.validate(json.loads(output), CITY)
     whole = {"type": "json_object"}
     prompt = openai_client.chat.completions.create(model="tiny", messages=ASK, max_tokens=3, response_format=whole)
     assert prompt.choices[0].message.content.startswith("{")
@@ -401,12 +400,12 @@ def test_chat_is_held_to_a_schema_and_to_strict_tools(openai_client):
     ("fields", "message"),
     [
         ({"tool_choice": "required"}, "no tools are given"),
-        ({"tool_choice": {"type": "function", "function": {"name": "x"}}, "tools": [FUNCTION]}, "none of the tools"),
+        ({"tool_choice": {"type": "function", "function": {"name": "x"}}, "tools": [FUNCTION]}, "not in `tools`"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}}, "Unimplemented"),
         ({"response_format": {"type": "json_schema"}}, "no json_schema.schema"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_held_to_is_refused(openai_client, fields, message):
+def test_impossible_response_formats_are_refused(openai_client, fields, message):
     with pytest.raises(openai.BadRequestError, match=message):
         openai_client.chat.completions.create(model="tiny", messages=ASK, **fields)
 
@@ -414,38 +413,38 @@ def test_what_cannot_be_held_to_is_refused(openai_client, fields, message):
 # infill -----------------------------------------------------------------------------------------------------
 
 
-def test_a_hole_is_filled_up_to_the_text_behind_it(live):
+def test_infill_ends_where_the_suffix_begins(live):
     body = {"input_prefix": "import os\n\ndef main(", "input_suffix": "\n    return 1\n", "n_predict": 12}
     answer = live.client.post("/infill", json={**body, "t_max_predict_ms": 500, "samplers": ["top_k"]})
     assert answer.status_code == 200, answer.text
-    told = answer.json()
-    assert told["stop"] and told["content"] and told["tokens_predicted"] <= 12 and "timings" in told
-    cut = told["content"].strip()[:8]
+    filled = answer.json()
+    assert filled["stop"] and filled["content"] and filled["tokens_predicted"] <= 12 and "timings" in filled
+    cut = filled["content"].strip()[:8]
     again = live.client.post("/infill", json={**body, "stop": [cut]}).json()
     assert again["stopping_word"] == cut and cut not in again["content"]
     assert live.client.post("/infill", json={"input_extra": [{"text": "x"}], "n_predict": 0}).json()["content"] == ""
 
 
-def test_a_hole_is_told_in_the_fields_asked_for_by_their_paths(live):
+def test_infill_returns_only_the_requested_fields(live):
     paths = ["content", "timings/prompt_n", "timings/predicted_per_second", "timings/none", "content/x", ""]
     body = {"input_prefix": "import sys\n\ndef main(", "n_predict": 8, "response_fields": paths}
-    told = live.client.post("/infill", json=body).json()
-    assert list(told) == paths[:3] and told["content"]
-    assert told["timings/prompt_n"] > 1 and told["timings/predicted_per_second"] > 0
+    some = live.client.post("/infill", json=body).json()
+    assert list(some) == paths[:3] and some["content"]
+    assert some["timings/prompt_n"] > 1 and some["timings/predicted_per_second"] > 0
     whole = live.client.post("/infill", json={**body, "response_fields": []}).json()
     assert whole["tokens_cached"] == whole["timings"]["cache_n"] > 0
     assert whole["timings"]["prompt_n"] == whole["tokens_evaluated"] - whole["tokens_cached"]
 
 
-def test_a_hole_that_takes_too_long_is_filled_up_to_the_end_of_a_line(live):
+def test_infill_past_its_time_limit_ends_with_its_line(live):
     body = {"input_prefix": "import os\n\ndef main(", "n_predict": 48, "top_k": 1}
-    free = live.client.post("/infill", json={**body, "t_max_predict_ms": 0}).json()
+    whole = live.client.post("/infill", json={**body, "t_max_predict_ms": 0}).json()
     late = live.client.post("/infill", json={**body, "t_max_predict_ms": 1}).json()
     assert "\n" in late["content"] and late["stop_type"] == "limit"
-    assert free["content"].startswith(late["content"]) and late["tokens_predicted"] < free["tokens_predicted"]
+    assert whole["content"].startswith(late["content"]) and late["tokens_predicted"] < whole["tokens_predicted"]
 
 
-def test_suffix_means_the_same_in_completions_and_generate(live, client):
+def test_suffix_equals_infill_in_completions_and_generate(live, client):
     body = {"prompt": "import os\n\ndef main(", "suffix": "\n    return 1\n", "max_tokens": 12}
     filled = live.client.post("/v1/completions", json=body).json()["choices"][0]["text"]
     infill = {"input_prefix": body["prompt"], "input_suffix": body["suffix"], "n_predict": 12}
@@ -455,15 +454,14 @@ def test_suffix_means_the_same_in_completions_and_generate(live, client):
     assert refused.status_code == 400 and "suffix" in refused.json()["error"]["message"]
 
 
-def test_a_text_that_runs_in_a_loop_is_ended_as_at_its_limit(live):
-    service = live.service
-    guarded = replace(service.settings, loop_guard=LoopLimits(period_tok=4, repeats=2, least_tok=4))
-    fields = {"logit_bias": {"400": 100}, "max_tokens": 40}
-    free = live.chat("x", **fields).json()
-    service.settings, before = guarded, service.settings
+def test_the_loop_guard_ends_a_chat_that_repeats_itself(live):
+    admission, fields = live.admission, {"logit_bias": {"400": 100}, "max_tokens": 40}
+    unguarded, before = live.chat("x", **fields).json(), admission.settings
+    admission.settings = replace(before, loop_guard=LoopLimits(period_tok=4, repeats=2, least_tok=4))
     try:
-        ended, bare = live.chat("x", **fields).json(), live.complete("x", **fields).json()
+        guarded, completion = live.chat("x", **fields).json(), live.complete("x", **fields).json()
+        ignoring = live.chat("x", ignore_eos=True, **fields).json()
     finally:
-        service.settings = before
-    assert ended["choices"][0]["finish_reason"] == "length" and ended["usage"]["completion_tokens"] < 12
-    assert free["usage"]["completion_tokens"] == bare["usage"]["completion_tokens"] == 40
+        admission.settings = before
+    assert guarded["choices"][0]["finish_reason"] == "length" and guarded["usage"]["completion_tokens"] < 12
+    assert {a["usage"]["completion_tokens"] for a in (unguarded, completion, ignoring)} == {40}

@@ -1,4 +1,4 @@
-"""A request's text over HTTP is the same alone and beside others that join and leave, each with its own sampling."""
+"""An output over HTTP does not depend on other requests, each with its own sampling."""
 
 import random
 import threading
@@ -19,14 +19,14 @@ ASKS = [
 ]
 
 
-def texts(live: Live, ask: dict) -> list[str]:
+def outputs_of(live: Live, ask: dict) -> list[str]:
     answer = live.complete(**ask)
     assert answer.status_code == 200, answer.text
     return [choice["text"] for choice in answer.json()["choices"]]
 
 
 def noise(live: Live, seed: int, over: threading.Event) -> None:
-    """Requests without a seed that come and go, some of them in the middle."""
+    """Send unseeded requests; some disconnect early."""
     chance = random.Random(seed)
     while not over.is_set():
         body = {"prompt": [chance.randrange(3, 700) for _ in range(chance.randrange(1, 90))], "temperature": 1.0}
@@ -37,7 +37,7 @@ def noise(live: Live, seed: int, over: threading.Event) -> None:
 
 
 def check(live: Live, turns: int) -> None:
-    want = [texts(live, ask) for ask in ASKS]
+    want = [outputs_of(live, ask) for ask in ASKS]
     wrong: list = []
 
     def client(number: int) -> None:
@@ -45,7 +45,7 @@ def check(live: Live, turns: int) -> None:
         for _ in range(turns):
             i = chance.randrange(len(ASKS))
             over.wait(chance.random() * 0.05)
-            got = texts(live, ASKS[i])
+            got = outputs_of(live, ASKS[i])
             if got != want[i]:
                 wrong.append((ASKS[i], want[i], got))
 
@@ -60,23 +60,26 @@ def check(live: Live, turns: int) -> None:
     for thread in others:
         thread.join()
     assert not wrong
-    assert live.settled() and live.worker.faults == 0
+    assert live.settled() and live.engine_thread.faults == 0
 
 
-def test_texts_do_not_depend_on_who_runs_beside_them():
-    with running(EDGE, rows=8) as live:
+def test_outputs_do_not_depend_on_other_requests():
+    with running(EDGE, max_num_seqs=8) as live:
         check(live, 2)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("width", [0, 3, "auto"])
-def test_texts_of_the_embedded_pair_do_not_depend_on_who_runs_beside_them(width):
-    with running(TINY, rows=8, width=width) as live:
+@pytest.mark.parametrize("num_draft_tokens", [0, 3, "auto"])
+def test_outputs_of_the_embedded_pair_do_not_depend_on_other_requests(num_draft_tokens):
+    with running(TINY, max_num_seqs=8, num_draft_tokens=num_draft_tokens) as live:
         check(live, 12)
 
 
 @pytest.mark.slow
-def test_drafting_changes_no_text():
-    with running(EDGE, rows=8, width=0) as plain, running(EDGE, rows=8, width=4) as drafting:
+def test_drafting_does_not_change_outputs():
+    with (
+        running(EDGE, max_num_seqs=8, num_draft_tokens=0) as plain,
+        running(EDGE, max_num_seqs=8, num_draft_tokens=4) as drafting,
+    ):
         for ask in ASKS:
-            assert texts(plain, ask) == texts(drafting, ask)
+            assert outputs_of(plain, ask) == outputs_of(drafting, ask)

@@ -1,4 +1,4 @@
-"""The engine thread fails, and the server's answers to that; the process, its signals and its exit codes."""
+"""Engine faults and what clients see of them; the process, its signals and exit codes."""
 
 import inspect
 import json
@@ -23,12 +23,12 @@ ENDLESS = {"ignore_eos": True, "max_tokens": 2000, "temperature": 0}
 
 @pytest.fixture
 def live():
-    with running(EDGE, rows=2) as live:
+    with running(EDGE, max_num_seqs=2) as live:
         yield live
 
 
 def break_next_pass(live: Live) -> None:
-    """The next pass of the engine raises in its middle, once."""
+    """Make the engine's next pass raise, once."""
     cache = live.pair._engine.cache
     commit = cache.commit
 
@@ -39,7 +39,7 @@ def break_next_pass(live: Live) -> None:
     cache.commit = fail
 
 
-def test_a_fault_is_told_to_every_open_request_and_a_new_engine_goes_on(live, capfd):
+def test_a_fault_ends_every_open_request_and_a_new_engine_follows(live, capfd):
     want = live.text("hello", max_tokens=12, temperature=0)
     answers: list = []
     asks = [
@@ -51,7 +51,7 @@ def test_a_fault_is_told_to_every_open_request_and_a_new_engine_goes_on(live, ca
     for i, ask in enumerate(asks):
         threads.append(threading.Thread(target=lambda ask=ask: answers.append(ask())))
         threads[-1].start()
-        until(lambda i=i: live.worker.running + live.worker.waiting == i + 1)
+        until(lambda i=i: live.engine_thread.running + live.engine_thread.waiting == i + 1)
     break_next_pass(live)
     for thread in threads:
         thread.join(LATE_S)
@@ -61,7 +61,7 @@ def test_a_fault_is_told_to_every_open_request_and_a_new_engine_goes_on(live, ca
     assert error["type"] == "server_error" and len(stream) > 1
     for answer in (a for a in answers if isinstance(a, httpx.Response)):
         assert answer.status_code == 500 and answer.json()["error"] == error
-        assert answer.headers["x-should-retry"] == "false"  # or a client repeats what may have been the cause
+        assert answer.headers["x-should-retry"] == "false"  # the request may have been the cause
     assert live.text("hello", max_tokens=12, temperature=0) == want
     health = live.client.get("/health")
     assert health.status_code == 200 and health.json()["faults"] == 1 and "no memory" in health.json()["last_fault"]
@@ -69,21 +69,21 @@ def test_a_fault_is_told_to_every_open_request_and_a_new_engine_goes_on(live, ca
     assert live.settled()
 
 
-def test_a_third_fault_is_the_last(live):
+def test_the_third_fault_is_final(live):
     for _ in range(3):
         assert live.client.get("/health").status_code == 200
         break_next_pass(live)
         assert live.complete("hello").status_code == 500
-        until(lambda: live.worker.state != "restarting")
+        until(lambda: live.engine_thread.state != "restarting")
     health = live.client.get("/health")
     assert health.status_code == 503 and health.json()["status"] == "failed"
     assert live.client.get("/health/live").status_code == 503
     for answer in (live.complete("hello"), live.client.get("/v1/models")):
         assert answer.status_code == 503 and answer.json()["error"]["code"] == "engine_failed"
-    assert live.worker.join(LATE_S)
+    assert live.engine_thread.join(LATE_S)
 
 
-def test_while_a_new_engine_is_built_health_says_so_and_requests_wait(live, monkeypatch):
+def test_requests_wait_while_the_engine_restarts(live, monkeypatch):
     building, done, restart = threading.Event(), threading.Event(), live.pair.restart
 
     def slowly():
@@ -101,19 +101,19 @@ def test_while_a_new_engine_is_built_health_says_so_and_requests_wait(live, monk
     answers = []
     thread = threading.Thread(target=lambda: answers.append(live.complete("hello", max_tokens=3)))
     thread.start()
-    until(lambda: live.worker.open == 1)
+    until(lambda: live.engine_thread.open == 1)
     done.set()
     thread.join(LATE_S)
     assert answers[0].status_code == 200
 
 
-def test_an_abort_ends_all_requests_and_leaves_the_engine_empty(live):
+def test_an_abort_ends_all_requests(live):
     answers = []
     threads = [threading.Thread(target=lambda: answers.append(live.complete("hello", **ENDLESS))) for _ in range(3)]
     for thread in threads:
         thread.start()
-    until(lambda: live.worker.running == 2 and live.worker.waiting == 1)
-    live.worker.abort(ServerError(503, "shutting_down", "enough"))
+    until(lambda: live.engine_thread.running == 2 and live.engine_thread.waiting == 1)
+    live.engine_thread.abort(ServerError(503, "shutting_down", "enough"))
     for thread in threads:
         thread.join(LATE_S)
     assert [a.status_code for a in answers] == [503] * 3 and live.settled()
@@ -140,20 +140,20 @@ class Process:
         arguments = ["serve", "-m", EDGE[0], "--drafter", EDGE[1], "--port", "0", "--width", "3", *options]
         command = [sys.executable, "-c", f"{before}\n{CLI}sys.exit(main({arguments!r}))"]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        self.said: list[str] = []
+        self.lines: list[str] = []
         self.reader = threading.Thread(target=self._read)
         self.reader.start()
 
     def _read(self) -> None:
         assert self.process.stderr is not None
         for line in self.process.stderr:
-            self.said.append(line)
+            self.lines.append(line)
         self.process.stderr.close()
 
     def ready(self) -> str:
-        until(lambda: any("ready: " in line for line in self.said) or self.process.poll() is not None)
-        assert self.process.poll() is None, self.said
-        return next(line for line in self.said if "ready: " in line).split("ready: ")[1].strip()
+        until(lambda: any("ready: " in line for line in self.lines) or self.process.poll() is not None)
+        assert self.process.poll() is None, self.lines
+        return next(line for line in self.lines if "ready: " in line).split("ready: ")[1].strip()
 
     def ended(self) -> int:
         code = self.process.wait(LATE_S)
@@ -171,10 +171,10 @@ def post(url: str, **body) -> tuple[int, bytes]:
             return error.code, error.read()
 
 
-def test_after_sigterm_running_requests_finish_and_the_exit_code_is_0():
+def test_running_requests_finish_after_sigterm_and_the_exit_code_is_0():
     server = Process("--rows", "2")
     url, answers = server.ready(), []
-    assert any("warm-up 1/" in line for line in server.said)
+    assert any("warm-up 1/" in line for line in server.lines)
     body = {"prompt": "hello", "max_tokens": 120, "ignore_eos": True}
     thread = threading.Thread(target=lambda: answers.append(post(url, **body)))
     thread.start()
@@ -190,7 +190,7 @@ def test_after_sigterm_running_requests_finish_and_the_exit_code_is_0():
     [([signal.SIGTERM], "0.2"), pytest.param([signal.SIGINT] * 2, "600", marks=pytest.mark.slow)],
     ids=["after the grace", "at the second interrupt"],
 )
-def test_running_requests_are_ended(signals, grace_s):
+def test_a_shutdown_ends_running_requests(signals, grace_s):
     server = Process("--grace-s", grace_s)
     url, answers = server.ready(), []
     body = {"prompt": "hello", "max_tokens": 4000, "ignore_eos": True, "stream": True}
@@ -207,11 +207,11 @@ def test_running_requests_are_ended(signals, grace_s):
 
 def running_of(url: str) -> float:
     with urllib.request.urlopen(url.removesuffix("/v1") + "/metrics") as page:
-        return float(page.read().decode().split('mlx_mtp_texts{state="running"} ')[1].split()[0])
+        return float(page.read().decode().split('mlx_mtp_outputs{state="running"} ')[1].split()[0])
 
 
 def post_anyhow(url: str, **body) -> bytes:
-    """What came of a stream, however it ended."""
+    """The bytes of a stream, however it ended."""
     with httpx.stream("POST", f"{url}/completions", json=body, timeout=LATE_S) as answer:
         out = b""
         try:
@@ -222,23 +222,23 @@ def post_anyhow(url: str, **body) -> bytes:
         return out
 
 
-def test_after_faults_the_process_ends_with_code_1():
+def test_three_faults_end_the_process_with_code_1():
     server = Process(before=BROKEN)
     url = server.ready()
     for _ in range(3):
         assert post(url, prompt=[5, 700, 6])[0] == 500
     assert server.ended() == 1
-    assert any("the engine has failed: RuntimeError: poisoned" in line for line in server.said)
+    assert any("the engine has failed: RuntimeError: poisoned" in line for line in server.lines)
 
 
 def test_the_help_names_every_route(live):
-    told = inspect.getdoc(serve)
-    assert told is not None
+    page = inspect.getdoc(serve)
+    assert page is not None
     for path in live.client.get("/openapi.json").json()["paths"]:
-        assert path.replace("{name}", "ID") in told
+        assert path.replace("{name}", "ID") in page
 
 
-def test_mistakes_end_with_code_2_and_one_line(capfd):
+def test_wrong_options_end_with_code_2_and_one_line(capfd):
     for options, word in (
         (["-m", "./no/such/folder"], "no/such/folder"),
         (["--host", "no.such.host.invalid"], "no.such.host.invalid"),
@@ -247,5 +247,5 @@ def test_mistakes_end_with_code_2_and_one_line(capfd):
         (["--api-key", ""], "API key"),
     ):
         assert main(["serve", "--port", "0", *options]) == 2
-        said = capfd.readouterr()
-        assert word in said.err and said.err.count("\n") == 1 and not said.out
+        shown = capfd.readouterr()
+        assert word in shown.err and shown.err.count("\n") == 1 and not shown.out

@@ -1,4 +1,4 @@
-"""Requests that nobody would write, in numbers; and hours of clients that come and go, in minutes."""
+"""Random requests, most of them broken; and many clients that connect and disconnect."""
 
 import gc
 import json
@@ -74,7 +74,7 @@ OF_TEXT = {"prompt": "hello", "max_tokens": 3, "logprobs": 2, "suffix": "", "ech
 
 
 class Fuzz:
-    """Random requests from one seed: some as they should be, most with something wrong."""
+    """Random requests from one seed. Some are legal, most are not."""
 
     def __init__(self, seed: int) -> None:
         self.chance = random.Random(seed)
@@ -95,31 +95,31 @@ class Fuzz:
             return {str(self.value(9)): self.value(depth + 1) for _ in range(self.chance.randrange(4))}
         return [self.value(depth + 1) for _ in range(self.chance.randrange(5))]
 
-    def bent(self, value: Any) -> Any:
-        """A value with one place in it changed."""
+    def mutated(self, value: Any) -> Any:
+        """A value with one change inside."""
         if isinstance(value, dict) and value and self.chance.random() < 0.8:
             name = self.chance.choice(list(value))
-            return {**value, name: self.bent(value[name])}
+            return {**value, name: self.mutated(value[name])}
         if isinstance(value, list) and value and self.chance.random() < 0.8:
             at = self.chance.randrange(len(value))
-            return [*value[:at], self.bent(value[at]), *value[at + 1 :]]
+            return [*value[:at], self.mutated(value[at]), *value[at + 1 :]]
         return self.value()
 
     def body(self, chat: bool) -> bytes:
-        """A legal body, or one with up to five places changed, or that with bytes changed."""
+        """A legal body, or one with up to five changes, perhaps with broken bytes."""
         chance, own = self.chance, OF_CHAT if chat else OF_TEXT
         names = chance.sample([*FIELDS, *own], chance.randrange(6))
         body: Any = {name: (FIELDS | own)[name] for name in (*names, "messages" if chat else "prompt")}
         if chat and chance.random() < 0.3:
             body["messages"] = TURNS
         for _ in range(chance.choice((0, 0, 1, 1, 2, 5))):
-            body = self.bent(body) if isinstance(body, dict) and body else body
+            body = self.mutated(body) if isinstance(body, dict) and body else body
         if isinstance(body, dict):
             if chance.random() < 0.1:
                 body[str(self.value(9))] = self.value()
             for name, most in (("max_tokens", 6), ("max_completion_tokens", 6), ("n", 3)):
                 if isinstance(body.get(name), (int, float)) and body[name] > most:
-                    body[name] = most  # more is legal, and would take minutes
+                    body[name] = most  # more is legal, but would take minutes
         raw = json.dumps(body, ensure_ascii=chance.random() < 0.5).encode("utf-8", "surrogatepass")
         if chance.random() < 0.1:
             at = chance.randrange(len(raw))
@@ -146,7 +146,7 @@ class Fuzz:
 
 
 def check(answer: httpx.Response) -> None:
-    """Done, or refused with a reason; never a fault of the server."""
+    """The request was done or refused with a reason; the server never failed."""
     assert answer.status_code in (200, 400, 403, 404, 405, 413, 429), (answer.status_code, answer.text[:300])
     request = answer.request
     if request.method == "HEAD" or answer.headers["content-type"].startswith("text/plain"):
@@ -160,7 +160,7 @@ def check(answer: httpx.Response) -> None:
 
 
 def broken_line(live: Live, chance: random.Random) -> None:
-    """Bytes that are no HTTP, or half a request, and then nothing."""
+    """Send bytes that are not HTTP, or half a request."""
     with socket.create_connection(("127.0.0.1", live.client.base_url.port)) as line:
         heads = (
             b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n",
@@ -175,7 +175,7 @@ def broken_line(live: Live, chance: random.Random) -> None:
 
 
 def bombard(live: Live, count: int, seed: int, threads: int) -> None:
-    """Send requests from several threads while one text is asked for again and again, which must stay the same."""
+    """Send requests from several threads. One output is requested again and again, and must not change."""
     ask = {"prompt": "hello", "max_tokens": 12, "temperature": 1.0, "seed": 1}
     want, wrong, done, over = live.text(**ask), [], [], threading.Event()
 
@@ -209,30 +209,32 @@ def bombard(live: Live, count: int, seed: int, threads: int) -> None:
     if wrong and isinstance(wrong[0], Exception):
         raise wrong[0]
     assert not wrong and len(done) == count // threads * threads
-    assert 0.15 < sum(done) / len(done) < 0.8  # or it asks for too little that is right, or wrong
-    assert live.settled() and live.worker.faults == 0 and live.text(**ask) == want
+    assert 0.15 < sum(done) / len(done) < 0.8  # neither mostly legal nor mostly broken
+    assert live.settled() and live.engine_thread.faults == 0 and live.text(**ask) == want
 
 
-def test_no_request_breaks_the_server_or_another_requests_text():
-    with running(EDGE, rows=4, queue=16, max_tokens=4) as live:
+def test_broken_requests_do_not_break_the_server_or_another_output():
+    with running(EDGE, max_num_seqs=4, max_queued=16, max_tokens=4) as live:
         bombard(live, 80, seed=1, threads=4)
 
 
 @pytest.mark.slow
-def test_ten_thousand_requests_do_not_either():
-    with running(EDGE, rows=8, queue=16, max_tokens=4) as live:
+def test_ten_thousand_broken_requests_do_not_break_the_server():
+    with running(EDGE, max_num_seqs=8, max_queued=16, max_tokens=4) as live:
         for turn in range(10):
             bombard(live, 1000, seed=1000 * turn + 7, threads=8)
 
 
-# hours in minutes -------------------------------------------------------------------------------------------
+# memory -------------------------------------------------------------------------------------------
 
-SOAK_S, ROWS, WIDEST = 600.0, 8, 7  # of the slow test; rounds wider than that are rare
+SOAK_S, ROWS, WIDEST = 600.0, 8, 7  # of the slow test; more draft tokens are rare
 
 
 def trace_every_round(pair: Pair) -> None:
-    """Run a round of every shape once: MLX keeps the compiled graphs of each for good, on a CPU 2.4 MB of this pair's,
-    and shapes that come up late would look like a leak."""
+    """Run a round of every shape once.
+
+    MLX keeps every compiled graph: on a CPU, 2.4 MB a shape with this pair. A late shape would look like a leak.
+    """
     model = pair._model
     for rows in range(1, ROWS + 1):
         cache = Cache(model.specs, MAX_WIDTH, mx.float32)
@@ -244,7 +246,7 @@ def trace_every_round(pair: Pair) -> None:
 
 
 def resident_bytes() -> int:
-    """Memory of this process that is in RAM, by /proc; skips where there is none."""
+    """Resident memory of this process by /proc; skips the test if there is no /proc."""
     try:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * 4096
@@ -253,7 +255,7 @@ def resident_bytes() -> int:
 
 
 def stream_on(live: Live, seed: int, longest: tuple[int, int], over: threading.Event, failed: list) -> None:
-    """One client: streams, of which every other is dropped somewhere. longest: a prompt and a text, in tokens."""
+    """One client; it disconnects from half of its streams. longest: of prompts and of outputs, in tokens."""
     chance = random.Random(seed)
     try:
         with httpx.Client(base_url=live.url, timeout=120) as client:
@@ -285,37 +287,37 @@ def soak(live: Live, seconds: float, longest: tuple[int, int] = (600, 120)) -> t
         client.join()
     if failed:
         raise failed[0]
-    assert live.settled() and live.worker.faults == 0
+    assert live.settled() and live.engine_thread.faults == 0
     third = len(seen) // 3
     return sum(seen[third : 2 * third]) / third, sum(seen[2 * third : 3 * third]) / third
 
 
 @pytest.mark.slow
-def test_memory_stays_flat_while_eight_clients_come_and_go_for_ten_minutes():
-    with running(TINY, rows=ROWS, width="auto", kv_bytes=2**26, prepare=trace_every_round) as live:
+def test_memory_stays_flat_over_ten_minutes_of_eight_clients():
+    with running(TINY, max_num_seqs=ROWS, num_draft_tokens="auto", kv_bytes=2**26, prepare=trace_every_round) as live:
         store = live.pair._engine.scheduler.prefixes
         for _ in range(20):
             soak(live, 20.0)
-            if store.nbytes > 0.9 * store.budget_bytes:  # what is kept up to a budget has reached it
+            if store.nbytes > 0.9 * store.budget_bytes:  # the cache has reached its budget
                 break
         gc.collect()
-        before = held(live)
+        before = memory_by_kind(live)
         middle, last = soak(live, SOAK_S)
         print(f"\nresident: middle third {middle / 2**20:.1f} MiB, last third {last / 2**20:.1f} MiB")
-        print(f"of it, before and after: {before}, {held(live)}")
+        print(f"of it, before and after: {before}, {memory_by_kind(live)}")
         assert last < 1.03 * middle
 
 
-def held(live: Live) -> str:
-    """What is known of the memory in use, in MiB."""
+def memory_by_kind(live: Live) -> str:
+    """The memory in use by kind, in MiB."""
     known = {
-        "kept prefixes": live.pair._engine.scheduler.prefixes.nbytes,
+        "prefix cache": live.pair._engine.scheduler.prefixes.nbytes,
         "arrays": mx.get_active_memory(),
         "spare buffers": mx.get_cache_memory(),
     }
     return ", ".join(f"{name} {size / 2**20:.1f}" for name, size in known.items())
 
 
-def test_clients_that_come_and_go_leave_no_row_behind():
-    with running(EDGE, rows=4, queue=8) as live:
-        soak(live, 0.8, longest=(100, 20))  # clients end the streams that they have begun
+def test_disconnects_leave_no_sequence_in_the_engine():
+    with running(EDGE, max_num_seqs=4, max_queued=8) as live:
+        soak(live, 0.8, longest=(100, 20))  # clients finish the streams that they have begun

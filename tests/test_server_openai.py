@@ -1,4 +1,4 @@
-"""The openai package and `llm` against the server with the embedded pair, and what they may ask for."""
+"""The openai package and `llm` against the server with the embedded pair."""
 
 import asyncio
 import json
@@ -17,7 +17,7 @@ HELLO = [{"role": "user", "content": "import os"}]
 
 @pytest.fixture(scope="module")
 def live():
-    with running(TINY, rows=4) as live:
+    with running(TINY, max_num_seqs=4) as live:
         yield live
 
 
@@ -28,7 +28,7 @@ def client(live):
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left_behind(live: Live):
+def the_engine_is_empty_afterwards(live: Live):
     yield
     assert live.settled()
 
@@ -38,7 +38,7 @@ def ask(client: openai.OpenAI, **fields):
     return client.chat.completions.create(**fields)
 
 
-def test_a_chat_answer_has_text_usage_and_a_reason(client):
+def test_a_chat_body_has_text_usage_and_a_finish_reason(client):
     answer = ask(client)
     choice = answer.choices[0]
     assert choice.message.role == "assistant" and choice.message.content and choice.finish_reason == "length"
@@ -47,7 +47,7 @@ def test_a_chat_answer_has_text_usage_and_a_reason(client):
     assert answer.model == "tiny" and answer.object == "chat.completion" and answer.id.startswith("chatcmpl-")
 
 
-def test_a_stream_tells_the_same_as_an_answer(client):
+def test_a_stream_equals_the_body(client):
     whole = ask(client)
     pieces = list(ask(client, stream=True, stream_options={"include_usage": True}))
     assert pieces[0].choices[0].delta.role == "assistant"
@@ -57,16 +57,16 @@ def test_a_stream_tells_the_same_as_an_answer(client):
     assert pieces[-1].usage == whole.usage and not pieces[-1].choices
 
 
-def test_the_streaming_helper_of_the_package_accumulates_the_answer(client):
+def test_the_packages_streaming_helper_accumulates_the_answer(client):
     text = ask(client).choices[0].message.content
     fields = {"max_tokens": 16, "temperature": 0, "stop": text[20:24]}  # ended by length, the helper raises
     with client.chat.completions.stream(model="tiny", messages=HELLO, **fields) as stream:
-        told = [event.delta for event in stream if event.type == "content.delta"]
+        deltas = [event.delta for event in stream if event.type == "content.delta"]
         whole = stream.get_final_completion().choices[0].message.content
-    assert whole == "".join(told) == text[:20]
+    assert whole == "".join(deltas) == text[:20]
 
 
-def test_log_probabilities_belong_to_the_tokens_of_the_text(client):
+def test_log_probabilities_match_the_tokens_of_the_output(client):
     choice = ask(client, logprobs=True, top_logprobs=5).choices[0]
     content = choice.logprobs.content
     assert len(content) == 16
@@ -81,7 +81,7 @@ def test_log_probabilities_belong_to_the_tokens_of_the_text(client):
     assert all(t.top_logprobs == [] for t in plain.logprobs.content)
 
 
-def test_log_probabilities_stream_with_their_tokens(client):
+def test_streams_have_the_same_log_probabilities(client):
     whole = ask(client, logprobs=True, top_logprobs=2).choices[0]
     streamed = []
     for piece in ask(client, logprobs=True, top_logprobs=2, stream=True):
@@ -93,27 +93,27 @@ def test_log_probabilities_stream_with_their_tokens(client):
     )
 
 
-def test_completions_have_log_probabilities_in_their_own_form(client):
+def test_completions_have_log_probabilities_in_their_form(client):
     choice = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=8, temperature=0, logprobs=3).choices[0]
-    told = choice.logprobs
-    assert "".join(told.tokens) == choice.text and len(told.token_logprobs) == len(told.top_logprobs) == 8
-    assert told.text_offset == [len("".join(told.tokens[:i])) for i in range(8)]
-    for token, logprob, top in zip(told.tokens, told.token_logprobs, told.top_logprobs, strict=True):
+    got = choice.logprobs
+    assert "".join(got.tokens) == choice.text and len(got.token_logprobs) == len(got.top_logprobs) == 8
+    assert got.text_offset == [len("".join(got.tokens[:i])) for i in range(8)]
+    for token, logprob, top in zip(got.tokens, got.token_logprobs, got.top_logprobs, strict=True):
         assert top[token] == logprob == max(top.values()) and len(top) == 3
     assert client.completions.create(model="tiny", prompt=PROMPT, max_tokens=2).choices[0].logprobs is None
 
 
-def test_a_stop_string_ends_the_text_before_it_wherever_tokens_end(client):
+def test_an_output_ends_before_a_stop_string_inside_a_token(client):
     text = ask(client, max_tokens=16).choices[0].message.content
     for cut in (3, 8, 13):
         stop = text[cut : cut + 4]
-        answer = ask(client, max_tokens=16, stop=[stop, "never said"]).choices[0]
+        answer = ask(client, max_tokens=16, stop=[stop, "never written"]).choices[0]
         assert answer.message.content == text[: text.index(stop)] and answer.finish_reason == "stop"
     streamed = ask(client, max_tokens=16, stop=stop, stream=True)
     assert "".join(p.choices[0].delta.content or "" for p in streamed) == text[: text.index(stop)]
 
 
-def test_a_seed_repeats_a_text_and_others_do_not(client):
+def test_a_seed_repeats_an_output(client):
     def text(**fields):
         return ask(client, temperature=1.0, max_tokens=12, **fields).choices[0].message.content
 
@@ -122,7 +122,7 @@ def test_a_seed_repeats_a_text_and_others_do_not(client):
     assert len({text() for _ in range(3)}) > 1
 
 
-def test_choices_differ_and_the_first_is_what_one_alone_would_be(client):
+def test_choices_differ_and_the_first_equals_n_1(client):
     answer = ask(client, n=3, temperature=1.0, seed=5, max_tokens=12)
     texts = [c.message.content for c in answer.choices]
     assert [c.index for c in answer.choices] == [0, 1, 2] and len(set(texts)) == 3
@@ -132,7 +132,7 @@ def test_choices_differ_and_the_first_is_what_one_alone_would_be(client):
     assert answer.usage.prompt_tokens == ask(client, max_tokens=1).usage.prompt_tokens
 
 
-def test_choices_stream_beside_each_other(client):
+def test_choices_stream_at_the_same_time(client):
     want = [c.message.content for c in ask(client, n=2, temperature=1.0, seed=5, max_tokens=12).choices]
     got, reasons = ["", ""], [None, None]
     for piece in ask(client, n=2, temperature=1.0, seed=5, max_tokens=12, stream=True):
@@ -142,7 +142,7 @@ def test_choices_stream_beside_each_other(client):
     assert got == want and reasons == ["length", "length"]
 
 
-def test_a_completion_takes_texts_and_token_ids_one_or_several(client, live):
+def test_a_completion_takes_strings_or_token_ids_one_or_several(client, live):
     ids = live.pair.text.encode(PROMPT)
     texts = {}
     for name, prompt in {"text": PROMPT, "texts": [PROMPT, "abc"], "ids": ids, "lists": [ids, ids[:3]]}.items():
@@ -153,7 +153,7 @@ def test_a_completion_takes_texts_and_token_ids_one_or_several(client, live):
     assert len({t[0] for t in texts.values()}) == 1
 
 
-def test_penalties_and_bias_change_the_text_as_they_say(client, live):
+def test_penalties_and_bias_change_the_output(client, live):
     plain = ask(client, max_tokens=12).choices[0].message.content
     word = live.pair.text.encode(plain[:3])[-1]
     forced = ask(client, max_tokens=5, logit_bias={str(word): 100}).choices[0].message.content
@@ -165,7 +165,7 @@ def test_penalties_and_bias_change_the_text_as_they_say(client, live):
     assert ask(client, max_tokens=12, presence_penalty=0, **same).choices[0].message.content == plain
 
 
-def test_errors_arrive_as_the_packages_own(client):
+def test_errors_arrive_as_the_packages_exceptions(client):
     with pytest.raises(openai.BadRequestError) as bad:
         ask(client, max_tokens=0)
     assert bad.value.param == "max_tokens" and "greater than or equal to 1" in str(bad.value)
@@ -187,35 +187,35 @@ def test_the_model_is_listed(client):
         client.models.retrieve("other/model")
 
 
-def test_a_closed_stream_ends_its_text(client, live):
+def test_closing_a_stream_ends_its_output(client, live):
     stream = ask(client, max_tokens=3000, stream=True, extra_body={"ignore_eos": True})
     seen = 0
     for piece in stream:
         seen += bool(piece.choices[0].delta.content)
         if seen == 3:
             break
-    assert live.worker.open == 1
+    assert live.engine_thread.open == 1
     stream.close()
-    until(lambda: live.worker.open == 0)
+    until(lambda: live.engine_thread.open == 0)
 
 
-def test_a_cancelled_task_ends_its_text(live):
+def test_cancelling_a_task_ends_its_output(live):
     async def cancel():
         async with openai.AsyncOpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0) as client:
             fields = {"model": "tiny", "messages": HELLO, "max_tokens": 3000, "extra_body": {"ignore_eos": True}}
             task = asyncio.create_task(client.chat.completions.create(**fields))
-            while not live.worker.running:
+            while not live.engine_thread.running:
                 await asyncio.sleep(0.01)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
 
     asyncio.run(cancel())
-    until(lambda: live.worker.open == 0)
+    until(lambda: live.engine_thread.open == 0)
 
 
 @pytest.mark.parametrize("more", [[], pytest.param(["--no-stream"], marks=pytest.mark.slow)])
-def test_llm_talks_to_the_server_as_to_its_own_models(live, client, tmp_path, more):
+def test_llm_talks_to_the_server(live, client, tmp_path, more):
     entry = {"model_id": "served", "model_name": "tiny", "api_base": f"{live.url}/v1"}
     (tmp_path / "extra-openai-models.yaml").write_text(json.dumps([entry]))
     environment = {**os.environ, "LLM_USER_PATH": str(tmp_path), "OPENAI_API_KEY": "none"}

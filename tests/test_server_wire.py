@@ -1,4 +1,4 @@
-"""What goes over the wire: streams to the byte, bodies of every kind, inputs that break other servers."""
+"""What goes over the wire: streams, bodies of every kind, inputs that break other servers."""
 
 import json
 import socket
@@ -8,12 +8,13 @@ from dataclasses import replace
 import pytest
 from servers import EDGE, Live, chunks, running, until
 
-from mlx_mtp.rows import GREEDY, Stats
-from mlx_mtp.server.decoding import Decoder, joined
-from mlx_mtp.server.nouns import Delta, Finish, Job, Usage
+from mlx_mtp.rows import Stats
+from mlx_mtp.server.asking import GenerationRequest
+from mlx_mtp.server.decoding import OutputDecoder
+from mlx_mtp.server.nouns import StreamChunk, Usage
 from mlx_mtp.server.openai import ChatWriter
 from mlx_mtp.server.openai_form import ChatForm
-from mlx_mtp.server.respond import Text
+from mlx_mtp.server.respond import CompletionText
 
 LONG = list(range(3, 700)) * 4  # token ids; several prompt chunks
 ENDLESS = {"ignore_eos": True, "max_tokens": 1200, "temperature": 0}
@@ -24,14 +25,14 @@ HELLO = [{"role": "user", "content": "hello there"}]
 
 @pytest.fixture(scope="module")
 def live():
-    with running(EDGE, rows=2, queue=2, keepalive_s=0.02, max_tokens=6, body_bytes=200_000) as live:
+    with running(EDGE, max_num_seqs=2, max_queued=2, keepalive_s=0.02, max_tokens=6, body_bytes=200_000) as live:
         yield live
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left_behind(live: Live):
+def the_engine_is_empty_afterwards(live: Live):
     yield
-    assert live.settled() and live.worker.faults == 0
+    assert live.settled() and live.engine_thread.faults == 0
 
 
 def post(live: Live, body: bytes, path: str = TEXT):
@@ -64,7 +65,7 @@ def test_a_chat_stream_has_the_form_that_clients_parse(live):
     assert not any("usage" in d for d in chunks(live.lines(CHAT, messages=HELLO, stream_options={})))
 
 
-def test_headers_and_comments_come_before_the_prompt_has_run(live):
+def test_headers_and_keepalives_come_before_the_prompt_has_run(live):
     lines = live.lines(CHAT, messages=[{"role": "user", "content": "ab " * 1000}], max_tokens=1)
     assert "assistant" in lines[0] and lines[1] == ": keepalive"
     assert chunks(lines)[-1]["choices"][0]["finish_reason"] in ("length", "stop")
@@ -79,18 +80,15 @@ def test_a_completion_stream_has_the_form_that_clients_parse(live):
 
 
 def test_tool_calls_have_the_form_that_clients_parse(live):
-    """The tiny models call no tools, so the calls are those of a text that is given."""
+    """The tiny models call no tools, so the test supplies the output."""
     tokenizer = live.pair.text
     form = ChatForm.model_validate({"messages": HELLO})
-    writer, decoder = ChatWriter(live.service, form), Decoder(tokenizer, Job((2,), 99, GREEDY, splits=True))
-    stats, sent, whole = Stats(), [], Text()
-    for token in tokenizer.encode_rest("so" + CALLS):
-        delta = Delta(joined(decoder.push([token])[0]), 1)
-        sent += writer.delta(0, delta)
-        whole.add(delta)
-    last = Delta(finish=Finish("stop", None, decoder.calls, 0, stats))
-    sent += writer.delta(0, last)
-    whole.add(last)
+    writer, output = ChatWriter(live.admission, form), OutputDecoder(tokenizer, GenerationRequest(messages=HELLO), (2,))
+    sent, whole = [], CompletionText()
+    chunks_ = [output.push([token]) for token in tokenizer.encode_rest("so" + CALLS)]
+    for chunk in (*chunks_, StreamChunk(finish=output.finish(Stats(), "stop"))):
+        sent += writer.chunk(0, chunk)
+        whole.add(chunk)
     choices = [json.loads(line[6:])["choices"][0] for line in sent]
     calls = [call for c in choices for call in c["delta"].get("tool_calls", [])]
     assert choices[-1]["finish_reason"] == "tool_calls" and choices[-1]["delta"] == {}
@@ -126,11 +124,11 @@ REFUSED = {
     "no messages": (CHAT, {}),
     "no prompt": (TEXT, {"max_tokens": 3}),
     "messages empty": (CHAT, {"messages": []}),
-    "messages of text": (CHAT, {"messages": "hello"}),
-    "a message of text": (CHAT, {"messages": ["hello"]}),
+    "messages that are a string": (CHAT, {"messages": "hello"}),
+    "a message that is a string": (CHAT, {"messages": ["hello"]}),
     "an unknown role": (CHAT, {"messages": [{"role": "root", "content": "a"}]}),
     "an image": (CHAT, {"messages": [{"role": "user", "content": [IMAGE]}]}),
-    "tool arguments that are no JSON": (CHAT, {"messages": [*HELLO, {"role": "assistant", "tool_calls": [CALL]}]}),
+    "tool arguments that are not JSON": (CHAT, {"messages": [*HELLO, {"role": "assistant", "tool_calls": [CALL]}]}),
     "tool calls that are a number": (CHAT, {"messages": [*HELLO, {"role": "assistant", "tool_calls": 5}]}),
     "tool arguments nested deeply": (
         CHAT,
@@ -142,16 +140,16 @@ REFUSED = {
         },
     ),
     "a role that is an object": (CHAT, {"messages": [{"role": {}, "content": "a"}]}),
-    "tools that are text": (CHAT, {"messages": HELLO, "tools": "all"}),
-    "template variables that are taken": (CHAT, {"messages": HELLO, "chat_template_kwargs": {"messages": []}}),
+    "tools that are a string": (CHAT, {"messages": HELLO, "tools": "all"}),
+    "reserved template variables": (CHAT, {"messages": HELLO, "chat_template_kwargs": {"messages": []}}),
     "max_tokens negative": (TEXT, {"prompt": "a", "max_tokens": -1}),
     "max_tokens 0": (TEXT, {"prompt": "a", "max_tokens": 0}),
     "max_tokens true": (TEXT, {"prompt": "a", "max_tokens": True}),
     "temperature negative": (TEXT, {"prompt": "a", "temperature": -1}),
-    "temperature of text": (TEXT, {"prompt": "a", "temperature": "hot"}),
+    "temperature is a string": (TEXT, {"prompt": "a", "temperature": "hot"}),
     "top_p 0": (TEXT, {"prompt": "a", "top_p": 0}),
     "too many log-probabilities": (TEXT, {"prompt": "a", "logprobs": 21}),
-    "log-probabilities without asking": (CHAT, {"messages": HELLO, "top_logprobs": 2}),
+    "top_logprobs without logprobs": (CHAT, {"messages": HELLO, "top_logprobs": 2}),
     "n 0": (TEXT, {"prompt": "a", "n": 0}),
     "n too many": (TEXT, {"prompt": "a", "n": 5}),
     "a schema": (CHAT, {"messages": HELLO, "response_format": {"type": "json_schema", "json_schema": {}}}),
@@ -161,8 +159,8 @@ REFUSED = {
     "an empty prompt among others": (TEXT, {"prompt": ["a", ""]}),
     "an empty list": (TEXT, {"prompt": []}),
     "an empty list of ids": (TEXT, {"prompt": [[]]}),
-    "texts and ids": (TEXT, {"prompt": ["a", 1]}),
-    "ids and truth": (TEXT, {"prompt": [1, True]}),
+    "strings and ids": (TEXT, {"prompt": ["a", 1]}),
+    "ids and a boolean": (TEXT, {"prompt": [1, True]}),
     "an id out of range": (TEXT, {"prompt": [1, 999_999]}),
     "a negative id": (TEXT, {"prompt": [-1]}),
     "half a character": (TEXT, b'{"prompt":"\\ud800"}'),
@@ -170,23 +168,23 @@ REFUSED = {
     "stop a number": (TEXT, {"prompt": "a", "stop": 5}),
     "stop empty": (TEXT, {"prompt": "a", "stop": ""}),
     "a bias out of the vocabulary": (TEXT, {"prompt": "a", "logit_bias": {"999999": 5}}),
-    "a bias of no token": (TEXT, {"prompt": "a", "logit_bias": {"the": 5}}),
+    "a bias for a word": (TEXT, {"prompt": "a", "logit_bias": {"the": 5}}),
     "a bias too strong": (TEXT, {"prompt": "a", "logit_bias": {"5": 1e9}}),
     "a seed that is no integer": (TEXT, {"prompt": "a", "seed": 1e23}),
     "a seed too large": (TEXT, {"prompt": "a", "seed": 2**64}),
     "a prompt too long": (TEXT, {"prompt": LONG * 2}),
-    "contradicting thinking": (CHAT, {"messages": HELLO, "enable_thinking": False, "reasoning_effort": "high"}),
-    "a field nobody knows": (TEXT, {"prompt": "a", "\ud83d": 1}),
+    "contradictory thinking": (CHAT, {"messages": HELLO, "enable_thinking": False, "reasoning_effort": "high"}),
+    "an unknown field": (TEXT, {"prompt": "a", "\ud83d": 1}),
 }
-# Legal, and refused or fatal elsewhere.
-TAKEN = {
+# Legal, but refused or fatal in other servers.
+ACCEPTED = {
     "nulls": (
         CHAT,
         {"messages": HELLO, "max_tokens": None, "temperature": None, "stop": None, "tools": None, "n": None},
     ),
     "two log-probabilities": (TEXT, {"prompt": "a", "logprobs": 2}),
     "20 log-probabilities": (CHAT, {"messages": HELLO, "logprobs": True, "top_logprobs": 20}),
-    "two texts": (TEXT, {"prompt": ["abc", "def"]}),
+    "two prompts": (TEXT, {"prompt": ["abc", "def"]}),
     "two choices": (TEXT, {"prompt": "a", "n": 2}),
     "a negative seed": (TEXT, {"prompt": "a", "seed": -1}),
     "tool arguments that are empty": (
@@ -203,24 +201,26 @@ TAKEN = {
             ]
         },
     ),
-    "what clients send for their own books": (TEXT, {"prompt": "a", "user": "me", "metadata": {}, "store": False}),
-    "fields at the value that changes nothing": (TEXT, {"prompt": "a", "echo": False, "best_of": 1, "suffix": None}),
-    "tools not to be called": (CHAT, {"messages": HELLO, "tools": TOOLS, "tool_choice": "none"}),
+    "bookkeeping fields": (TEXT, {"prompt": "a", "user": "me", "metadata": {}, "store": False}),
+    "unsupported fields at values that change nothing": (
+        TEXT,
+        {"prompt": "a", "echo": False, "best_of": 1, "suffix": None},
+    ),
+    "tool_choice none": (CHAT, {"messages": HELLO, "tools": TOOLS, "tool_choice": "none"}),
     "no tools": (CHAT, {"messages": HELLO, "tools": [], "tool_choice": "auto", "parallel_tool_calls": False}),
-    "parts of text": (CHAT, {"messages": [{"role": "user", "content": [{"type": "text", "text": "hello"}]}]}),
-    "more tokens than there is room for": (TEXT, {"prompt": [5] * 4090, "max_tokens": 32000}),
+    "content parts": (CHAT, {"messages": [{"role": "user", "content": [{"type": "text", "text": "hello"}]}]}),
+    "max_tokens beyond the context": (TEXT, {"prompt": [5] * 4090, "max_tokens": 32000}),
     "an alias of max_tokens": (CHAT, {"messages": HELLO, "max_completion_tokens": 3}),
     "a developer's message": (CHAT, {"messages": [{"role": "developer", "content": "be brief"}, *HELLO]}),
 }
 
 
-def test_what_cannot_be_honoured_is_refused_with_a_reason_and_harms_nobody(live):
-    """While a text is being generated, which none of it may change."""
+def test_bad_requests_are_refused_and_do_not_change_a_running_output(live):
     want, got = live.text("hello", **{**ENDLESS, "max_tokens": 60}), []
-    beside = threading.Thread(
+    other = threading.Thread(
         target=lambda: got.append(live.text("hello", **{**ENDLESS, "max_tokens": 60})),
     )
-    beside.start()
+    other.start()
     for name, (path, body) in REFUSED.items():
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
         answer = post(live, raw, path)
@@ -228,18 +228,18 @@ def test_what_cannot_be_honoured_is_refused_with_a_reason_and_harms_nobody(live)
         assert answer.status_code == 400, (name, answer.text)
         assert error["message"] and error["type"] == "invalid_request_error", name
         assert len(answer.content) < 600, name
-    beside.join()
+    other.join()
     assert got == [want]
 
 
-def test_what_is_legal_is_done(live):
-    for name, (path, body) in TAKEN.items():
+def test_legal_requests_are_accepted(live):
+    for name, (path, body) in ACCEPTED.items():
         answer = post(live, json.dumps(body).encode(), path)
         assert answer.status_code == 200, (name, answer.text)
         assert answer.json()["usage"]["completion_tokens"] > 0, name
 
 
-def test_a_refusal_names_the_field_at_fault(live):
+def test_errors_name_the_field_at_fault(live):
     for body, param in (
         ({"max_tokens": 0}, "max_tokens"),
         ({"top_p": 7}, "top_p"),
@@ -250,18 +250,18 @@ def test_a_refusal_names_the_field_at_fault(live):
         assert live.complete("a", **body).json()["error"]["param"].startswith(param)
 
 
-def test_a_prompt_that_is_too_long_is_told_both_numbers(live):
+def test_the_error_for_a_long_prompt_has_both_numbers(live):
     error = live.complete([5] * 5000).json()["error"]
     assert error["code"] == "context_length_exceeded" and "5000" in error["message"] and "4096" in error["message"]
 
 
-def test_a_prompt_that_ends_with_an_earlier_text_runs(live):
+def test_a_prompt_may_end_with_an_earlier_output(live):
     first = live.text("hello", temperature=0)
     assert live.complete("hello" + first, temperature=0).status_code == 200
     assert live.complete("hello" + first, temperature=0).status_code == 200
 
 
-def test_a_turn_that_only_appends_is_cached_up_to_the_reply_before_whatever_role_comes_last(live):
+def test_a_turn_that_appends_reuses_the_prompt_before_it(live):
     messages = [{"role": "user", "content": "look at this: " + "abc " * 60}]
     first = live.client.post(CHAT, json={"messages": messages, "temperature": 0}).json()
     prompt = first["usage"]["prompt_tokens"]
@@ -273,13 +273,13 @@ def test_a_turn_that_only_appends_is_cached_up_to_the_reply_before_whatever_role
     assert prompt - 40 < second["prompt_tokens_details"]["cached_tokens"] <= prompt + 6
 
 
-def test_another_models_name_loads_nothing(live):
+def test_another_models_name_is_refused(live):
     answer = live.complete("a", model="mlx-community/something")
     assert answer.status_code == 404 and answer.json()["error"]["code"] == "model_not_found"
     assert live.complete("a", model="tiny").status_code == live.complete("a", model=None).status_code == 200
 
 
-def test_a_body_may_come_in_chunks_but_not_without_end(live):
+def test_a_body_may_be_chunked_but_not_too_long(live):
     whole = json.dumps({"prompt": "hello", "temperature": 0}).encode()
     answer = live.client.post(TEXT, content=iter([whole[:7], whole[7:]]))
     assert answer.status_code == 200 and answer.json()["choices"][0]["text"] == live.text("hello", temperature=0)
@@ -289,7 +289,7 @@ def test_a_body_may_come_in_chunks_but_not_without_end(live):
 
 
 def test_unknown_paths_and_methods_are_refused_in_json(live):
-    assert live.client.get("/v1/nothing").json()["error"]["message"] == "there is no /v1/nothing here"
+    assert live.client.get("/v1/nothing").json()["error"]["message"] == "/v1/nothing does not exist"
     answer = live.client.get(TEXT)
     assert answer.status_code == 405 and answer.json()["error"] and answer.headers["allow"] == "POST"
 
@@ -300,11 +300,11 @@ def test_models_and_metrics_can_be_read(live):
     live.complete("hello", max_tokens=4)
     until(lambda: 'path="/v1/completions",status="200"' in live.client.get("/metrics").text)
     page = live.client.get("/metrics").text
-    assert "mlx_mtp_ready 1.0" in page and 'mlx_mtp_texts{state="running"} 0.0' in page
+    assert "mlx_mtp_ready 1.0" in page and 'mlx_mtp_outputs{state="running"} 0.0' in page
     assert float(page.split('mlx_mtp_tokens_total{kind="generated"} ')[1].split()[0]) >= 4
 
 
-def test_every_request_leaves_one_line_of_facts(live, capfd):
+def test_every_request_leaves_one_log_line(live, capfd):
     shown = ""
 
     def both() -> bool:
@@ -318,9 +318,9 @@ def test_every_request_leaves_one_line_of_facts(live, capfd):
     done, refused = map(json.loads, shown.splitlines())
     assert done["path"] == TEXT and done["status"] == 200 and done["finish"] == "length"
     assert done["generated_tok"] == 5 and done["prompt_tok"] > 0 and done["cached_tok"] >= 0
-    assert done["rounds"] > 0 and done["kept_per_round"] >= 0 and done["decode_tok_s"] > 0
-    assert 0 < done["first_token_s"] <= done["seconds"]
-    assert done["first_passes"] == 1 and done["first_columns"] == done["prompt_tok"] - done["cached_tok"]
+    assert done["rounds"] > 0 and done["mean_accepted_length"] >= 1 and done["decode_tok_s"] > 0
+    assert 0 < done["ttft_s"] <= done["seconds"] and done["outputs"] == 1
+    assert done["ttft_passes"] == 1 and done["ttft_positions"] == done["prompt_tok"] - done["cached_tok"]
     assert refused["status"] == 400 and "max_tokens" in refused["error"]
 
 
@@ -328,39 +328,41 @@ def test_every_request_leaves_one_line_of_facts(live, capfd):
 
 
 def dial(live: Live, body: dict) -> socket.socket:
-    """A request on a socket of its own."""
+    """Send a request on a socket of its own."""
     raw = json.dumps(body).encode()
     line = socket.create_connection(("127.0.0.1", live.client.base_url.port))
     line.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n" % len(raw) + raw)
     return line
 
 
-def test_a_request_behind_a_long_prompt_waits_for_the_pass_that_runs_and_one_of_its_own(live, capfd, monkeypatch):
+def test_a_short_request_waits_one_pass_for_a_long_prompt(live, capfd, monkeypatch):
     engine, noted = live.pair._engine, []
-    take, begin = live.worker.submit, live.pair.submit
-    monkeypatch.setattr(live.worker, "submit", lambda jobs: (noted.append(engine.host_reads), take(jobs))[1])
-    monkeypatch.setattr(live.pair, "submit", lambda *job: (noted.append(engine.host_reads), begin(*job))[1])
+    take, begin = live.engine_thread.submit, live.pair.submit
+    monkeypatch.setattr(
+        live.engine_thread, "submit", lambda choices: (noted.append(engine.host_reads), take(choices))[1]
+    )
+    monkeypatch.setattr(live.pair, "submit", lambda *request: (noted.append(engine.host_reads), begin(*request))[1])
     monkeypatch.setattr(engine.scheduler, "limits", replace(engine.scheduler.limits, alone_tok=16))
     before = engine.host_reads
     line = dial(live, {"prompt": [7, *LONG], **ENDLESS})
     until(lambda: engine.host_reads > before + 2)
     live.complete([9, 8, 7, 6, 5], max_tokens=1)
     line.close()
-    until(lambda: live.worker.open == 0)
+    until(lambda: live.engine_thread.open == 0)
     came, taken = noted[-2:]
     assert taken - came <= 1
-    told = [json.loads(one) for one in capfd.readouterr().err.splitlines()]
-    (short,) = [one for one in told if one.get("prompt_tok") == 5]
-    assert short["first_passes"] == 1 and short["first_columns"] <= 5 + 16
+    logged = [json.loads(one) for one in capfd.readouterr().err.splitlines()]
+    (short,) = [one for one in logged if one.get("prompt_tok") == 5]
+    assert short["ttft_passes"] == 1 and short["ttft_positions"] <= 5 + 16
 
 
-def test_a_full_queue_is_told_when_to_come_again(live):
+def test_a_full_queue_says_when_to_retry(live):
     lines = [dial(live, {"prompt": "hello", "stream": True, **ENDLESS}) for _ in range(4)]
-    until(lambda: live.worker.open == 4)
+    until(lambda: live.engine_thread.open == 4)
     answer = live.complete("hello")
     assert answer.status_code == 429 and answer.json()["error"]["code"] == "queue_full"
     assert 1 <= int(answer.headers["retry-after"]) <= 30 and answer.headers["x-should-retry"] == "true"
     for line in lines:
         line.close()
-    until(lambda: live.worker.open == 0)
+    until(lambda: live.engine_thread.open == 0)
     assert live.complete("hello").status_code == 200

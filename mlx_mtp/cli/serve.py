@@ -126,9 +126,9 @@ def serve(options: Serve) -> None:
     settings = Settings(
         name=options.name or (Path(options.model).name if Path(options.model).is_dir() else options.model),
         aliases=tuple(options.alias or ()),
-        rows=options.rows,
-        queue=options.queue,
-        width=width,
+        max_num_seqs=options.rows,
+        max_queued=options.queue,
+        num_draft_tokens=width,
         sampling=sampling,
         max_tokens=options.max_tokens,
         api_key=options.api_key,

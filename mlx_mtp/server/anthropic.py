@@ -1,7 +1,7 @@
 """The Anthropic dialect: /v1/messages and its count_tokens, as Claude Code and the anthropic packages speak it.
 
-Fields that this server does not know are ignored, as clients of this API expect: they send many that only steer
-Anthropic's own service (cache_control, context_management, a thought's budget, betas).
+Unknown fields are ignored, as clients of this API expect. They send many that only steer Anthropic's own service:
+cache_control, context_management, a thinking budget, betas.
 """
 
 from __future__ import annotations
@@ -12,129 +12,124 @@ from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
 from starlette.requests import Request
 from starlette.responses import Response
 
-from mlx_mtp.grammar import Tool
-from mlx_mtp.segments import Segment
-from mlx_mtp.server.asking import Ask, Must, function_tool, job_of, prompt_of, stable
-from mlx_mtp.server.forms import Flag, Integer, Lenient, Number, Word
-from mlx_mtp.server.nouns import Delta, Finish, ServerError, Usage, invalid
-from mlx_mtp.server.respond import Json, Text, dumps, read_body, respond
-from mlx_mtp.server.service import Service
+from mlx_mtp.server.asking import GenerationRequest, ResponseFormat, function_tool, stable
+from mlx_mtp.server.forms import Form, stop_strings
+from mlx_mtp.server.nouns import FinishInfo, ServerError, Usage, invalid
+from mlx_mtp.server.respond import BlockWriter, CompletionText, Json, read_body, respond, sse
+from mlx_mtp.server.service import Admission
 
-SIGNATURE = "bWx4LW10cA=="  # clients send a thought back with it; nothing is signed here, and nothing is checked
+SIGNATURE = "bWx4LW10cA=="  # clients send it back with the thought; nothing is signed or checked here
 
 
-class Message(Lenient):
+class InputMessage(Form):
     role: Literal["user", "assistant", "system"]
-    content: Word | list[dict[str, Any]]
+    content: StrictStr | list[dict[str, Any]]
 
 
-class ToolForm(Lenient):
-    name: Word
-    type: Word | None = None
-    description: Word | None = None
+class ToolForm(Form):
+    name: StrictStr
+    type: StrictStr | None = None
+    description: StrictStr | None = None
     input_schema: dict[str, Any] | None = None
-    strict: Flag | None = None
+    strict: StrictBool | None = None
 
 
-class Choice(Lenient):
+class ToolChoice(Form):
     type: Literal["auto", "any", "tool", "none"]
-    name: Word | None = None
-    disable_parallel_tool_use: Flag | None = None
+    name: StrictStr | None = None
+    disable_parallel_tool_use: StrictBool | None = None
 
 
-class Thinking(Lenient):
+class Thinking(Form):
     type: Literal["enabled", "disabled", "adaptive"]
 
 
-class Format(Lenient):
+class OutputFormat(Form):
     model_config = ConfigDict(extra="ignore", frozen=True, populate_by_name=True)
     type: Literal["json_schema"]
     definition: dict[str, Any] = Field(alias="schema")
 
 
-class OutputConfig(Lenient):
-    format: Format | None = None
+class OutputConfig(Form):
+    format: OutputFormat | None = None
 
 
-class CountForm(Lenient):
+class CountForm(Form):
     """The body of /v1/messages/count_tokens."""
 
-    model: Word | None = None
-    messages: list[Message]
-    system: Word | list[dict[str, Any]] | None = None
+    model: StrictStr | None = None
+    messages: list[InputMessage]
+    system: StrictStr | list[dict[str, Any]] | None = None
     tools: list[ToolForm] | None = None
-    tool_choice: Choice | None = None
+    tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
-    output_format: Format | None = None
+    output_format: OutputFormat | None = None
 
-    def ask(self) -> Ask:
+    def request(self) -> GenerationRequest:
         """Raises ServerError."""
-        choice = self.tool_choice or Choice(type="auto")
-        offered = [] if choice.type == "none" else list(self.tools or ())
-        for tool in offered:
+        return GenerationRequest(
+            messages=messages_of(self.system, self.messages),
+            response_format=self._response_format(),
+            thinking=self.thinking is not None and self.thinking.type != "disabled",
+        )
+
+    def _response_format(self) -> ResponseFormat:
+        choice, tools = self.tool_choice or ToolChoice(type="auto"), []
+        for tool in self.tools or () if choice.type != "none" else ():
             if tool.input_schema is None:
-                raise invalid(
-                    f"the tool {tool.name!r} of type {tool.type!r} would run at Anthropic; leave it out", "tools"
-                )
+                message = f"the tool {tool.name!r} of type {tool.type!r} would run at Anthropic; remove it"
+                raise invalid(message, "tools")
+            tools.append(function_tool(tool.name, tool.description, tool.input_schema, bool(tool.strict)))
         output = self.output_format or (self.output_config.format if self.output_config else None)
-        named = choice.type == "tool"
-        must = Must(
-            tools=tuple(Tool(tool.name, tool.input_schema or {}, bool(tool.strict)) for tool in offered),
-            choice=(choice.name or "") if named else "required" if choice.type == "any" else "auto",
-            named=named,
-            several=not choice.disable_parallel_tool_use,
+        return ResponseFormat(
+            tools=tuple(tools),
+            tool_choice="required" if choice.type == "any" else "auto",
+            tool_name=(choice.name or "") if choice.type == "tool" else None,
+            parallel_tool_calls=not choice.disable_parallel_tool_use,
             schema=output.definition if output else None,
         )
-        return Ask(
-            messages=messages_of(self.system, self.messages),
-            tools=[function_tool(tool.name, tool.description, tool.input_schema) for tool in offered],
-            must=must,
-            thinking=self.thinking is not None and self.thinking.type != "disabled",
-            changes=self.changes(),
-        )
-
-    def changes(self) -> dict[str, Any]:
-        return {}
 
 
 class MessagesForm(CountForm):
     """The body of /v1/messages."""
 
-    max_tokens: Annotated[Integer, Field(ge=1)]
-    stream: Flag = False
-    stop_sequences: list[Word] | None = None
-    temperature: Number | None = None
-    top_p: Number | None = None
-    top_k: Integer | None = None
+    max_tokens: Annotated[StrictInt, Field(ge=1)]
+    stream: StrictBool = False
+    stop_sequences: list[StrictStr] | None = None
+    temperature: StrictFloat | None = None
+    top_p: StrictFloat | None = None
+    top_k: StrictInt | None = None
 
-    def changes(self) -> dict[str, Any]:
-        return {name: value for name in ("temperature", "top_p", "top_k") if (value := vars(self)[name]) is not None}
+    def request(self) -> GenerationRequest:
+        """Raises ServerError."""
+        return replace(
+            super().request(),
+            sampling=self.given("temperature", "top_p", "top_k"),
+            stop=stop_strings(self.stop_sequences, "stop_sequences"),
+            max_tokens=self.max_tokens,
+        )
 
 
-def router(service: Service) -> APIRouter:
+def router(admission: Admission) -> APIRouter:
     """The dialect's routes."""
     routes = APIRouter()
 
     @routes.post("/v1/messages")
     async def messages(request: Request) -> Response:
-        form = await read_body(request, MessagesForm, service.settings.body_bytes)
-        service.check_name(form.model)
-        if "" in (form.stop_sequences or ()):
-            raise invalid("stop_sequences holds an empty text; expected at least one character", "stop_sequences")
-        ask = replace(form.ask(), stops=tuple(form.stop_sequences or ()), limit=form.max_tokens)
-        job = await job_of(service, ask)
-        return await respond(request, service, [job], MessageWriter(service, len(job.prompt)), form.stream)
+        form = await read_body(request, MessagesForm, admission)
+        admission.check_model(form.model)
+        return await respond(request, admission, [form.request()], MessageWriter(admission), form.stream)
 
     @routes.post("/v1/messages/count_tokens")
     async def count(request: Request) -> Response:
-        form = await read_body(request, CountForm, service.settings.body_bytes)
-        service.check_name(form.model)
-        return Json({"input_tokens": len((await prompt_of(service, form.ask())).tokens)})
+        form = await read_body(request, CountForm, admission)
+        admission.check_model(form.model)
+        return Json({"input_tokens": len(await admission.tokenize(form.request()))})
 
     @routes.head("/")
     async def alive() -> Response:
@@ -146,25 +141,25 @@ def router(service: Service) -> APIRouter:
 # messages in ------------------------------------------------------------------------------------------------
 
 
-def messages_of(system: str | list[dict[str, Any]] | None, messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """The conversation as templates take it. Raises ServerError for what a text model cannot read."""
+def messages_of(system: str | list[dict[str, Any]] | None, messages: Sequence[InputMessage]) -> list[dict[str, Any]]:
+    """The conversation as chat templates take it. Raises ServerError for images and documents."""
     out: list[dict[str, Any]] = []
     blocks = [system] if isinstance(system, str) else [_text(block, "system") for block in system or ()]
-    # Each block by itself: the volatile one is its own, and would leave an empty line behind.
-    if told := "\n".join(text for block in blocks if (text := stable(block))):
-        out.append({"role": "system", "content": told})
+    # The volatile line is a block of its own. Joined first, it would leave an empty line.
+    if joined := "\n".join(text for block in blocks if (text := stable(block))):
+        out.append({"role": "system", "content": joined})
     for i, message in enumerate(messages):
         content = message.content
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
         if message.role == "assistant":
-            out.append(_assistant(parts, f"messages.{i}"))
+            out.append(_assistant(blocks, f"messages.{i}"))
         else:
-            out += _user(message.role, parts, f"messages.{i}")
+            out += _user(message.role, blocks, f"messages.{i}")
     return out
 
 
 def _user(role: str, blocks: Sequence[dict[str, Any]], where: str) -> list[dict[str, Any]]:
-    """Results of tools, which must follow their calls, and then the text."""
+    """Tool results, which must follow their calls, and then the text."""
     out, texts = [], []
     for block in blocks:
         if block.get("type") == "tool_result":
@@ -185,14 +180,14 @@ def _assistant(blocks: Sequence[dict[str, Any]], where: str) -> dict[str, Any]:
         elif kind == "tool_use":
             function = {"name": block.get("name"), "arguments": block.get("input") or {}}
             calls.append({"id": block.get("id"), "type": "function", "function": function})
-        elif kind != "redacted_thinking":  # of another server: nothing that can be read
+        elif kind != "redacted_thinking":  # another server's, and unreadable
             texts.append(_text(block, where))
     out: dict[str, Any] = {"role": "assistant", "content": "\n".join(texts)}
-    return (
-        out
-        | ({"reasoning_content": "\n".join(thoughts)} if thoughts else {})
-        | ({"tool_calls": calls} if calls else {})
-    )
+    if thoughts:
+        out["reasoning_content"] = "\n".join(thoughts)
+    if calls:
+        out["tool_calls"] = calls
+    return out
 
 
 def _text(block: Any, where: str) -> str:
@@ -205,77 +200,58 @@ def _text(block: Any, where: str) -> str:
 # writing ----------------------------------------------------------------------------------------------------
 
 
-class MessageWriter:
+class MessageWriter(BlockWriter):
     """A message, whole and as the stream of its blocks."""
 
-    media_type = "text/event-stream"
-    keepalive = b'event: ping\ndata: {"type":"ping"}\n\n'
+    BLOCKS = {"reasoning": "thinking", "answer": "text", "call": "tool_use", "arguments": "tool_use"}
+    keepalive = sse({"type": "ping"}, "ping")
 
-    def __init__(self, service: Service, prompt_tok: int) -> None:
-        self._prompt_tok = prompt_tok
-        self._head = {
-            "id": f"msg_{uuid.uuid4().hex[:24]}",
-            "type": "message",
-            "role": "assistant",
-            "model": service.settings.name,
-        }
-        self._blocks = 0  # begun so far
-        self._open: str | None = None  # the kind of the block under way
-        self._finish: Finish | None = None
+    def __init__(self, admission: Admission) -> None:
+        unique, model = uuid.uuid4().hex[:24], admission.settings.name
+        self._head = {"id": f"msg_{unique}", "type": "message", "role": "assistant", "model": model}
+        self._index = -1  # of the newest block
 
-    def begin(self) -> Iterable[bytes]:
-        usage = {"input_tokens": self._prompt_tok, "output_tokens": 0}
-        message = {**self._head, "content": [], "stop_reason": None, "stop_sequence": None, "usage": usage}
+    def begin(self, usage: Usage) -> Iterable[bytes]:
+        counts = {"input_tokens": usage.prompt_tok, "output_tokens": 0}
+        message = {**self._head, "content": [], "stop_reason": None, "stop_sequence": None, "usage": counts}
         yield _event("message_start", message=message)
 
-    def delta(self, index: int, delta: Delta) -> Iterable[bytes]:
-        for part in delta.parts:
-            yield from self._part(part)
-        self._finish = delta.finish or self._finish
+    def open_block(self, kind: str, name: str) -> Iterable[bytes]:
+        self._index += 1
+        yield _event("content_block_start", index=self._index, content_block=_block(kind, name))
 
-    def _part(self, part: Segment) -> Iterable[bytes]:
-        if part.kind == "end":
-            yield from self._close()
-            return
-        kind = {"reasoning": "thinking", "answer": "text"}.get(part.kind, "tool_use")
-        if kind != self._open or part.kind == "call":
-            yield from self._close()
-            self._open, self._blocks = kind, self._blocks + 1
-            yield _event("content_block_start", index=self._blocks - 1, content_block=_block(kind, part.text))
-        if part.kind == "reasoning":
-            yield self._change(type="thinking_delta", thinking=part.text)
-        elif part.kind == "answer":
-            yield self._change(type="text_delta", text=part.text)
-        elif part.kind == "arguments":
-            yield self._change(type="input_json_delta", partial_json=part.text)
+    def add_to_block(self, kind: str, text: str) -> bytes:
+        if kind == "tool_use":
+            return self._change(type="input_json_delta", partial_json=text)
+        return self._change(type=f"{kind}_delta", **{kind: text})
 
-    def _close(self) -> Iterable[bytes]:
-        if self._open == "thinking":
+    def close_block(self) -> Iterable[bytes]:
+        if self.block == "thinking":
             yield self._change(type="signature_delta", signature=SIGNATURE)
-        if self._open:
-            yield _event("content_block_stop", index=self._blocks - 1)
-        self._open = None
+        if self.block:
+            yield _event("content_block_stop", index=self._index)
+        self.block = None
 
     def _change(self, **delta: str) -> bytes:
-        return _event("content_block_delta", index=self._blocks - 1, delta=delta)
+        return _event("content_block_delta", index=self._index, delta=delta)
 
     def end(self, usage: Usage) -> Iterable[bytes]:
-        yield from self._close()
-        yield _event("message_delta", delta=_stop(self._finish), usage=_usage(usage))
+        yield from self.close_block()
+        yield _event("message_delta", delta=_stop(self.finish), usage=_usage(usage))
         yield _event("message_stop")
 
     def error(self, error: ServerError) -> Iterable[bytes]:
-        yield b"event: error\ndata: " + dumps(error_body(error)) + b"\n\n"
+        yield sse(error_body(error), "error")
 
-    def body(self, texts: Sequence[Text], usage: Usage) -> dict[str, Any]:
-        text = texts[0]
+    def body(self, outputs: Sequence[CompletionText], usage: Usage) -> dict[str, Any]:
+        output = outputs[0]
         content: list[dict[str, Any]] = []
-        if text.reasoning:
-            content.append({"type": "thinking", "thinking": text.reasoning, "signature": SIGNATURE})
-        if text.answer or not (text.reasoning or text.calls):
-            content.append({"type": "text", "text": text.answer})
-        content += [_block("tool_use", call.name) | {"input": call.value()} for call in text.calls]
-        return {**self._head, "content": content, **_stop(text.finish), "usage": _usage(usage)}
+        if output.reasoning:
+            content.append({"type": "thinking", "thinking": output.reasoning, "signature": SIGNATURE})
+        if output.answer or not (output.reasoning or output.calls):
+            content.append({"type": "text", "text": output.answer})
+        content += [_block("tool_use", call.name) | {"input": call.parsed()} for call in output.calls]
+        return {**self._head, "content": content, **_stop(output.finish), "usage": _usage(usage)}
 
 
 def _block(kind: str, name: str) -> dict[str, Any]:
@@ -284,7 +260,7 @@ def _block(kind: str, name: str) -> dict[str, Any]:
     return {"type": kind, "thinking": "", "signature": ""} if kind == "thinking" else {"type": kind, "text": ""}
 
 
-def _stop(finish: Finish | None) -> dict[str, Any]:
+def _stop(finish: FinishInfo | None) -> dict[str, Any]:
     """Why a message ended."""
     if finish is None or finish.reason != "stop":
         reason = "max_tokens"
@@ -296,7 +272,7 @@ def _stop(finish: Finish | None) -> dict[str, Any]:
 
 
 def _usage(usage: Usage) -> dict[str, Any]:
-    """Anthropic counts what came from a cache by itself."""
+    """Anthropic's input_tokens leave out the cached ones."""
     return {
         "input_tokens": usage.prompt_tok - usage.cached_tok,
         "cache_read_input_tokens": usage.cached_tok,
@@ -306,12 +282,12 @@ def _usage(usage: Usage) -> dict[str, Any]:
 
 
 def _event(kind: str, **content: Any) -> bytes:
-    return b"event: " + kind.encode() + b"\ndata: " + dumps({"type": kind, **content}) + b"\n\n"
+    return sse({"type": kind, **content}, kind)
 
 
 def error_body(error: ServerError) -> dict[str, Any]:
     """An error in Anthropic's form."""
-    kinds = {
+    types = {
         401: "authentication_error",
         403: "permission_error",
         404: "not_found_error",
@@ -319,5 +295,5 @@ def error_body(error: ServerError) -> dict[str, Any]:
         429: "rate_limit_error",
         503: "overloaded_error",
     }
-    kind = kinds.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
+    kind = types.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
     return {"type": "error", "error": {"type": kind, "message": error.message}}

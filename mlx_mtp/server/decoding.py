@@ -1,6 +1,6 @@
-"""One choice's tokens to text: thoughts, answer and tool calls, cut at a stop string. Runs on the engine thread.
+"""One choice's tokens to text: reasoning, answer and tool calls, and where the output ends. Runs on the engine thread.
 
-A stop string ends the answer; in a thought or a call it is text like any other, since a client that stops at a blank
+A stop string ends the answer only. In reasoning or a tool call it is ordinary text: a client that stops at a blank
 line means the answer's.
 """
 
@@ -9,80 +9,71 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from mlx_mtp.loops import LoopGuard
-from mlx_mtp.rows import TokenLogprob
+from mlx_mtp.loops import LoopGuard, LoopLimits
+from mlx_mtp.rows import FinishReason, Stats, TokenLogprob
 from mlx_mtp.segments import Segment, Segmenter
-from mlx_mtp.server.nouns import Job
+from mlx_mtp.server.asking import GenerationRequest
+from mlx_mtp.server.nouns import FinishInfo, StreamChunk
 from mlx_mtp.text import StoppedText, Text
 
 
-class Plain:
-    """Tokens to text that is all answer; has what of a Segmenter is used here."""
+class PlainParser:
+    """Tokens to text that is all answer. Has the part of Segmenter's interface that is used here."""
 
     calls = reasoning_tok = 0
-    answering = True
+    answering, thinking = True, False
 
     def __init__(self, text: Text, stops: tuple[str, ...]) -> None:
-        self._shown = StoppedText(text, stops)
+        self._text = StoppedText(text, stops)
 
     @property
     def stop(self) -> str | None:
-        return self._shown.stop
+        return self._text.stop
 
     def push(self, tokens: Sequence[int]) -> list[Segment]:
-        return _answer(self._shown.push(tokens))
+        return _answer(self._text.push(tokens))
 
     def finish(self, complete: bool = True) -> list[Segment]:
-        return _answer(self._shown.finish())
+        return _answer(self._text.finish())
 
 
-class Decoder:
-    """A job's events to its text. tokens: how many have been read."""
+class OutputDecoder:
+    """Turns the tokens of one choice into text, and decides where the output ends.
 
-    def __init__(self, text: Text, job: Job) -> None:
-        self._text, self._one_call = text, job.one_call
-        self._parser: Plain | Segmenter = Plain(text, job.stop)
-        if job.splits and text.segmented:
-            self._parser = Segmenter(text, job.prompt, job.stop, job.tools)
-        self._guard = LoopGuard(job.loops) if job.loops is not None else None
-        self._hurry_s, self._first_s = job.hurry_s, 0.0
-        self._hurried = self._called = False
+    tokens: how many have been read. reason: why the output has ended, None while it goes on.
+    """
+
+    def __init__(
+        self, text: Text, request: GenerationRequest, prompt: Sequence[int], loops: LoopLimits | None = None
+    ) -> None:
+        """prompt: token ids; it may end inside a thought. loops: when a chat's output counts as a loop."""
+        self._text, self._one_call = text, not request.response_format.parallel_tool_calls
+        self._parser: PlainParser | Segmenter = PlainParser(text, request.stop)
+        if request.parse_output and text.segmented:
+            schemas = {tool.name: tool.parameters for tool in request.response_format.functions}
+            self._parser = Segmenter(text, prompt, request.stop, schemas)
+        is_chat = request.parse_output and request.stop_at_eos
+        self._guard = LoopGuard(loops) if loops is not None and is_chat else None
+        self._time_limit_s, self._first_s = request.time_limit_s, 0.0
+        self._late = self._called = False
         self.tokens = 0
+        self.reason: FinishReason | None = None
 
     @property
-    def ended(self) -> bool:
-        """Whether the text ends here, whatever the model would have gone on to say."""
-        return self._parser.stop is not None or (self._called and self._one_call)
-
-    @property
-    def stop(self) -> str | None:
-        """The stop string that ended the text."""
-        return self._parser.stop
-
-    @property
-    def loop_tok(self) -> int | None:
-        """The length of the piece that the text repeats without end; None where it does not."""
-        return self._guard.period_tok if self._guard is not None else None
-
-    @property
-    def cut(self) -> bool:
-        """Whether the text is to end here as if at its limit: it is in a loop, or late."""
-        return self._hurried or self.loop_tok is not None
-
-    @property
-    def calls(self) -> int:
-        return self._parser.calls
-
-    @property
-    def reasoning_tok(self) -> int:
-        return self._parser.reasoning_tok
+    def thinking(self) -> bool:
+        """Whether the next token is reasoning."""
+        return self._parser.thinking
 
     def push(
-        self, tokens: Sequence[int], logprobs: Sequence[TokenLogprob] = ()
-    ) -> tuple[list[Segment], list[TokenLogprob]]:
-        """Add tokens up to the text's end; returns text, and log-probabilities of the answer's tokens that show."""
-        parts: list[Segment] = []
+        self,
+        tokens: Sequence[int],
+        logprobs: Sequence[TokenLogprob] = (),
+        reason: FinishReason | None = None,
+    ) -> StreamChunk:
+        """Add tokens up to the output's end. reason: why the engine ended the request, if it has."""
+        segments: list[Segment] = []
         shown: list[TokenLogprob] = []
+        before = self.tokens
         for i, token in enumerate(tokens):
             self.tokens += 1
             self._first_s = self._first_s or time.perf_counter()
@@ -91,29 +82,44 @@ class Decoder:
             if logprobs and self._parser.answering and self._text.shows(token):
                 shown.append(logprobs[i])
             new = self._parser.push([token])
-            parts += new
-            self._called = self._called or any(part.kind == "end" for part in new)
-            self._hurried = self._is_late() and any("\n" in part.text for part in new)
-            if self.ended or self._hurried:
+            segments += new
+            self._called = self._called or any(segment.kind == "end" for segment in new)
+            self._late = self._is_late() and any("\n" in segment.text for segment in new)
+            if self._stopped or self._late:
                 break
-        return parts, shown
+        if not self._stopped:
+            reason = reason or ("length" if self._late or self._loop_tok else None)
+            if reason:
+                segments += self._parser.finish(reason == "stop")
+        self.reason = "stop" if self._stopped else reason
+        return StreamChunk(_merged(segments), self.tokens - before, tuple(shown))
+
+    def finish(self, stats: Stats, reason: FinishReason) -> FinishInfo:
+        """How the choice ended. stats: the engine's."""
+        parser = self._parser
+        return FinishInfo(reason, parser.stop, parser.calls, parser.reasoning_tok, stats, self._loop_tok)
+
+    @property
+    def _stopped(self) -> bool:
+        """Whether a stop string, or the only tool call allowed, ends the output here."""
+        return self._parser.stop is not None or (self._called and self._one_call)
+
+    @property
+    def _loop_tok(self) -> int | None:
+        return self._guard.period_tok if self._guard is not None else None
 
     def _is_late(self) -> bool:
-        return self._hurry_s is not None and time.perf_counter() - self._first_s >= self._hurry_s
-
-    def finish(self, complete: bool) -> list[Segment]:
-        """The text that still waited for more. complete: the model ended by itself, and not at a limit."""
-        return self._parser.finish(complete)
+        return self._time_limit_s is not None and time.perf_counter() - self._first_s >= self._time_limit_s
 
 
-def joined(parts: Sequence[Segment]) -> tuple[Segment, ...]:
-    """Neighbours of one kind made one, so that a round is one chunk on the wire."""
+def _merged(segments: Sequence[Segment]) -> tuple[Segment, ...]:
+    """Adjacent segments of one kind as one, so that a round is one chunk on the wire."""
     out: list[Segment] = []
-    for part in parts:
-        if out and part.kind == out[-1].kind != "call" and part.call == out[-1].call:
-            out[-1] = Segment(part.kind, out[-1].text + part.text, part.call)
+    for segment in segments:
+        if out and segment.kind == out[-1].kind != "call" and segment.call == out[-1].call:
+            out[-1] = Segment(segment.kind, out[-1].text + segment.text, segment.call)
         else:
-            out.append(part)
+            out.append(segment)
     return tuple(out)
 
 

@@ -1,9 +1,9 @@
-"""Filling a hole in a text: llama.cpp's /infill, and what `suffix` means elsewhere.
+"""Filling a hole in a text: llama.cpp's /infill, and what `suffix` means in other dialects.
 
-Gemma 4 documents no tokens for filling in the middle, so the model is asked in words: it is shown the text around the
-hole, and its reply is begun for it with a code fence and the last lines before the hole, so that what it writes next
-stands in the hole. The text ends where the fence does, or where the first line after the hole begins. How good this
-is has not been measured; a base model, which has no chat template, cannot be asked.
+Gemma 4 documents no tokens for this, so the model is asked in words. It sees the text around the hole. Its reply is
+begun with a code fence and the last lines before the hole, so that what it writes next belongs in the hole. The output
+ends at the closing fence, or where the first line after the hole begins. The quality has not been measured. A base
+model cannot be asked, since it has no chat template.
 """
 
 from __future__ import annotations
@@ -13,28 +13,30 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import APIRouter
+from pydantic import StrictBool, StrictFloat, StrictInt, StrictStr
 from starlette.requests import Request
 from starlette.responses import Response
 
 from mlx_mtp.rows import Stats
-from mlx_mtp.server.asking import Ask
-from mlx_mtp.server.forms import Flag, Integer, Lenient, Number, Word
-from mlx_mtp.server.nouns import Delta, Finish, Job, ServerError, Usage, invalid
+from mlx_mtp.segments import Segment
+from mlx_mtp.server.asking import GenerationRequest, ResponseFormat
+from mlx_mtp.server.forms import Form, stop_strings
+from mlx_mtp.server.nouns import FinishInfo, ServerError, Usage
 from mlx_mtp.server.openai_form import error_body
-from mlx_mtp.server.respond import Json, Text, dumps, read_body, respond
-from mlx_mtp.server.service import Prompt, Service
+from mlx_mtp.server.respond import CompletionText, DialectWriter, Json, read_body, respond, sse
+from mlx_mtp.server.service import Admission
 
 MARK = "<HOLE>"
 FENCE = "```"
-LEAD_LINES = 2  # whole lines before the hole that the reply is begun with
-MOST_CHARS = 12_000  # of the text on each side that the model is shown
-STOP_CHARS = 6  # a first line after the hole that is shorter says too little to stop at
+LEAD_LINES = 2  # whole lines before the hole that the reply repeats
+MOST_CHARS = 12_000  # of the text on each side that the model sees
+STOP_CHARS = 6  # a shorter first line after the hole is no stop string
 DEFAULT_TOK = 128
 
 
 @dataclass(frozen=True)
 class Hole:
-    """A place in a text. others: other texts that may help, with their names."""
+    """A hole in a text. others: (name, text) of other files that may help."""
 
     before: str
     after: str
@@ -42,11 +44,16 @@ class Hole:
 
     @property
     def lead(self) -> str:
-        """What the reply is begun with."""
+        """The last lines before the hole."""
         return "".join(self.before[-MOST_CHARS:].splitlines(keepends=True)[-LEAD_LINES - 1 :])
 
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The output ends at the fence, or where the text after the hole begins."""
+        line = next((line for line in self.after.splitlines() if line.strip()), "")
+        return (f"\n{FENCE}", *((line,) if len(line.strip()) >= STOP_CHARS else ()))
+
     def question(self) -> str:
-        """What the model is asked."""
         shown = f"{self.before[-MOST_CHARS:]}{MARK}{self.after[:MOST_CHARS]}"
         others = "".join(f"{name}:\n{FENCE}\n{text}\n{FENCE}\n\n" for name, text in self.others)
         return (
@@ -56,116 +63,95 @@ class Hole:
         )
 
 
-class Extra(Lenient):
-    filename: Word | None = None
-    text: Word
+def fill(base: GenerationRequest, hole: Hole) -> GenerationRequest:
+    """A request that fills a hole, with the limits and sampling of another."""
+    return replace(
+        base,
+        messages=[{"role": "user", "content": hole.question()}],
+        reply_prefix=f"{FENCE}\n{hole.lead}",
+        response_format=ResponseFormat(),
+        thinking=False,
+        stop=(*base.stop, *hole.stops),
+    )
 
 
-class InfillForm(Lenient):
-    """The body of /infill. prompt: what stands between input_prefix and the hole. t_max_predict_ms: so long
-    after its first token the text ends with its line. response_fields: the only fields that are wanted, by their paths.
-    """
+class Extra(Form):
+    filename: StrictStr | None = None
+    text: StrictStr
 
-    input_prefix: Word = ""
-    input_suffix: Word = ""
+
+class InfillForm(Form):
+    """The body of /infill."""
+
+    input_prefix: StrictStr = ""
+    input_suffix: StrictStr = ""
     input_extra: list[Extra] | None = None
-    prompt: Word = ""
-    n_predict: Integer | None = None
-    stream: Flag = False
-    stop: list[Word] | None = None
-    temperature: Number | None = None
-    top_k: Integer | None = None
-    top_p: Number | None = None
-    min_p: Number | None = None
-    seed: Integer | None = None
-    t_max_predict_ms: Integer | None = None
-    response_fields: list[Word] | None = None
+    prompt: StrictStr = ""  # stands between input_prefix and the hole
+    n_predict: StrictInt | None = None
+    stream: StrictBool = False
+    stop: list[StrictStr] | None = None
+    temperature: StrictFloat | None = None
+    top_k: StrictInt | None = None
+    top_p: StrictFloat | None = None
+    min_p: StrictFloat | None = None
+    seed: StrictInt | None = None
+    t_max_predict_ms: StrictInt | None = None  # this long after its first token, the output ends with its line
+    response_fields: list[StrictStr] | None = None  # the paths of the only fields that are wanted
 
-    @property
-    def hurry_s(self) -> float | None:
-        """llama.cpp takes 0 and less for no limit."""
-        return max(0, self.t_max_predict_ms or 0) / 1000 or None
+    def hole(self) -> Hole:
+        others = tuple((extra.filename or "text", extra.text) for extra in self.input_extra or ())
+        return Hole(self.input_prefix + self.prompt, self.input_suffix, others)
 
-    def ask(self) -> Ask:
-        names = ("temperature", "top_k", "top_p", "min_p", "seed")
-        changes = {name: value for name in names if (value := vars(self)[name]) is not None}
+    def request(self) -> GenerationRequest:
+        """Raises ServerError."""
+        sampling = self.given("temperature", "top_k", "top_p", "min_p", "seed")
         if self.seed is not None and self.seed < 0:
-            del changes["seed"]  # llama.cpp's "any"
-        if "" in (self.stop or ()):
-            raise invalid("stop holds an empty text; expected at least one character", "stop")
-        limit = self.n_predict if self.n_predict is not None and self.n_predict > 0 else DEFAULT_TOK
-        return Ask([], changes=changes, stops=tuple(self.stop or ()), limit=limit)
+            del sampling["seed"]  # llama.cpp's "any"
+        base = GenerationRequest(
+            sampling=sampling,
+            stop=stop_strings(self.stop, "stop"),
+            max_tokens=self.n_predict if self.n_predict is not None and self.n_predict > 0 else DEFAULT_TOK,
+            time_limit_s=max(0, self.t_max_predict_ms or 0) / 1000 or None,  # 0 and less are no limit
+        )
+        return fill(base, self.hole())
 
 
-def router(service: Service) -> APIRouter:
+def router(admission: Admission) -> APIRouter:
     """The dialect's routes."""
     routes = APIRouter()
 
     @routes.post("/infill")
-    async def fill(request: Request) -> Response:
-        form = await read_body(request, InfillForm, service.settings.body_bytes)
-        others = tuple((extra.filename or "text", extra.text) for extra in form.input_extra or ())
-        hole = Hole(form.input_prefix + form.prompt, form.input_suffix, others)
+    async def infill(request: Request) -> Response:
+        form = await read_body(request, InfillForm, admission)
+        hole = form.hole()
         if not hole.before and not hole.after and not form.n_predict:  # an editor warms the cache with its other files
             return Json({"content": "", "stop": True})
-        job = job_of(service, await prompt_of(service, hole), hole.after, form.ask())
-        job = replace(job, hurry_s=form.hurry_s)
-        return await respond(request, service, [job], Writer(service, form.response_fields), form.stream)
+        writer = InfillWriter(admission, form.response_fields)
+        return await respond(request, admission, [form.request()], writer, form.stream)
 
     return routes
 
 
-async def prompt_of(service: Service, hole: Hole) -> Prompt:
-    """The question and the beginning of its answer. Raises ServerError."""
-    text = service.model.text
-    question = [{"role": "user", "content": hole.question()}]
-    prompt = await service.chat(question, {"enable_thinking": False})
-    begun = text.encode_rest(f"{FENCE}\n{hole.lead}")
-    return service.ids([*prompt.tokens, *begun])
+class InfillWriter(DialectWriter):
+    """llama.cpp's form: `content`, with counts and times at the end."""
 
+    def __init__(self, admission: Admission, paths: Sequence[str] | None) -> None:
+        """paths: of the only fields that the end should have; None or empty is all."""
+        self._model, self._paths = admission.settings.name, paths
 
-def stops_of(after: str) -> tuple[str, ...]:
-    """Where the text ends: at the fence, or where what follows the hole begins."""
-    line = next((line for line in after.splitlines() if line.strip()), "")
-    return (f"\n{FENCE}", *((line,) if len(line.strip()) >= STOP_CHARS else ()))
-
-
-def job_of(service: Service, prompt: Prompt, after: str, ask: Ask) -> Job:
-    """Raises ServerError."""
-    limit, sampling = service.limit(prompt, ask.limit), service.sampling(ask.changes)
-    return Job(prompt.tokens, limit, sampling, (*ask.stops, *stops_of(after)))
-
-
-class Writer:
-    """llama.cpp's form: `content`, and counts and times at the end."""
-
-    media_type = "text/event-stream"
-    keepalive = b": keepalive\n\n"
-
-    def __init__(self, service: Service, paths: Sequence[str] | None) -> None:
-        """paths: the only fields of the end that are wanted; all where there is none."""
-        self._model, self._paths = service.settings.name, paths
-        self._finish: Finish | None = None
-
-    def begin(self) -> Iterable[bytes]:
-        return ()
-
-    def delta(self, index: int, delta: Delta) -> Iterable[bytes]:
-        self._finish = delta.finish or self._finish
-        text = "".join(part.text for part in delta.parts)
-        if text:
-            yield b"data: " + dumps({"content": text, "stop": False}) + b"\n\n"
+    def segment(self, segment: Segment) -> Iterable[bytes]:
+        yield sse({"content": segment.text, "stop": False})
 
     def end(self, usage: Usage) -> Iterable[bytes]:
-        yield b"data: " + dumps(self._last("", self._finish, usage)) + b"\n\n"
+        yield sse(self._last("", self.finish, usage))
 
     def error(self, error: ServerError) -> Iterable[bytes]:
-        yield b"data: " + dumps(error_body(error)) + b"\n\n"
+        yield sse(error_body(error))
 
-    def body(self, texts: Sequence[Text], usage: Usage) -> dict[str, Any]:
-        return self._last(texts[0].answer, texts[0].finish, usage)
+    def body(self, outputs: Sequence[CompletionText], usage: Usage) -> dict[str, Any]:
+        return self._last(outputs[0].answer, outputs[0].finish, usage)
 
-    def _last(self, text: str, finish: Finish | None, usage: Usage) -> dict[str, Any]:
+    def _last(self, text: str, finish: FinishInfo | None, usage: Usage) -> dict[str, Any]:
         whole = {
             "content": text,
             "stop": True,
@@ -178,12 +164,12 @@ class Writer:
             "truncated": False,
             "timings": timings(finish.stats if finish else Stats()),
         }
-        return whole if not self._paths else at_paths(whole, self._paths)
+        return at_paths(whole, self._paths) if self._paths else whole
 
 
 def timings(stats: Stats) -> dict[str, Any]:
-    """Counts, milliseconds and rates of the prompt's part that was computed, and of the text."""
-    computed, told = stats.prompt_tokens - stats.cached_tokens, stats.generated_tokens
+    """Counts, milliseconds and rates: of the prompt tokens that were not cached, and of the output."""
+    computed, predicted = stats.prompt_tokens - stats.cached_tokens, stats.generated_tokens
     prompt_ms, predicted_ms = 1000 * stats.prefill_s, 1000 * stats.decode_s
     return {
         "cache_n": stats.cached_tokens,
@@ -191,15 +177,15 @@ def timings(stats: Stats) -> dict[str, Any]:
         "prompt_ms": prompt_ms,
         "prompt_per_token_ms": prompt_ms / max(1, computed),
         "prompt_per_second": stats.prefill_tok_s,
-        "predicted_n": told,
+        "predicted_n": predicted,
         "predicted_ms": predicted_ms,
-        "predicted_per_token_ms": predicted_ms / max(1, told),
+        "predicted_per_token_ms": predicted_ms / max(1, predicted),
         "predicted_per_second": stats.decode_tok_s,
     }
 
 
 def at_paths(whole: dict[str, Any], paths: Sequence[str]) -> dict[str, Any]:
-    """The values at paths such as "timings/prompt_n", by path; one that leads nowhere is left out, as in llama.cpp
+    """The values at paths such as "timings/prompt_n", by path. Unknown paths are left out, as in llama.cpp
     (tools/server, `json_get_nested_values`)."""
     found = {}
     for path in paths:

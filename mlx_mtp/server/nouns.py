@@ -1,4 +1,4 @@
-"""What passes between a dialect and the worker: settings, jobs, deltas, errors. Plain values; knows no HTTP library."""
+"""What passes between a dialect and the engine thread: settings, stream chunks, usage, errors. Plain values only."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mlx_mtp.loops import LoopLimits
-from mlx_mtp.rows import Constraint, Sampling, Stats, TokenLogprob
+from mlx_mtp.rows import Stats, TokenLogprob
 from mlx_mtp.segments import Segment
 
 State = Literal["loading", "ready", "restarting", "failed", "stopped"]
@@ -14,96 +14,55 @@ State = Literal["loading", "ready", "restarting", "failed", "stopped"]
 
 @dataclass(frozen=True)
 class Settings:
-    """How a server runs; the command line's options, checked.
+    """How a server runs. The command line checks the values."""
 
-    name: the model id that clients see. aliases: other names that requests may give; "*" is any.
-    rows: requests that run at once. queue: how many more may wait. choices counted, so n=4 is four of them.
-    width: tokens drafted a round, a number, "heuristic" or "auto".
-    sampling: values that take the place of the checkpoint's defaults. max_tokens: for requests that name none.
-    api_key: None leaves the server open. origins: web origins that may call it, "*" is any. hosts: host names beside
-    this machine's that it answers to, "*" is any.
-    warm_up: (requests at once, prompt tokens of each), run one after another before the first request, so that no
-    client waits for kernels to be compiled; before them "auto" measures what rounds cost.
-    loop_guard: when a chat's text counts as a loop, and is ended; None lets it go on to its limit.
-    keepalive_s: a stream that has nothing to say for so long says that it lives. grace_s: how long running requests
-    may go on after SIGTERM.
-    """
-
-    name: str
-    aliases: tuple[str, ...] = ()
-    rows: int = 8
-    queue: int = 64
-    width: int | str = "auto"
-    sampling: dict[str, Any] = field(default_factory=dict)
-    max_tokens: int | None = None
-    api_key: str | None = None
-    origins: tuple[str, ...] = ()
-    hosts: tuple[str, ...] = ()
-    body_bytes: int = 32 * 2**20
-    loop_guard: LoopLimits | None = field(default_factory=LoopLimits)
-    keepalive_s: float = 5.0
+    name: str  # the model id that clients see
+    aliases: tuple[str, ...] = ()  # other ids that requests may name; "*" accepts any
+    max_num_seqs: int = 8  # sequences that run at once; n=4 is four sequences
+    max_queued: int = 64  # sequences that may wait
+    num_draft_tokens: int | str = "auto"  # draft tokens a round: a number, "heuristic" or "auto"
+    sampling: dict[str, Any] = field(default_factory=dict)  # replaces the checkpoint's defaults
+    max_tokens: int | None = None  # for requests that set no limit
+    api_key: str | None = None  # None leaves the server open
+    origins: tuple[str, ...] = ()  # web origins that may call; "*" allows any
+    hosts: tuple[str, ...] = ()  # host names to answer to, besides this machine's own; "*" allows any
+    body_bytes: int = 32 * 2**20  # the longest request body
+    loop_guard: LoopLimits | None = field(default_factory=LoopLimits)  # ends a chat output that repeats; None is off
+    keepalive_s: float = 5.0  # a silent stream sends a keepalive this often
+    # (sequences at once, prompt tokens of each), one after another before the first request: no client waits for
+    # kernels to compile. "auto" measures the cost of rounds first.
     warm_up: tuple[tuple[int, int], ...] = ((1, 8), (1, 600), (2, 24), (4, 24))
-    grace_s: float = 30.0
+    grace_s: float = 30.0  # time that open requests have after SIGTERM
 
 
 @dataclass(frozen=True)
-class Job:
-    """One text to generate.
-
-    splits: whether thoughts, answer and tool calls are told apart, where they come in a notation that is read here; if
-    not, all text is answer. tools: the JSON schema of each tool's parameters by its name, to read calls with.
-    one_call: end the text after its first tool call. stop: strings that end the answer. logprobs: how many alternatives
-    a token, None for none at all.
-    ends: whether the checkpoint's end tokens end the text. constraint: what the text must be.
-    loops: when it has run into a loop, and is ended. hurry_s: this long after its first token it ends with its line.
-    """
-
-    prompt: tuple[int, ...]
-    max_tokens: int
-    sampling: Sampling
-    stop: tuple[str, ...] = ()
-    logprobs: int | None = None
-    splits: bool = False
-    tools: dict[str, dict[str, Any]] | None = None
-    one_call: bool = False
-    ends: bool = True
-    constraint: Constraint | None = None
-    loops: LoopLimits | None = None
-    hurry_s: float | None = None
-
-
-@dataclass(frozen=True)
-class Finish:
-    """How a job ended. stop: the stop string that ended it. calls: tool calls in it.
-
-    reasoning_tok: tokens of thoughts, their markers included. loop_tok: the text was ended as if at its limit, because
-    it repeated these many tokens without end.
-    """
+class FinishInfo:
+    """How one choice ended."""
 
     reason: Literal["stop", "length", "cancelled"]
-    stop: str | None
-    calls: int
-    reasoning_tok: int
+    stop: str | None  # the stop string that ended it
+    calls: int  # tool calls in the output
+    reasoning_tok: int  # reasoning tokens, markers included
     stats: Stats
-    loop_tok: int | None = None
+    loop_tok: int | None = None  # period of the loop that the guard found, in tokens
 
 
 @dataclass(frozen=True)
-class Delta:
-    """What a round added to a job: text that has become certain, and how many tokens. The last one has the finish.
+class StreamChunk:
+    """What a round added to one choice. The last chunk of a choice has `finish`.
 
-    logprobs: of the answer's tokens that show, in order, where the job asked; text may come later than its tokens.
+    logprobs: of the answer's visible tokens, in order. Text may arrive later than its tokens.
     """
 
-    parts: tuple[Segment, ...] = ()
+    segments: tuple[Segment, ...] = ()
     tokens: int = 0
     logprobs: tuple[TokenLogprob, ...] = ()
-    finish: Finish | None = None
+    finish: FinishInfo | None = None
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens of a whole HTTP request, all its choices together; a prompt shared by choices counts once."""
+    """Tokens of one HTTP request, summed over its choices. A prompt that choices share counts once."""
 
     prompt_tok: int
     cached_tok: int
@@ -112,10 +71,9 @@ class Usage:
 
 
 class ServerError(Exception):
-    """A request that is refused or has failed; every dialect writes it in its own form.
+    """A request that is refused or has failed. Each dialect writes it in its own form.
 
-    status: of HTTP. code: a word for programs. param: the field at fault. retry_s: when to try again.
-    retry: whether the same request may succeed later; clients that repeat by themselves are told.
+    status: of HTTP. code: for programs. param: the field at fault. retry_s: seconds until a retry may succeed.
     """
 
     def __init__(
@@ -129,11 +87,11 @@ class ServerError(Exception):
         super().__init__(message)
         self.status, self.code, self.message, self.param, self.retry_s = status, code, message, param, retry_s
 
-    @property
-    def retry(self) -> bool:
-        return self.retry_s is not None
-
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ServerError:
-    """A request that cannot be honoured as written."""
+    """A request that cannot be honoured as written (400)."""
     return ServerError(400, code, message, param)
+
+
+def shutting_down() -> ServerError:
+    return ServerError(503, "shutting_down", "the server is shutting down")

@@ -5,17 +5,17 @@ A field that is `null` is absent (respond.parse drops it). A field that is neith
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
 
 from mlx_mtp.rows import MAX_LOGPROBS
-from mlx_mtp.server import asking
-from mlx_mtp.server.asking import Must
-from mlx_mtp.server.forms import Flag, Integer, Number, Word
+from mlx_mtp.server.asking import GenerationRequest, ResponseFormat, stable
+from mlx_mtp.server.forms import Form, stop_strings
 from mlx_mtp.server.nouns import ServerError, invalid
 
-# Bookkeeping, hints for caches that nothing need be told here, and limits on what this server never does.
+# Bookkeeping, hints for caches that this server does not need, and limits on what it never does.
 NO_EFFECT = frozenset(
     {
         "user",
@@ -27,14 +27,14 @@ NO_EFFECT = frozenset(
         "prompt_cache_retention",
         "prompt_cache_options",
         "cache_prompt",  # llama.cpp's: always on here
-        "prediction",  # a hint for speed; the text is the same without
+        "prediction",  # a hint for speed; the output is the same without
         "keep_alive",
         "id_slot",
         "session_id",
         "request_id",
     }
 )
-# Fields that mean nothing at these values, and cannot be honoured at others.
+# Fields that have no meaning at these values, and cannot be honoured at others.
 ONLY_AT: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
     "function_call": ("none", "auto"),
@@ -53,43 +53,55 @@ ONLY_AT: dict[str, tuple[Any, ...]] = {
     "return_token_ids": (False,),
     "logit_bias": ({}, []),
 }
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "seed")
+SAMPLING += ("presence_penalty", "frequency_penalty", "repetition_penalty")
 
 
-class _Form(BaseModel):
+class OpenForm(Form):
+    """A JSON object that keeps its unknown fields, for checks and for the chat template."""
+
     model_config = ConfigDict(extra="allow", frozen=True)
 
 
-class StreamOptions(_Form):
-    include_usage: Flag | None = None
-    include_obfuscation: Flag | None = None  # padding against eavesdroppers; nothing leaves this machine
+class StreamOptions(OpenForm):
+    include_usage: StrictBool | None = None
+    include_obfuscation: StrictBool | None = None  # padding against eavesdroppers; nothing leaves this machine
     continuous_usage_stats: Literal[False] | None = None
 
 
-class Common(_Form):
-    """What both endpoints take."""
+class CommonForm(OpenForm):
+    """The fields of both endpoints."""
 
-    model: Word | None = None
-    stream: Flag = False
+    model: StrictStr | None = None
+    stream: StrictBool = False
     stream_options: StreamOptions | None = None
-    max_tokens: Annotated[Integer, Field(ge=1)] | None = None
-    temperature: Number | None = None
-    top_p: Number | None = None
-    top_k: Integer | None = None
-    min_p: Number | None = None
-    seed: Integer | None = None
-    presence_penalty: Number | None = None
-    frequency_penalty: Number | None = None
-    repetition_penalty: Number | None = None
-    logit_bias: dict[str, Number] | None = None
-    stop: Any = None  # a text or a list of texts, checked by hand: pydantic would report each kind it is not
-    n: Annotated[Integer, Field(ge=1, le=128)] = 1
-    ignore_eos: Flag = False
+    max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    temperature: StrictFloat | None = None
+    top_p: StrictFloat | None = None
+    top_k: StrictInt | None = None
+    min_p: StrictFloat | None = None
+    seed: StrictInt | None = None
+    presence_penalty: StrictFloat | None = None
+    frequency_penalty: StrictFloat | None = None
+    repetition_penalty: StrictFloat | None = None
+    logit_bias: dict[str, StrictFloat] | None = None
+    stop: Any = None  # checked by `stop_strings`: pydantic would report each type that it is not
+    n: Annotated[StrictInt, Field(ge=1, le=128)] = 1
+    ignore_eos: StrictBool = False
 
-    def changes(self) -> dict[str, Any]:
-        """The fields of `Sampling` that the request names. Raises ServerError."""
-        names = ("temperature", "top_p", "top_k", "min_p", "seed")
-        names += ("presence_penalty", "frequency_penalty", "repetition_penalty")
-        out = {name: value for name in names if (value := vars(self)[name]) is not None}
+    def request(self) -> GenerationRequest:
+        """The request without its prompt. Raises ServerError."""
+        self._check_extras()
+        return GenerationRequest(
+            sampling=self._sampling(),
+            stop=stop_strings(self.stop, "stop"),
+            max_tokens=self.max_tokens,
+            n=self.n,
+            stop_at_eos=not self.ignore_eos,
+        )
+
+    def _sampling(self) -> dict[str, Any]:
+        out = self.given(*SAMPLING)
         if self.top_k == -1:  # vLLM's "all"
             out["top_k"] = 0
         if self.seed is not None and -(2**63) <= self.seed < 0:
@@ -98,86 +110,69 @@ class Common(_Form):
             out["logit_bias"] = tuple((_token(key), bias) for key, bias in self.logit_bias.items())
         return out
 
-    def stops(self) -> tuple[str, ...]:
-        """The stop strings. Raises ServerError."""
-        stops = [self.stop] if isinstance(self.stop, str) else [] if self.stop is None else self.stop
-        if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
-            raise invalid("stop must be a text or a list of texts", "stop")
-        if "" in stops:
-            raise invalid("stop holds an empty text; expected at least one character", "stop")
-        if len(stops) > 64:
-            raise invalid(f"stop holds {len(stops)} texts; 64 is the most", "stop")
-        return tuple(stops)
-
-    def check_extras(self) -> None:
-        """Refuse fields that would change the answer and cannot be honoured. Raises ServerError."""
+    def _check_extras(self) -> None:
+        """Refuse fields that would change the answer and cannot be honoured."""
         extras = {name: value for name, value in (self.model_extra or {}).items() if name not in NO_EFFECT}
         bad = [n for n, v in extras.items() if not any(_same(v, ok) for ok in ONLY_AT.get(n, ()))]
         if bad:
             names = ", ".join(name[:60] for name in sorted(bad)[:20])
-            raise invalid(f"not supported by this server: {names}; leave the field out", sorted(bad)[0][:60])
+            raise invalid(f"not supported: {names}; remove the field", sorted(bad)[0][:60])
 
 
-class CallForm(_Form):
-    """A tool call that was made earlier. arguments: an object, or its JSON text; empty text is an empty object."""
+class ToolCallForm(OpenForm):
+    """A tool call of an earlier turn. arguments: an object or its JSON text; an empty string is an empty object."""
 
-    class Function(_Form):
-        name: Word
-        arguments: Word | dict[str, Any] | None = None
+    class Function(OpenForm):
+        name: StrictStr
+        arguments: StrictStr | dict[str, Any] | None = None
 
-    id: Word | None = None
+    id: StrictStr | None = None
     function: Function
 
 
-class Message(_Form):
-    """A turn of a conversation. What templates do not know, such as a user's name, they leave out."""
+class ChatMessage(OpenForm):
+    """A turn of a conversation. Chat templates ignore fields that they do not know, such as a user's name."""
 
-    role: Word
-    content: Word | list[dict[str, Any]] | None = None
-    name: Word | None = None
-    reasoning_content: Word | None = None
-    tool_calls: list[CallForm] | None = None
-    tool_call_id: Word | None = None
+    role: StrictStr
+    content: StrictStr | list[dict[str, Any]] | None = None
+    name: StrictStr | None = None
+    reasoning_content: StrictStr | None = None
+    tool_calls: list[ToolCallForm] | None = None
+    tool_call_id: StrictStr | None = None
 
 
-class Function(_Form):
-    """What a tool is called with."""
-
-    name: Annotated[Word, Field(min_length=1, max_length=256)]
-    description: Word | None = None
+class FunctionForm(OpenForm):
+    name: Annotated[StrictStr, Field(min_length=1, max_length=256)]
+    description: StrictStr | None = None
     parameters: dict[str, Any] | None = None
-    strict: Flag | None = None
+    strict: StrictBool | None = None
 
 
-class Tool(_Form):
-    """A tool on offer."""
-
+class ToolForm(OpenForm):
     type: Literal["function"]
-    function: Function
+    function: FunctionForm
 
 
-class NamedTool(_Form):
+class NamedToolForm(OpenForm):
     """The choice of one tool."""
 
-    class Named(_Form):
-        name: Word
+    class Named(OpenForm):
+        name: StrictStr
 
     type: Literal["function"] = "function"
     function: Named
 
 
-class ResponseFormat(_Form):
-    """What an answer must be."""
-
-    class Schema(_Form):
+class ResponseFormatForm(OpenForm):
+    class Schema(OpenForm):
         model_config = ConfigDict(extra="allow", frozen=True, populate_by_name=True)
         definition: dict[str, Any] | None = Field(None, alias="schema")
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: Schema | None = None
 
-    def required(self) -> Any:
-        """The answer's schema; True for any object, None for any text. Raises ServerError."""
+    def schema_of_answer(self) -> Any:
+        """True is any object, None any text. Raises ServerError."""
         if self.type != "json_schema":
             return True if self.type == "json_object" else None
         if self.json_schema is None or self.json_schema.definition is None:
@@ -185,71 +180,67 @@ class ResponseFormat(_Form):
         return self.json_schema.definition
 
 
-class ChatForm(Common):
+class ChatForm(CommonForm):
     """The body of /v1/chat/completions."""
 
-    messages: list[Message]
-    tools: list[Tool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
-    response_format: ResponseFormat | None = None
-    parallel_tool_calls: Flag | None = None
-    max_completion_tokens: Annotated[Integer, Field(ge=1)] | None = None
-    logprobs: Flag = False
-    top_logprobs: Annotated[Integer, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    enable_thinking: Flag | None = None
+    messages: list[ChatMessage]
+    tools: list[ToolForm] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedToolForm | None = None
+    response_format: ResponseFormatForm | None = None
+    parallel_tool_calls: StrictBool | None = None
+    max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    logprobs: StrictBool = False
+    top_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    enable_thinking: StrictBool | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
-    def limit(self) -> int | None:
-        return self.max_completion_tokens or self.max_tokens
-
-    def alternatives(self) -> int | None:
-        """How many log-probabilities a token, None for none. Raises ServerError."""
+    def request(self) -> GenerationRequest:
+        """Raises ServerError."""
         if self.top_logprobs and not self.logprobs:
             raise invalid("top_logprobs is given without logprobs; set logprobs to true", "top_logprobs")
-        return (self.top_logprobs or 0) if self.logprobs else None
-
-    def options(self) -> dict[str, Any]:
-        """The template's variables, `enable_thinking` among them. Raises ServerError."""
-        options = dict(self.chat_template_kwargs or {})
-        for name in ("messages", "add_generation_prompt", "tools", "documents"):
-            if name in options:
-                raise invalid(f"chat_template_kwargs must not hold {name}", "chat_template_kwargs")
-        said = [options.pop("enable_thinking", None), self.enable_thinking]
-        said.append(None if self.reasoning_effort is None else self.reasoning_effort != "none")
-        said = [flag for flag in said if flag is not None]
-        if not all(isinstance(flag, bool) for flag in said):
-            raise invalid("enable_thinking must be true or false", "chat_template_kwargs")
-        if len(set(said)) > 1:
-            raise invalid("enable_thinking and reasoning_effort contradict each other; give one", "enable_thinking")
-        if self.offered():
-            options["tools"] = [tool.model_dump(exclude_none=True) for tool in self.offered()]
-        return {**options, "enable_thinking": bool(said and said[0])}
-
-    def must(self) -> Must:
-        """What the text has to be. Raises ServerError."""
-        named = isinstance(self.tool_choice, NamedTool)
-        choice = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else self.tool_choice
-        functions = [tool.function for tool in self.offered()]
-        return Must(
-            tools=tuple(asking.Tool(f.name, f.parameters or {}, bool(f.strict)) for f in functions),
-            choice="auto" if choice in (None, "none") else choice,
-            named=named,
-            several=self.parallel_tool_calls is not False,
-            schema=self.response_format.required() if self.response_format else None,
+        base, variables = super().request(), dict(self.chat_template_kwargs or {})
+        return replace(
+            base,
+            messages=plain_messages(self.messages),
+            response_format=self._response_format(),
+            thinking=self._thinking(variables.pop("enable_thinking", None)),
+            template_variables=variables,
+            max_tokens=self.max_completion_tokens or self.max_tokens,
+            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
         )
 
-    def offered(self) -> list[Tool]:
-        """The tools that the model may call."""
-        return [] if self.tool_choice == "none" else list(self.tools or ())
+    def _thinking(self, variable: Any) -> bool:
+        """Whether the model may think; three fields can ask for it."""
+        for name in ("messages", "add_generation_prompt", "tools", "documents"):
+            if name in (self.chat_template_kwargs or {}):
+                raise invalid(f"chat_template_kwargs must not set {name}", "chat_template_kwargs")
+        effort = None if self.reasoning_effort is None else self.reasoning_effort != "none"
+        flags = [flag for flag in (variable, self.enable_thinking, effort) if flag is not None]
+        if not all(isinstance(flag, bool) for flag in flags):
+            raise invalid("enable_thinking must be true or false", "chat_template_kwargs")
+        if len(set(flags)) > 1:
+            raise invalid("enable_thinking and reasoning_effort contradict each other; give one", "enable_thinking")
+        return bool(flags and flags[0])
+
+    def _response_format(self) -> ResponseFormat:
+        choice = self.tool_choice
+        tools = [] if choice == "none" else self.tools or []
+        return ResponseFormat(
+            tools=tuple(tool.model_dump(exclude_none=True) for tool in tools),
+            tool_choice="required" if choice == "required" else "auto",
+            tool_name=choice.function.name if isinstance(choice, NamedToolForm) else None,
+            parallel_tool_calls=self.parallel_tool_calls is not False,
+            schema=self.response_format.schema_of_answer() if self.response_format else None,
+        )
 
 
-class CompletionForm(Common):
-    """The body of /v1/completions. prompt is checked by hand: pydantic would report every element of a long list."""
+class CompletionForm(CommonForm):
+    """The body of /v1/completions."""
 
-    prompt: Any
-    suffix: Word | None = None
-    logprobs: Annotated[Integer, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    prompt: Any  # checked by hand: pydantic would report every element of a long list
+    suffix: StrictStr | None = None
+    logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     def prompts(self) -> list[str] | list[list[int]]:
         """One prompt or several. Raises ServerError."""
@@ -263,7 +254,7 @@ class CompletionForm(Common):
                 return given
             if all(isinstance(item, list) and all(type(i) is int for i in item) for item in given):
                 return given
-        raise invalid("prompt must be a text, a list of texts, token ids, or a list of lists of ids", "prompt")
+        raise invalid("prompt must be a string, a list of strings, token ids, or a list of lists of ids", "prompt")
 
 
 def _token(key: str) -> int:
@@ -277,10 +268,10 @@ def _same(value: Any, other: Any) -> bool:
     return type(value) is type(other) and value == other
 
 
-def plain_messages(messages: list[Message]) -> list[dict[str, Any]]:
-    """Messages as plain objects, nulls left out; beside calls there may be no content, and then it is empty.
+def plain_messages(messages: list[ChatMessage]) -> list[dict[str, Any]]:
+    """Messages as chat templates take them. A turn that has only tool calls or reasoning gets empty content.
 
-    System prompts without volatile lines: proxies hand Claude Code's on to this API as they are.
+    System prompts lose their volatile line: proxies pass on Claude Code's to this endpoint.
     """
     out = [message.model_dump(exclude_none=True) for message in messages]
     for message in out:
@@ -293,20 +284,17 @@ def plain_messages(messages: list[Message]) -> list[dict[str, Any]]:
 
 def _stable(content: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
     if isinstance(content, str):
-        return asking.stable(content)
-    texts = [
-        {**part, "text": asking.stable(part["text"])} if isinstance(part.get("text"), str) else part for part in content
-    ]
-    return [part for part in texts if part.get("text") != ""]
+        return stable(content)
+    parts = [{**part, "text": stable(part["text"])} if isinstance(part.get("text"), str) else part for part in content]
+    return [part for part in parts if part.get("text") != ""]
 
 
 def error_body(error: ServerError) -> dict[str, Any]:
     """An error in OpenAI's form."""
-    kinds = {
+    types = {
         401: "authentication_error",
         403: "permission_error",
-        404: "invalid_request_error",
         429: "rate_limit_error",
     }
-    kind = kinds.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
+    kind = types.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
     return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}

@@ -1,4 +1,4 @@
-"""OpenAI's /v1/responses, without state: every request brings its whole conversation. Codex speaks nothing else."""
+"""OpenAI's /v1/responses without stored state: every request brings its whole conversation. Codex speaks only this."""
 
 from __future__ import annotations
 
@@ -8,63 +8,64 @@ from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
-from pydantic import Field
+from pydantic import Field, StrictBool, StrictFloat, StrictInt, StrictStr
 from starlette.requests import Request
 from starlette.responses import Response
 
-from mlx_mtp.grammar import Tool
-from mlx_mtp.segments import Segment
-from mlx_mtp.server.asking import Ask, Must, function_tool, job_of
-from mlx_mtp.server.forms import Flag, Integer, Lenient, Number, Word
-from mlx_mtp.server.nouns import Delta, Finish, ServerError, Usage, invalid
-from mlx_mtp.server.respond import Text, dumps, read_body, respond
-from mlx_mtp.server.service import Service
+from mlx_mtp.server.asking import GenerationRequest, ResponseFormat, function_tool
+from mlx_mtp.server.forms import Form
+from mlx_mtp.server.nouns import FinishInfo, ServerError, Usage, invalid
+from mlx_mtp.server.respond import BlockWriter, CompletionText, read_body, respond, sse
+from mlx_mtp.server.service import Admission
 
-ELSEWHERE = frozenset({"web_search", "web_search_preview", "file_search", "code_interpreter", "image_generation"})
-"""Tools that OpenAI would run. Codex always offers some; the model is not told of them."""
+# Tools that OpenAI would run. Codex always offers some; the model does not see them.
+HOSTED_TOOLS = frozenset({"web_search", "web_search_preview", "file_search", "code_interpreter", "image_generation"})
 
 
-class ResponsesForm(Lenient):
-    """The body of /v1/responses. Fields that are not here have no effect: hints for caches, and bookkeeping."""
+class ResponsesForm(Form):
+    """The body of /v1/responses. Other fields have no effect: they are hints for caches, and bookkeeping."""
 
-    model: Word | None = None
-    input: Word | list[dict[str, Any]]
-    instructions: Word | None = None
-    stream: Flag = False
-    max_output_tokens: Annotated[Integer, Field(ge=1)] | None = None
-    temperature: Number | None = None
-    top_p: Number | None = None
+    model: StrictStr | None = None
+    input: StrictStr | list[dict[str, Any]]
+    instructions: StrictStr | None = None
+    stream: StrictBool = False
+    max_output_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    temperature: StrictFloat | None = None
+    top_p: StrictFloat | None = None
     tools: list[dict[str, Any]] | None = None
-    tool_choice: Word | dict[str, Any] | None = None
-    parallel_tool_calls: Flag = True
+    tool_choice: StrictStr | dict[str, Any] | None = None
+    parallel_tool_calls: StrictBool = True
     reasoning: dict[str, Any] | None = None
     text: dict[str, Any] | None = None
-    previous_response_id: Word | None = None
-    background: Flag = False
+    previous_response_id: StrictStr | None = None
+    background: StrictBool = False
 
-    def ask(self) -> Ask:
+    def request(self) -> GenerationRequest:
         """Raises ServerError."""
         if self.previous_response_id is not None or self.background:
             name = "background" if self.background else "previous_response_id"
-            raise invalid(f"{name} needs a server that keeps responses; send the whole conversation as input", name)
-        functions = list(_functions(self.tools or ())) if self.tool_choice != "none" else []
-        choice = self.tool_choice if self.tool_choice in ("auto", "required") else "auto"
-        named = isinstance(self.tool_choice, dict) and "name" in self.tool_choice
-        strict = [Tool(f["name"], f.get("parameters") or {}, bool(f.get("strict"))) for f in functions]
+            raise invalid(f"{name} is not supported: responses are not stored; send the whole conversation", name)
         effort = (self.reasoning or {}).get("effort")
-        return Ask(
+        return GenerationRequest(
             messages=messages_of(self.instructions, self.input),
-            tools=[function_tool(f["name"], f.get("description"), f.get("parameters")) for f in functions],
-            must=Must(
-                tools=tuple(strict),
-                choice=str(self.tool_choice["name"]) if named and isinstance(self.tool_choice, dict) else str(choice),
-                named=named,
-                several=self.parallel_tool_calls,
-                schema=self._schema(),
-            ),
+            response_format=self._response_format(),
             thinking=effort is not None and effort != "none",
-            changes={n: v for n in ("temperature", "top_p") if (v := vars(self)[n]) is not None},
-            limit=self.max_output_tokens,
+            sampling=self.given("temperature", "top_p"),
+            max_tokens=self.max_output_tokens,
+        )
+
+    def _response_format(self) -> ResponseFormat:
+        choice = self.tool_choice
+        functions = [] if choice == "none" else _functions(self.tools or ())
+        return ResponseFormat(
+            tools=tuple(
+                function_tool(f["name"], f.get("description"), f.get("parameters"), bool(f.get("strict")))
+                for f in functions
+            ),
+            tool_choice="required" if choice == "required" else "auto",
+            tool_name=str(choice["name"]) if isinstance(choice, dict) and "name" in choice else None,
+            parallel_tool_calls=self.parallel_tool_calls,
+            schema=self._schema(),
         )
 
     def _schema(self) -> Any:
@@ -73,36 +74,33 @@ class ResponsesForm(Lenient):
         if kind == "json_schema" and isinstance(wanted.get("schema"), dict):
             return wanted["schema"]
         if kind not in ("text", "json_object"):
-            raise invalid(
-                "text.format must have the type text, json_object, or json_schema with a schema", "text.format"
-            )
+            message = "text.format.type must be text, json_object, or json_schema with a schema"
+            raise invalid(message, "text.format")
         return True if kind == "json_object" else None
 
 
 def _functions(tools: Sequence[dict[str, Any]]) -> Iterable[dict[str, Any]]:
-    """Tools of type function, those inside namespaces too. Raises ServerError for kinds that cannot be offered."""
+    """The tools of type function, also those in namespaces. Raises ServerError for types that cannot be offered."""
     for tool in tools:
         kind = tool.get("type")
+        named = isinstance(tool.get("name"), str) and isinstance(tool.get("parameters") or {}, dict)
         if kind == "namespace":
             yield from _functions(tool.get("tools") or ())
-        elif (
-            kind == "function" and isinstance(tool.get("name"), str) and isinstance(tool.get("parameters") or {}, dict)
-        ):
+        elif kind == "function" and named:
             yield tool
-        elif kind not in ELSEWHERE:
-            raise invalid(f"a tool has the type {str(kind)[:60]!r} or lacks a name; expected a function", "tools")
+        elif kind not in HOSTED_TOOLS:
+            raise invalid(f"a tool has the type {str(kind)[:60]!r} or no name; expected a named function", "tools")
 
 
-def router(service: Service) -> APIRouter:
+def router(admission: Admission) -> APIRouter:
     """The dialect's route."""
     routes = APIRouter(prefix="/v1")
 
     @routes.post("/responses")
-    async def respond_to(request: Request) -> Response:
-        form = await read_body(request, ResponsesForm, service.settings.body_bytes)
-        service.check_name(form.model)
-        job = await job_of(service, form.ask())
-        return await respond(request, service, [job], ResponseWriter(service, form), form.stream)
+    async def responses(request: Request) -> Response:
+        form = await read_body(request, ResponsesForm, admission)
+        admission.check_model(form.model)
+        return await respond(request, admission, [form.request()], ResponseWriter(admission, form), form.stream)
 
     return routes
 
@@ -111,7 +109,7 @@ def router(service: Service) -> APIRouter:
 
 
 def messages_of(instructions: str | None, given: str | Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The conversation as templates take it. Raises ServerError."""
+    """The conversation as chat templates take it. Raises ServerError."""
     out: list[dict[str, Any]] = [{"role": "system", "content": instructions}] if instructions else []
     for item in [{"role": "user", "content": given}] if isinstance(given, str) else given:
         kind = item.get("type", "message")
@@ -124,7 +122,7 @@ def messages_of(instructions: str | None, given: str | Sequence[dict[str, Any]])
         elif kind == "function_call":
             function = {"name": item.get("name"), "arguments": item.get("arguments") or {}}
             call = {"id": item.get("call_id"), "type": "function", "function": function}
-            last = _turn(out)
+            last = _assistant_turn(out)
             last["tool_calls"] = [*last.get("tool_calls", ()), call]
         elif kind == "function_call_output":
             text = _text(item.get("output"))
@@ -137,18 +135,18 @@ def messages_of(instructions: str | None, given: str | Sequence[dict[str, Any]])
 def _add_message(out: list[dict[str, Any]], item: dict[str, Any]) -> None:
     role, text = item.get("role"), _text(item.get("content"))
     if role == "assistant":
-        last = _turn(out)
+        last = _assistant_turn(out)
         last["content"] = "\n".join(part for part in (last["content"], text) if part)
     elif role in ("system", "developer") and out and all(m["role"] == "system" for m in out):
-        out[-1]["content"] += "\n" + text  # templates know one system turn, at the beginning
+        out[-1]["content"] += "\n" + text  # chat templates allow one system turn, at the beginning
     elif role in ("system", "developer", "user"):
         out.append({"role": "system" if role == "developer" and not out else role, "content": text})
     else:
         raise invalid(f"input has a message of role {str(role)[:60]!r}; expected user, assistant or system", "input")
 
 
-def _turn(out: list[dict[str, Any]]) -> dict[str, Any]:
-    """The assistant's turn under way: thought, text and calls are items of their own here."""
+def _assistant_turn(out: list[dict[str, Any]]) -> dict[str, Any]:
+    """The assistant's turn that is being built: its reasoning, text and calls are separate items here."""
     if not out or out[-1]["role"] != "assistant":
         out.append({"role": "assistant", "content": ""})
     return out[-1]
@@ -168,18 +166,17 @@ def _text(content: Any) -> str:
 # writing ----------------------------------------------------------------------------------------------------
 
 
-class ResponseWriter:
+class ResponseWriter(BlockWriter):
     """A response, whole and as the stream of its items."""
 
-    media_type = "text/event-stream"
-    keepalive = b": keepalive\n\n"
+    BLOCKS = {"reasoning": "reasoning", "answer": "message", "call": "function_call", "arguments": "function_call"}
 
-    def __init__(self, service: Service, form: ResponsesForm) -> None:
+    def __init__(self, admission: Admission, form: ResponsesForm) -> None:
         self._head = {
             "id": f"resp_{uuid.uuid4().hex}",
             "object": "response",
             "created_at": int(time.time()),
-            "model": service.settings.name,
+            "model": admission.settings.name,
             "parallel_tool_calls": form.parallel_tool_calls,
             "tool_choice": form.tool_choice or "auto",
             "tools": form.tools or [],
@@ -192,110 +189,88 @@ class ResponseWriter:
         }
         self._number = 0
         self._items: list[dict[str, Any]] = []
-        self._open = False  # whether the last item is under way
-        self._finish: Finish | None = None
 
-    def begin(self) -> Iterable[bytes]:
+    def begin(self, usage: Usage) -> Iterable[bytes]:
         yield self._event("response.created", response=self._response("in_progress", None))
         yield self._event("response.in_progress", response=self._response("in_progress", None))
 
-    def delta(self, index: int, delta: Delta) -> Iterable[bytes]:
-        for part in delta.parts:
-            yield from self._part(part)
-        self._finish = delta.finish or self._finish
-
-    def _part(self, part: Segment) -> Iterable[bytes]:
-        if part.kind == "end":
-            yield from self._close("completed")
-            return
-        kind = {"reasoning": "reasoning", "answer": "message"}.get(part.kind, "function_call")
-        if part.kind == "call" or not self._open or self._items[-1]["type"] != kind:
-            yield from self._close("completed")
-            yield from self._begin(kind, part.text)
-        if part.kind == "call":
-            return
-        item, place = self._items[-1], self._place()
-        if kind == "function_call":
-            item["arguments"] += part.text
-            del place["content_index"]
-            yield self._event("response.function_call_arguments.delta", **place, delta=part.text)
-        elif kind == "message":
-            item["content"][0]["text"] += part.text
-            yield self._event("response.output_text.delta", **place, delta=part.text, logprobs=[])
-        else:
-            item["content"][0]["text"] += part.text
-            yield self._event("response.reasoning_text.delta", **place, delta=part.text)
-
-    def _begin(self, kind: str, name: str) -> Iterable[bytes]:
+    def open_block(self, kind: str, name: str) -> Iterable[bytes]:
         item = _item(kind, name)
         self._items.append(item)
-        self._open = True
         shown = {**item, "content": []} if kind != "function_call" else item
         yield self._event("response.output_item.added", output_index=len(self._items) - 1, item=shown)
         if kind == "message":
             yield self._event("response.content_part.added", **self._place(), part=item["content"][0])
 
-    def _close(self, status: str) -> Iterable[bytes]:
-        if not self._open:
+    def add_to_block(self, kind: str, text: str) -> bytes:
+        item = self._items[-1]
+        if kind == "function_call":
+            item["arguments"] += text
+            return self._event("response.function_call_arguments.delta", **self._place(), delta=text)
+        item["content"][0]["text"] += text
+        if kind == "message":
+            return self._event("response.output_text.delta", **self._place(), delta=text, logprobs=[])
+        return self._event("response.reasoning_text.delta", **self._place(), delta=text)
+
+    def close_block(self, status: str = "completed") -> Iterable[bytes]:
+        if not self.block:
             return
-        self._open, item, place = False, self._items[-1], self._place()
-        if item["type"] == "function_call":
-            del place["content_index"]
-            yield self._event(
-                "response.function_call_arguments.done", **place, name=item["name"], arguments=item["arguments"]
-            )
-        elif item["type"] == "message":
-            text = item["content"][0]["text"]
-            yield self._event("response.output_text.done", **place, text=text, logprobs=[])
-            yield self._event("response.content_part.done", **place, part=item["content"][0])
+        item, place = self._items[-1], self._place()
+        if self.block == "function_call":
+            done = {"name": item["name"], "arguments": item["arguments"]}
+            yield self._event("response.function_call_arguments.done", **place, **done)
+        elif self.block == "message":
+            part = item["content"][0]
+            yield self._event("response.output_text.done", **place, text=part["text"], logprobs=[])
+            yield self._event("response.content_part.done", **place, part=part)
         else:
             yield self._event("response.reasoning_text.done", **place, text=item["content"][0]["text"])
         if "status" in item:
             item["status"] = status
+        self.block = None
         yield self._event("response.output_item.done", output_index=len(self._items) - 1, item=item)
 
     def end(self, usage: Usage) -> Iterable[bytes]:
-        status = _status(self._finish)
-        yield from self._close(status)
+        status = _status(self.finish)
+        yield from self.close_block(status)
         yield self._event(f"response.{status}", response=self._response(status, usage))
 
     def error(self, error: ServerError) -> Iterable[bytes]:
         failed = {"error": {"code": error.code or "server_error", "message": error.message}}
         yield self._event("response.failed", response={**self._response("failed", None), **failed})
 
-    def body(self, texts: Sequence[Text], usage: Usage) -> dict[str, Any]:
-        text = texts[0]
-        self._finish = text.finish
-        status = _status(text.finish)
-        for kind, content in (("reasoning", text.reasoning), ("message", text.answer)):
-            if content or (kind == "message" and not text.calls):
+    def body(self, outputs: Sequence[CompletionText], usage: Usage) -> dict[str, Any]:
+        output = outputs[0]
+        for kind, content in (("reasoning", output.reasoning), ("message", output.answer)):
+            if content or (kind == "message" and not output.calls):
                 self._items.append(_item(kind, ""))
                 self._items[-1]["content"][0]["text"] = content
-        for call in text.calls:
+        for call in output.calls:
             self._items.append({**_item("function_call", call.name), "arguments": call.arguments})
+        status = _status(output.finish)
         for item in self._items:
             if "status" in item:
                 item["status"] = status if item is self._items[-1] else "completed"
         return self._response(status, usage)
 
     def _place(self) -> dict[str, Any]:
-        return {"item_id": self._items[-1]["id"], "output_index": len(self._items) - 1, "content_index": 0}
+        """Where the open block is in the response."""
+        place = {"item_id": self._items[-1]["id"], "output_index": len(self._items) - 1}
+        return place if self.block == "function_call" else {**place, "content_index": 0}
 
     def _response(self, status: str, usage: Usage | None) -> dict[str, Any]:
-        cut = {"reason": "max_output_tokens"} if status == "incomplete" else None
         return {
             **self._head,
             "status": status,
             "error": None,
-            "incomplete_details": cut,
+            "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
             "output": list(self._items) if usage else [],
             "usage": _usage(usage) if usage else None,
         }
 
     def _event(self, kind: str, **content: Any) -> bytes:
         self._number += 1
-        event = {"type": kind, "sequence_number": self._number - 1, **content}
-        return b"event: " + kind.encode() + b"\ndata: " + dumps(event) + b"\n\n"
+        return sse({"type": kind, "sequence_number": self._number - 1, **content}, kind)
 
 
 def _item(kind: str, name: str) -> dict[str, Any]:
@@ -309,7 +284,7 @@ def _item(kind: str, name: str) -> dict[str, Any]:
     return {"id": f"msg_{unique}", "type": kind, "status": "in_progress", "role": "assistant", "content": [part]}
 
 
-def _status(finish: Finish | None) -> Literal["completed", "incomplete"]:
+def _status(finish: FinishInfo | None) -> Literal["completed", "incomplete"]:
     return "completed" if finish is not None and finish.reason == "stop" else "incomplete"
 
 

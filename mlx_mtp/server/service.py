@@ -1,176 +1,168 @@
-"""What every dialect needs between its JSON and the worker: prompts, limits, sampling, admission. Knows no JSON."""
+"""Admission: clients' requests to the engine's. Prompts to token ids, limits, sampling defaults, the queue."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from mlx_mtp.grammar import Grammars
-from mlx_mtp.rows import Constraint, RequestError, Sampling
+from mlx_mtp.grammar import Grammars, Thought
+from mlx_mtp.pair import Pair
+from mlx_mtp.rows import Constraint, Request, RequestError, Sampling
+from mlx_mtp.server.asking import GenerationRequest, ResponseFormat
+from mlx_mtp.server.decoding import OutputDecoder
 from mlx_mtp.server.metrics import Metrics
-from mlx_mtp.server.nouns import Job, ServerError, Settings, invalid
-from mlx_mtp.server.worker import Generation, Model, Worker
+from mlx_mtp.server.nouns import ServerError, Settings, invalid, shutting_down
+from mlx_mtp.server.worker import EngineThread, GenerationStream
 
-MAX_WAIT_S = 30
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """Token ids ready to run."""
-
-    tokens: tuple[int, ...]
+MAX_RETRY_S = 30
 
 
-class Service:
-    """One server's state, for all its dialects."""
+class Admission:
+    """What every dialect needs between its JSON and the engine thread. One a server."""
 
-    def __init__(self, settings: Settings, worker: Worker, metrics: Metrics) -> None:
-        self.settings, self.worker, self.metrics = settings, worker, metrics
+    def __init__(self, settings: Settings, engine_thread: EngineThread, metrics: Metrics) -> None:
+        self.settings, self.engine_thread, self.metrics = settings, engine_thread, metrics
         self.created = int(time.time())
         self.draining = False
         self._grammars: Grammars | None = None  # made when the first request needs it
         self._compiling = threading.Lock()
 
     @property
-    def model(self) -> Model:
-        """The loaded model. Raises ServerError (503) while there is none."""
-        model = self.worker.model
-        if model is None or self.worker.state == "failed":
-            raise self.worker.refusal()
-        return model
+    def pair(self) -> Pair:
+        """The loaded pair, for its plain values: only the engine thread may run it. Raises ServerError (503)."""
+        pair = self.engine_thread.pair
+        if pair is None or self.engine_thread.state == "failed":
+            raise self.engine_thread.refusal()
+        return pair
 
-    def check_name(self, name: str | None) -> None:
-        """Refuse a request for another model (404), whatever it is: none is ever loaded for a request."""
+    def check_model(self, name: str | None) -> None:
+        """Refuse a request for another model (404). No request ever loads one."""
         known = (self.settings.name, *self.settings.aliases)
         if name is not None and name not in known and "*" not in known:
-            raise ServerError(
-                404,
-                "model_not_found",
-                f"the model {name[:200]!r} is not served here; use {self.settings.name!r} (or start the server with "
-                "--alias)",
-                "model",
-            )
+            message = f"model {name[:200]!r} is not served here; use {self.settings.name!r}, or start with --alias"
+            raise ServerError(404, "model_not_found", message, "model")
+
+    async def submit(self, requests: Sequence[GenerationRequest]) -> GenerationStream:
+        """Start requests, or queue them. Raises ServerError: 400, 429 if the queue is full, 503 if nothing runs."""
+        at_once, count = self.settings.max_num_seqs, sum(request.n for request in requests)
+        most = at_once + self.settings.max_queued
+        if count > most:
+            raise invalid(f"{count} outputs requested (n times the prompts); expected at most {most}", "n")
+        choices = [choice for request in requests for choice in await self.prepare(request)]
+        if self.draining:
+            raise shutting_down()
+        waiting = self.engine_thread.open + count - at_once
+        if waiting > self.settings.max_queued:
+            wait_s = min(MAX_RETRY_S, max(1, round(self.metrics.request_s * waiting / at_once)))
+            message = f"the queue is full: {self.engine_thread.open} of {most} sequences run or wait; try again later"
+            raise ServerError(429, "queue_full", message, retry_s=wait_s)
+        return self.engine_thread.submit(choices)
+
+    async def prepare(self, request: GenerationRequest) -> list[tuple[Request, OutputDecoder]]:
+        """The engine's requests for a client's, one for each of its n choices. Raises ServerError.
+
+        With a seed, choice i has seed + i, so the first is what n=1 gives.
+        """
+        pair, prompt = self.pair, await self.tokenize(request)
+        outputs = [OutputDecoder(pair.text, request, prompt, self.settings.loop_guard) for _ in range(request.n)]
+        constraint = await self._constraint(request, outputs[0].thinking)
+        eos = pair.eos if request.stop_at_eos else frozenset()
+        limit, sampling, choices = self.limit(len(prompt), request.max_tokens), dict(request.sampling), []
+        for output in outputs:
+            chosen = self._sampling(sampling)
+            try:
+                engine_request = Request(prompt, limit, chosen, eos, 0, request.logprobs, constraint)
+            except RequestError as error:
+                raise invalid(str(error)) from None
+            choices.append((engine_request, output))
+            if "seed" in sampling:
+                sampling["seed"] = (sampling["seed"] + 1) % 2**64
+        return choices
 
     # prompts ----------------------------------------------------------------------------------------------------
 
-    async def chat(self, messages: list[dict], options: dict[str, Any]) -> Prompt:
-        """A conversation by the checkpoint's template; options are template variables. Raises ServerError.
+    async def tokenize(self, request: GenerationRequest) -> tuple[int, ...]:
+        """A request's prompt as token ids. Raises ServerError."""
+        text, messages, prompt = self.pair.text, request.messages, request.prompt
+        if request.response_format.tools and not text.segmented:
+            raise invalid("tool calls are supported for Gemma 4 only; remove `tools` from the request", "tools")
 
-        Tools come in the order of their names: clients list them in changing order, and each order would be a prompt
-        of its own, of which no cached part could be used.
-        """
-        text = self.model.text
-        if options.get("tools") and not text.segmented:
-            raise invalid(
-                "this checkpoint writes calls of tools in a notation that is not read here (Gemma 4's is); send the "
-                "request without tools",
-                "tools",
-            )
-        if "tools" in options:
-            options = {**options, "tools": sorted(options["tools"], key=lambda tool: tool["function"]["name"])}
-        return await self._prepare(lambda: text.chat(messages, options=options), "messages")
+        def encode() -> Sequence[int]:
+            if messages is not None:
+                chat = text.chat(list(messages), options=request.template_options())
+                return [*chat, *text.encode_rest(request.reply_prefix)]
+            return text.encode(prompt) if isinstance(prompt, str) else self._checked(prompt)
 
-    async def text(self, prompt: str) -> Prompt:
-        """Text to continue. Raises ServerError."""
-        text = self.model.text
-        return await self._prepare(lambda: text.encode(prompt), "prompt")
-
-    def ids(self, tokens: Sequence[int]) -> Prompt:
-        """Token ids to continue. Raises ServerError."""
-        size = self.model.vocab_size
-        if not tokens:
-            raise invalid("the prompt is empty; expected at least one token", "prompt")
-        if not all(0 <= token < size for token in tokens):
-            bad = next(token for token in tokens if not 0 <= token < size)
-            raise invalid(
-                f"token id {bad} is out of range; the vocabulary has {size} tokens, 0 to {size - 1}", "prompt"
-            )
-        return self._fitting(tuple(tokens), "prompt")
-
-    async def _prepare(self, encode: Callable[[], list[int]], param: str) -> Prompt:
-        """Long prompts take their time, which the event loop has not."""
+        param = "prompt" if messages is None else "messages"
         try:
-            tokens = await asyncio.to_thread(encode)
+            tokens = tuple(await asyncio.to_thread(encode))  # a long prompt would stop the event loop
         except RequestError as error:
             raise invalid(str(error), param) from None
         except RecursionError:
             raise invalid(f"{param} is nested too deeply", param) from None
-        return self._fitting(tuple(tokens), param)
+        for most, what in ((self.pair.context_tok, "the model's context is"), (self.pair.room_tok, "memory holds")):
+            if len(tokens) >= most:
+                message = f"the prompt has {len(tokens)} tokens; {what} {most}, output included"
+                raise invalid(message, param, "context_length_exceeded")
+        return tokens
 
-    def _fitting(self, tokens: tuple[int, ...], param: str) -> Prompt:
-        context, room = self.model.context_tok, self.model.room_tok
-        if len(tokens) >= context:
+    def _checked(self, tokens: Sequence[int]) -> Sequence[int]:
+        size = self.pair.vocab_size
+        if not tokens:
+            raise RequestError("the prompt is empty; expected at least one token")
+        bad = next((token for token in tokens if not 0 <= token < size), None)
+        if bad is not None:
+            raise RequestError(f"token id {bad} is out of range; expected 0 to {size - 1}")
+        return tokens
+
+    # grammars ---------------------------------------------------------------------------------------------------
+
+    async def _constraint(self, request: GenerationRequest, in_thought: bool) -> Constraint | None:
+        """The grammar of a request's outputs, None if any text will do. Raises ServerError."""
+        wanted = request.response_format
+        if wanted.any_text:
+            return None
+        wanted.check()
+        if request.thinking and not self.pair.text.segmented:
             raise invalid(
-                f"the prompt has {len(tokens)} tokens; the model's context is {context}, text included",
-                param,
-                "context_length_exceeded",
+                "a JSON schema cannot be combined with thinking: this model's reasoning format is unknown; "
+                "turn off thinking or remove the schema"
             )
-        if len(tokens) >= room:
-            raise invalid(
-                f"the prompt has {len(tokens)} tokens; this machine's memory for keys and values holds {room}",
-                param,
-                "context_length_exceeded",
-            )
-        return Prompt(tokens)
-
-    # constraints ------------------------------------------------------------------------------------------------
-
-    async def constraint(self, compile: Callable[[Grammars], Constraint]) -> Constraint:
-        """What a text must be, compiled beside the event loop. Raises ServerError where it cannot be honoured."""
-
-        def compiled() -> Constraint:
-            with self._compiling:
-                if self._grammars is None:
-                    model = self.model
-                    self._grammars = Grammars(model.text, model.vocab_size, model.eos)
-                return compile(self._grammars)
-
+        thought: Thought = "open" if in_thought else "may" if request.thinking else "none"
         try:
-            return await asyncio.to_thread(compiled)
+            return await asyncio.to_thread(self._compile, wanted, thought)
         except RequestError as error:
             raise invalid(str(error), "tools" if "tool" in str(error) else "response_format") from None
 
+    def _compile(self, wanted: ResponseFormat, thought: Thought) -> Constraint:
+        with self._compiling:
+            if self._grammars is None:
+                self._grammars = Grammars(self.pair.text, self.pair.vocab_size, self.pair.eos)
+            return wanted.compile(self._grammars, thought)
+
     # limits and sampling ----------------------------------------------------------------------------------------
 
-    def limit(self, prompt: Prompt, asked: int | None) -> int:
-        """The most tokens a text may have: what was asked for, as far as context and memory go.
+    def limit(self, prompt_tok: int, asked: int | None) -> int:
+        """The most tokens an output may have, never more than context and memory have room for.
 
-        Memory is set aside for the limit, not for what is used of it. Where a request names none, and neither does
-        the server, it gets its share of the memory, lest it keep all other requests waiting for the end of its text.
+        Memory is reserved for the limit. A request without one gets a share, so that other requests need not wait.
         """
-        model = self.model
-        left = model.room_tok - len(prompt.tokens)
-        share = max(model.share_tok - len(prompt.tokens), model.share_tok // 2)
-        return max(1, min(left, asked or self.settings.max_tokens or share))
+        pair = self.pair
+        share = max(pair.share_tok - prompt_tok, pair.share_tok // 2)
+        return max(1, min(pair.room_tok - prompt_tok, asked or self.settings.max_tokens or share))
 
-    def sampling(self, changes: dict[str, Any]) -> Sampling:
-        """The checkpoint's defaults, the server's over them, a request's over both. Raises ServerError."""
-        size = self.model.vocab_size
+    def _sampling(self, changes: Mapping[str, Any]) -> Sampling:
+        """The checkpoint's defaults, then the server's, then the request's. Raises ServerError."""
+        size = self.pair.vocab_size
         for token, _ in changes.get("logit_bias", ()):
             if token >= size:
-                raise invalid(f"logit_bias names token {token}; the vocabulary has {size} tokens", "logit_bias")
+                raise invalid(f"logit_bias has token {token}; expected 0 to {size - 1}", "logit_bias")
         try:
-            return replace(self.model.sampling, **{**self.settings.sampling, **changes})
+            return replace(self.pair.default_sampling, **{**self.settings.sampling, **changes})
         except RequestError as error:
             param = next((name for name in changes if name in str(error)), None)
             raise invalid(str(error), param) from None
-
-    # admission --------------------------------------------------------------------------------------------------
-
-    def open(self, jobs: Sequence[Job]) -> Generation:
-        """Start jobs, or queue them. Raises ServerError: 429 where the queue is full, 503 where nothing runs."""
-        rows, most, open_ = self.settings.rows, self.settings.rows + self.settings.queue, self.worker.open
-        if self.draining:
-            raise ServerError(503, "shutting_down", "the server is shutting down")
-        if len(jobs) > most:
-            raise invalid(f"{len(jobs)} texts asked for at once; this server takes {most} (n times the prompts)", "n")
-        if open_ + len(jobs) > most:
-            wait_s = min(MAX_WAIT_S, max(1, round(self.metrics.job_s * (open_ + len(jobs) - rows) / rows)))
-            raise ServerError(
-                429, "queue_full", f"{open_} texts run or wait already, and {most} is the most", retry_s=wait_s
-            )
-        return self.worker.submit(jobs)

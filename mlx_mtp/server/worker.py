@@ -1,10 +1,9 @@
-"""The engine thread: it alone loads, runs and frees a pair. Jobs go in, deltas come out; only Python values cross.
+"""The engine thread: it alone loads, runs and frees a pair. Requests go in, stream chunks come out.
 
-A fault in the engine (an exception out of a pass) ends every open job with an error. Then the thread builds a new
-engine over the same weights, which takes milliseconds, because the likely cause is one request or a lack of memory
-for it, and an editor has nobody who would start a process again. Three faults within five minutes are no accident:
-the state becomes "failed", everything is refused, and `on_failed` is told, so that the process can end with a code
-that a supervisor sees.
+A fault (an exception from the engine) ends every open request with an error. The thread then builds a new engine over
+the same weights, which takes milliseconds. The likely cause is one request, or too little memory for it, and an editor
+has no supervisor that would start the process again. The third fault within five minutes is final: the state becomes
+"failed" and the process ends with a code that a supervisor sees.
 """
 
 from __future__ import annotations
@@ -15,184 +14,173 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
 
 from mlx_mtp.calibration import made_up
 from mlx_mtp.pair import Pair, leave_thread
-from mlx_mtp.rows import GREEDY, Event, Request, RequestError, Sampling, one_line
-from mlx_mtp.server.decoding import Decoder, joined
-from mlx_mtp.server.nouns import Delta, Finish, Job, ServerError, Settings, State, Usage, invalid
-from mlx_mtp.text import Text
+from mlx_mtp.rows import GREEDY, Event, Request, RequestError, one_line
+from mlx_mtp.server.decoding import OutputDecoder
+from mlx_mtp.server.nouns import (
+    FinishInfo,
+    ServerError,
+    Settings,
+    State,
+    StreamChunk,
+    Usage,
+    invalid,
+    shutting_down,
+)
 
 MAX_FAULTS, FAULT_WINDOW_S = 3, 300.0
 Progress = Callable[[str, int, int], None]
 
 
-@dataclass(frozen=True)
-class Model:
-    """What the event loop may know of a loaded pair. room_tok: the most positions one row can have,
-    share_tok: when all rows run at once."""
+class GenerationStream:
+    """The choices of one HTTP request. Iterate it for (index of the choice, chunk) as they come.
 
-    text: Text
-    sampling: Sampling
-    eos: frozenset[int]
-    vocab_size: int
-    context_tok: int
-    room_tok: int
-    share_tok: int
-    drafter: str | None
-    family: str
-
-
-class Generation:
-    """The jobs of one HTTP request in the worker's hands. Iterate it for (index of the job, delta), as they come.
-
-    Iterating raises ServerError if the engine fails, and ends when every job has ended or was cancelled.
+    Iterating ends when every choice has ended or was cancelled. It raises ServerError if the engine fails.
     Belongs to the event loop that made it.
     """
 
-    def __init__(self, jobs: Sequence[Job], worker: Worker) -> None:
-        self.jobs = tuple(jobs)
-        self.finishes: list[Finish | None] = [None] * len(self.jobs)
-        self.begun_s = time.perf_counter()
+    def __init__(self, choices: Sequence[tuple[Request, OutputDecoder]], engine_thread: EngineThread) -> None:
+        self.choices = tuple(choices)
+        self.finishes: list[FinishInfo | None] = [None] * len(self.choices)
+        self.start_s = time.perf_counter()
         self.first_token_s: float | None = None
         self.tokens = 0
         self.loop = asyncio.get_running_loop()
-        self.inbox: asyncio.Queue[tuple[int, Delta] | ServerError] = asyncio.Queue()
-        self.delivered = 0  # jobs whose end is in the inbox
-        self._worker, self._open = worker, len(self.jobs)
+        self.inbox: asyncio.Queue[tuple[int, StreamChunk] | ServerError] = asyncio.Queue()
+        self.delivered = 0  # choices whose end is in the inbox
+        self._engine_thread, self._open = engine_thread, len(self.choices)
 
-    def __aiter__(self) -> Generation:
+    def __aiter__(self) -> GenerationStream:
         return self
 
-    async def __anext__(self) -> tuple[int, Delta]:
+    async def __anext__(self) -> tuple[int, StreamChunk]:
         if not self._open:
             raise StopAsyncIteration
         item = await self.inbox.get()
         if isinstance(item, ServerError):
             self._open = 0
             raise item
-        index, delta = item
-        if delta.tokens and self.first_token_s is None:
+        index, chunk = item
+        if chunk.tokens and self.first_token_s is None:
             self.first_token_s = time.perf_counter()
-        self.tokens += delta.tokens
-        if delta.finish:
-            self.finishes[index] = delta.finish
+        self.tokens += chunk.tokens
+        if chunk.finish:
+            self.finishes[index] = chunk.finish
             self._open -= 1
         return item
 
     def cancel(self) -> None:
-        """Stop what still runs; harmless afterwards."""
+        """Stop the choices that still run."""
         if self._open:
-            self._worker.cancel(self)
+            self._engine_thread.cancel(self)
 
     @property
     def usage(self) -> Usage:
-        """Tokens so far. Choices of the same prompt count it, and what of it was cached, once."""
-        stats = [f.stats if f else None for f in self.finishes]
-        prompts = {job.prompt: s for job, s in zip(reversed(self.jobs), reversed(stats), strict=True)}
+        """Tokens so far. A prompt that choices share counts once, with its cached tokens."""
+        stats = [finish.stats if finish else None for finish in self.finishes]
+        prompts = {request.prompt: s for (request, _), s in zip(reversed(self.choices), reversed(stats), strict=True)}
         return Usage(
             prompt_tok=sum(map(len, prompts)),
             cached_tok=sum(s.cached_tokens for s in prompts.values() if s),
             completion_tok=self.tokens,
-            reasoning_tok=sum(f.reasoning_tok for f in self.finishes if f),
+            reasoning_tok=sum(finish.reasoning_tok for finish in self.finishes if finish),
         )
 
 
 @dataclass
-class _Live:
-    """A job that the engine has, seen from the engine thread."""
+class _Choice:
+    """A choice that the engine runs."""
 
-    generation: Generation
+    stream: GenerationStream
     index: int
-    decoder: Decoder
+    output: OutputDecoder
 
 
 @dataclass(frozen=True)
 class _Submit:
-    generation: Generation
+    stream: GenerationStream
 
 
 @dataclass(frozen=True)
 class _Cancel:
-    generation: Generation
+    stream: GenerationStream
 
 
 @dataclass(frozen=True)
 class _Abort:
-    """End all jobs with an error; with `stop` the thread too."""
-
     error: ServerError
     stop: bool
 
 
 @dataclass(frozen=True)
 class Reports:
-    """Whom the worker tells, on its own thread: progress of its warm-up; that it has failed for good."""
+    """Callbacks on the engine thread: progress of the warm-up, and a failure that is final."""
 
     progress: Progress = lambda stage, done, total: None
     failed: Callable[[Exception], None] = lambda error: None
 
 
-class Worker:
-    """Runs jobs on a thread of its own. `submit`, `cancel` and `abort` are called from the event loop."""
+class EngineThread:
+    """Runs requests on a thread of its own. The event loop calls `submit`, `cancel` and `abort`."""
 
     def __init__(self, load: Callable[[], Pair], settings: Settings, reports: Reports) -> None:
-        """load: makes the pair, on the engine thread."""
+        """load: makes the pair; called on the engine thread."""
         self._load, self._settings, self._reports = load, settings, reports
-        self._width = settings.width
         self._commands: SimpleQueue[_Submit | _Cancel | _Abort] = SimpleQueue()
-        self._lock = threading.Lock()  # no command may be left in the queue when the thread has gone
-        self._live: dict[int, _Live] = {}
-        self._faults: list[float] = []
+        self._lock = threading.Lock()  # so that no command is queued after the thread has ended
+        self._choices: dict[int, _Choice] = {}  # by the engine's request id
+        self._fault_times: list[float] = []
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
         self.state: State = "loading"
-        self.model: Model | None = None
-        self.error: Exception | None = None  # why it failed, or the last fault
+        self.pair: Pair | None = None
+        self.error: Exception | None = None  # why the engine failed, or the last fault
         self.faults = 0
-        self.open = 0  # jobs submitted whose end has not been delivered
-        self.running = self.waiting = 0  # rows, after the last pass
+        self.open = 0  # choices whose end has not been delivered
+        self.running = self.waiting = 0  # sequences, after the last pass
 
     # called from the event loop ---------------------------------------------------------------------------------
 
     def start(self) -> None:
         self._thread.start()
 
-    def submit(self, jobs: Sequence[Job]) -> Generation:
-        """Give jobs to the engine. Raises ServerError where it is not ready."""
-        generation = Generation(jobs, self)
+    def submit(self, choices: Sequence[tuple[Request, OutputDecoder]]) -> GenerationStream:
+        """Queue an HTTP request's choices. Raises ServerError if the engine is not ready."""
+        stream = GenerationStream(choices, self)
         with self._lock:
             if self.state not in ("ready", "restarting"):
                 raise self.refusal()
-            self.open += len(jobs)
-            self._commands.put(_Submit(generation))
-        return generation
+            self.open += len(choices)
+            self._commands.put(_Submit(stream))
+        return stream
 
-    def cancel(self, generation: Generation) -> None:
-        """Take a generation's jobs out of the engine, before its next pass."""
+    def cancel(self, stream: GenerationStream) -> None:
+        """Take a stream's choices out of the engine before its next pass."""
         with self._lock:
             if self.state in ("ready", "restarting"):
-                self._commands.put(_Cancel(generation))
+                self._commands.put(_Cancel(stream))
 
     def abort(self, error: ServerError, stop: bool = False) -> None:
-        """End all open jobs with an error; `stop`: and the thread, which frees the pair."""
+        """End all open choices with an error. stop: end the thread too, which frees the pair."""
         with self._lock:
             if self.state != "failed":
                 self._commands.put(_Abort(error, stop))
 
     def join(self, timeout_s: float | None = None) -> bool:
-        """Wait for the thread's end; returns whether it has ended."""
+        """Wait for the thread to end; returns whether it has."""
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
     def refusal(self) -> ServerError:
         """Why nothing can be submitted now."""
         if self.state == "loading":
-            return ServerError(503, "loading", "the model is being loaded; try again", retry_s=2)
+            return ServerError(503, "loading", "the model is loading; try again", retry_s=2)
         if self.state == "failed":
-            return ServerError(503, "engine_failed", f"the engine has failed: {_one_line(self.error)}")
-        return ServerError(503, "shutting_down", "the server is shutting down")
+            return ServerError(503, "engine_failed", f"the engine has failed: {_describe(self.error)}")
+        return shutting_down()
 
     # the engine thread ------------------------------------------------------------------------------------------
 
@@ -200,6 +188,7 @@ class Worker:
         try:
             self._run()
         finally:
+            self.pair = None
             leave_thread()
 
     def _run(self) -> None:
@@ -209,18 +198,7 @@ class Worker:
         except Exception as error:
             self._end("failed", error)
             return
-        self.model = Model(
-            pair.text,
-            pair.default_sampling,
-            pair.eos,
-            pair.vocab_size,
-            pair.context_tok,
-            pair.room_tok,
-            pair.share_tok,
-            pair.drafter_name,
-            pair.family,
-        )
-        self.state = "ready"
+        self.pair, self.state = pair, "ready"
         while True:
             try:
                 self._serve(pair)
@@ -231,26 +209,28 @@ class Worker:
                     return
 
     def _warm_up(self, pair: Pair) -> None:
-        plan, auto, most = self._settings.warm_up, self._width == "auto", self._settings.rows
+        settings = self._settings
+        auto, most = settings.num_draft_tokens == "auto", settings.max_num_seqs
         batches = sorted({1, min(4, most), most}) if auto else []
-        steps = len(batches) + len(plan)
+        steps = len(batches) + len(settings.warm_up)
         for done, rows in enumerate(batches):
             self._reports.progress("warm-up", done, steps)
             pair.calibrate(rows)
-        width = "heuristic" if auto else self._width  # auto would learn from a text nobody asked for
-        for done, (rows, length) in enumerate(plan, len(batches)):
+        width = "heuristic" if auto else settings.num_draft_tokens  # auto would learn from made-up prompts
+        for done, (rows, length) in enumerate(settings.warm_up, len(batches)):
             self._reports.progress("warm-up", done, steps)
             pair.generate(made_up(rows, max(1, min(length, pair.room_tok - 9))), GREEDY, width, 8)
         self._reports.progress("warm-up", steps, steps)
 
     def _serve(self, pair: Pair) -> None:
-        while self._obey(pair):
+        while self._run_commands(pair):
             if not pair.idle:
-                self._post([self._delta(pair, live, e) for e in pair.step() if (live := self._live.get(e.request))])
+                open_ = ((self._choices.get(event.request), event) for event in pair.step())
+                self._post([(choice, self._chunk(pair, choice, event)) for choice, event in open_ if choice])
             self.running, self.waiting = pair.occupancy()
 
-    def _obey(self, pair: Pair) -> bool:
-        """Carry out all commands; waits for one where there is nothing to compute. Returns False on the last one."""
+    def _run_commands(self, pair: Pair) -> bool:
+        """Run all queued commands; an idle engine waits for one. Returns False after the last."""
         wait = pair.idle
         if wait:
             pair.keep()
@@ -261,73 +241,59 @@ class Worker:
                 return True
             wait = False
             if isinstance(command, _Submit):
-                self._begin(pair, command.generation)
+                self._start(pair, command.stream)
             elif isinstance(command, _Cancel):
-                self._cancel(pair, [i for i, live in self._live.items() if live.generation is command.generation])
+                self._post(self._take_out(pair, command.stream))
             else:
-                for request in self._live:
+                for request in self._choices:
                     pair.cancel(request)
                 self._fail_all(command.error)
                 if command.stop:
                     return False
 
-    def _begin(self, pair: Pair, generation: Generation) -> None:
-        for index, job in enumerate(generation.jobs):
-            eos = pair.eos if job.ends else frozenset()
+    def _start(self, pair: Pair, stream: GenerationStream) -> None:
+        for index, (request, output) in enumerate(stream.choices):
             try:
-                decoder = Decoder(pair.text, job)
-                request = Request(
-                    job.prompt, job.max_tokens, job.sampling, eos, logprobs=job.logprobs, constraint=job.constraint
-                )
-                self._live[pair.submit(request, self._width)] = _Live(generation, index, decoder)
+                number = pair.submit(request, self._settings.num_draft_tokens)
             except RequestError as error:
-                mine = [i for i, live in self._live.items() if live.generation is generation]
-                self._cancel(pair, mine, quietly=True)
-                self._send([(generation, invalid(str(error)))])
+                self._take_out(pair, stream)
+                self._send([(stream, invalid(str(error)))])
                 return
+            self._choices[number] = _Choice(stream, index, output)
 
-    def _cancel(self, pair: Pair, requests: list[int], quietly: bool = False) -> None:
-        gone = []
-        for request in requests:
-            live, stats = self._live.pop(request), pair.cancel(request)
-            assert stats is not None, "a live job is known to the engine"
-            gone.append((live, Delta(finish=Finish("cancelled", None, 0, live.decoder.reasoning_tok, stats))))
-        if not quietly:
-            self._post(gone)
+    def _take_out(self, pair: Pair, stream: GenerationStream) -> list[tuple[_Choice, StreamChunk]]:
+        """Cancel a stream's choices; returns the last chunk of each."""
+        out = []
+        for request in [number for number, choice in self._choices.items() if choice.stream is stream]:
+            choice, stats = self._choices.pop(request), pair.cancel(request)
+            assert stats is not None, "an open choice is known to the engine"
+            out.append((choice, StreamChunk(finish=choice.output.finish(stats, "cancelled"))))
+        return out
 
-    def _delta(self, pair: Pair, live: _Live, event: Event) -> tuple[_Live, Delta]:
-        """What an event says to its client; ends the job at a stop string, and where the text is cut."""
-        decoder, stats, reason = live.decoder, event.stats, event.finish_reason
-        before = decoder.tokens
-        parts, logprobs = decoder.push(event.tokens, event.logprobs)
-        cut = decoder.cut and not reason and not decoder.ended
-        if cut:
-            reason, stats = "length", pair.cancel(event.request)
-        if reason and not decoder.ended:
-            parts += decoder.finish(reason == "stop")
-        if decoder.ended:
-            reason, stats = "stop", stats or pair.cancel(event.request)
-        finish = None
-        if reason:
-            del self._live[event.request]
-            assert stats is not None
-            stats.generated_tokens = decoder.tokens
-            looping = decoder.loop_tok if cut else None
-            finish = Finish(reason, decoder.stop, decoder.calls, decoder.reasoning_tok, stats, looping)
-        return live, Delta(joined(parts), decoder.tokens - before, tuple(logprobs), finish)
+    def _chunk(self, pair: Pair, choice: _Choice, event: Event) -> StreamChunk:
+        """An event as a chunk. An output that ends before the engine's request does cancels it."""
+        output = choice.output
+        chunk = output.push(event.tokens, event.logprobs, event.finish_reason)
+        if output.reason is None:
+            return chunk
+        stats = event.stats or pair.cancel(event.request)
+        assert stats is not None, "an open choice is known to the engine"
+        del self._choices[event.request]
+        stats.generated_tokens = output.tokens
+        return replace(chunk, finish=output.finish(stats, output.reason))
 
     # faults and the end -----------------------------------------------------------------------------------------
 
     def _recover(self, pair: Pair, error: Exception) -> bool:
-        """Answer all open jobs with the fault and build a new engine; False if that is no use any more."""
+        """Answer all open choices with the fault and build a new engine; returns False if the fault is final."""
         self.error, self.state = error, "restarting"
         self.faults += 1
         traceback.print_exception(error, file=sys.stderr)
         error.__traceback__ = None  # its frames hold arrays
         now = time.monotonic()
-        self._faults = [at for at in self._faults if now - at < FAULT_WINDOW_S] + [now]
-        self._fail_all(ServerError(500, "engine_error", f"the engine has failed: {_one_line(error)}"))
-        if len(self._faults) >= MAX_FAULTS:
+        self._fault_times = [at for at in self._fault_times if now - at < FAULT_WINDOW_S] + [now]
+        self._fail_all(ServerError(500, "engine_error", f"the engine has failed: {_describe(error)}"))
+        if len(self._fault_times) >= MAX_FAULTS:
             self._end("failed", error)
             return False
         try:
@@ -344,42 +310,42 @@ class Worker:
         while not self._commands.empty():
             command = self._commands.get()
             if isinstance(command, _Submit):
-                self._send([(command.generation, self.refusal())])
+                self._send([(command.stream, self.refusal())])
         self.running = self.waiting = 0
         if state == "failed" and error is not None:
             self._reports.failed(error)
 
     def _fail_all(self, error: ServerError) -> None:
-        """Tell every generation that the engine has, and forget them."""
-        told = {id(live.generation): live.generation for live in self._live.values()}
-        self._live.clear()
-        self._send([(generation, error) for generation in told.values()])
+        """End every open stream with an error."""
+        streams = {id(choice.stream): choice.stream for choice in self._choices.values()}
+        self._choices.clear()
+        self._send([(stream, error) for stream in streams.values()])
 
     # back to the event loop -------------------------------------------------------------------------------------
 
-    def _post(self, deltas: Sequence[tuple[_Live, Delta]]) -> None:
-        self._send([(live.generation, (live.index, delta)) for live, delta in deltas])
+    def _post(self, chunks: Sequence[tuple[_Choice, StreamChunk]]) -> None:
+        self._send([(choice.stream, (choice.index, chunk)) for choice, chunk in chunks])
 
-    def _send(self, items: list[tuple[Generation, tuple[int, Delta] | ServerError]]) -> None:
-        """All items of a pass at once, so that the event loop wakes up once."""
+    def _send(self, items: list[tuple[GenerationStream, tuple[int, StreamChunk] | ServerError]]) -> None:
+        """Send all items of a pass at once, so that the event loop wakes up once."""
         if not items:
             return
         try:
             items[0][0].loop.call_soon_threadsafe(self._deliver, items)
-        except RuntimeError:  # the loop has closed: nobody is left to tell
+        except RuntimeError:  # the event loop has closed
             pass
 
-    def _deliver(self, items: list[tuple[Generation, tuple[int, Delta] | ServerError]]) -> None:
-        for generation, item in items:
+    def _deliver(self, items: list[tuple[GenerationStream, tuple[int, StreamChunk] | ServerError]]) -> None:
+        for stream, item in items:
             ended = 0
             if isinstance(item, ServerError):
-                ended = len(generation.jobs) - generation.delivered
+                ended = len(stream.choices) - stream.delivered
             elif item[1].finish:
                 ended = 1
-            generation.inbox.put_nowait(item)
-            generation.delivered += ended
+            stream.inbox.put_nowait(item)
+            stream.delivered += ended
             self.open -= ended
 
 
-def _one_line(error: BaseException | None) -> str:
+def _describe(error: BaseException | None) -> str:
     return f"{type(error).__name__}: {one_line(error, 300)}"

@@ -1,4 +1,4 @@
-"""Options and fixtures of the tests with other people's programs. They run with `make test-clients` alone."""
+"""Fixtures of the tests with other people's programs. Only `make test-clients` runs them."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
-    """One server for all programs, as a user has it."""
+    """One server for all programs."""
     with scripted(tmp_path_factory.mktemp("pair")) as server:
         yield server
 

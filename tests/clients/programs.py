@@ -1,6 +1,6 @@
-"""Running other people's programs: where they are installed, a home of their own, no network but this machine's.
+"""Runs other people's programs in a home of their own, without a network beyond this machine.
 
-`make test-clients` installs them into the folder .clients, and says what they need.
+`make test-clients` installs them into the folder .clients.
 """
 
 import os
@@ -11,13 +11,13 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 CLIENTS = HERE.parent.parent / ".clients"
-LIMIT_S = 300.0  # a prompt of 30,000 tokens takes a CPU half a minute, where nothing else runs
-NOWHERE = "http://127.0.0.1:9"  # the port of "discard", which nobody serves
+LIMIT_S = 300.0  # a prompt of 30,000 tokens takes a CPU half a minute, on an idle machine
+NOWHERE = "http://127.0.0.1:9"  # the discard port, where nothing listens
 
 
 @dataclass(frozen=True)
 class Ran:
-    """A program that has ended."""
+    """The result of a program."""
 
     code: int
     out: str
@@ -29,13 +29,13 @@ class Ran:
 
 @dataclass(frozen=True)
 class Desk:
-    """A user's desk: a home, and a folder to work in."""
+    """A home folder and a working folder."""
 
     home: Path
     place: Path
 
     def environment(self, **more: str) -> dict[str, str]:
-        """Variables for a program: this desk's home; whatever would go to other machines goes nowhere."""
+        """A program's environment variables. Requests to other machines go nowhere."""
         proxies = {f"{name}_PROXY": NOWHERE for name in ("HTTP", "HTTPS", "ALL")} | {"NO_PROXY": "127.0.0.1,localhost"}
         return {
             "PATH": os.environ["PATH"],
@@ -51,7 +51,7 @@ class Desk:
         }
 
     def run(self, program: Path, *arguments: str, **variables: str) -> Ran:
-        """Run a program in this place to its end; what it leaves running in its process group is ended."""
+        """Run a program to its end, then end what it left in its process group."""
         process = subprocess.Popen(
             [str(program), *arguments],
             cwd=self.place,
@@ -77,20 +77,20 @@ class Desk:
 
 
 def end(process: subprocess.Popen) -> None:
-    """End a process that leads a group, and all of the group."""
+    """End a process and its group."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):  # macOS says the latter where only a zombie is left
+    except (ProcessLookupError, PermissionError):  # macOS raises the latter if only a zombie is left
         pass
 
 
 def node(name: str) -> Path:
-    """A program that npm has installed."""
+    """A program installed by npm."""
     return _installed(CLIENTS / "npm" / "node_modules" / ".bin" / name)
 
 
 def python(name: str) -> Path:
-    """A program that pip has installed, in a virtual environment of the same name."""
+    """A program installed by pip, in a virtual environment of the same name."""
     return _installed(CLIENTS / name / "bin" / name)
 
 

@@ -1,9 +1,8 @@
-"""A real server whose model says what a test wants: dialects, template, queue, engine and parsing are the server's.
+"""A real server whose model writes what a test wants. Dialects, template, queue, engine and parsing are the server's.
 
-The seam is one method: before jobs go to the engine, each gets a constraint that leaves one token in every place. The
-engine computes prompts and texts as ever, and drafts what the constraint forces as it does with a grammar; only its
-choice is not free. The weights are random, since no choice depends on them, and tiny, since agents send tens of
-thousands of tokens to a CPU.
+One method is overridden: each engine request gets a constraint that allows one token at every position. The engine
+computes prompts and outputs as usual and drafts the forced tokens, as with a grammar. The weights are random, because
+no token depends on them, and tiny, because agents send tens of thousands of tokens to a CPU.
 
 with scripted(tmp_path) as server:
     server.says(lambda prompt: answer(prompt, "Hello."))
@@ -20,11 +19,13 @@ from checkpoints import FULL, SLIDING
 from random_checkpoints import drafter_config, random_checkpoint, target_config
 from servers import TINY, Live, running, until
 
-from mlx_mtp.rows import Follower
+from mlx_mtp.rows import Follower, Request
+from mlx_mtp.server.asking import GenerationRequest
+from mlx_mtp.server.decoding import OutputDecoder
 from mlx_mtp.server.metrics import Metrics
-from mlx_mtp.server.nouns import Job, Settings
-from mlx_mtp.server.service import Service
-from mlx_mtp.server.worker import Generation, Worker
+from mlx_mtp.server.nouns import Settings
+from mlx_mtp.server.service import Admission
+from mlx_mtp.server.worker import EngineThread, GenerationStream
 from mlx_mtp.text import Text
 
 TEMPLATE = Path(__file__).resolve().parent.parent / "fixtures" / "templates" / "gemma4_v5.jinja"
@@ -33,46 +34,46 @@ RESULT = re.compile(r"<\|tool_response>(.*?)<tool_response\|>", re.DOTALL)
 Says = Callable[[str], str]  # the rendered prompt -> what the model writes, its end token included
 
 
-class _Line:
-    """Where a text stands that is settled beforehand."""
+class _ScriptState:
+    """Where an output stands in its script."""
 
     failed = False
 
     def __init__(self, tokens: Sequence[int], vocabulary: int) -> None:
-        self._rest, self._vocabulary = list(tokens), vocabulary
+        self._remaining, self._vocabulary = list(tokens), vocabulary
 
     def forced(self, most: int) -> list[int]:
-        return self._rest[:most]
+        return self._remaining[:most]
 
     def masks(self, draft: Sequence[int]) -> np.ndarray:
         words = (self._vocabulary + 31) // 32
         masks = np.full((len(draft) + 1, words), 0xFFFFFFFF, np.uint32)
-        for j, token in enumerate(self._rest[: len(draft) + 1]):
-            if list(draft[:j]) != self._rest[:j]:
+        for j, token in enumerate(self._remaining[: len(draft) + 1]):
+            if list(draft[:j]) != self._remaining[:j]:
                 break
             masks[j] = 0
             masks[j, token // 32] = 1 << (token % 32)
         return masks
 
     def advance(self, tokens: Sequence[int]) -> None:
-        assert list(tokens) == self._rest[: len(tokens)], "the engine has left the script"
-        del self._rest[: len(tokens)]
+        assert list(tokens) == self._remaining[: len(tokens)], "the engine has left the script"
+        del self._remaining[: len(tokens)]
 
 
 @dataclass(frozen=True)
 class _Script:
-    """A text as a request's constraint."""
+    """An output as a request's constraint."""
 
     tokens: tuple[int, ...]
     vocabulary: int
 
     def begin(self) -> Follower:
-        return _Line(self.tokens, self.vocabulary)
+        return _ScriptState(self.tokens, self.vocabulary)
 
 
 @dataclass(frozen=True)
 class Turn:
-    """A text the server was asked for: the prompt as rendered and its length, and what the model was made to say."""
+    """An output of the server: the rendered prompt, its length in tokens, and what the model wrote."""
 
     prompt: str
     prompt_tok: int
@@ -86,9 +87,9 @@ class Turn:
 
 @dataclass
 class Record:
-    """What the server saw: requests (route, status) as they ended, and texts as they were asked for.
+    """What the server saw: requests (route, status) as they ended, and outputs as they were requested.
 
-    cached: a prompt's length -> how many of its tokens were not computed again; of the texts that have ended.
+    cached: a prompt's length -> its tokens that came from the cache, for outputs that have ended.
     """
 
     requests: list[tuple[str, int]] = field(default_factory=list)
@@ -97,7 +98,7 @@ class Record:
 
 
 class _Metrics(Metrics):
-    """The server's metrics, noted down as well."""
+    """Metrics that also fill a record."""
 
     def __init__(self, record: Record) -> None:
         super().__init__()
@@ -107,35 +108,35 @@ class _Metrics(Metrics):
         super().request(path, status)
         self._record.requests.append((path, status))
 
-    def generation(self, generation: Generation) -> None:
+    def generation(self, generation: GenerationStream) -> None:
         super().generation(generation)
         usage = generation.usage
         self._record.cached[usage.prompt_tok] = usage.cached_tok
 
 
-class _Service(Service):
-    """The server's service, but what a text will be is settled when it is opened."""
+class _ScriptedAdmission(Admission):
+    """Admission that fixes each output before it starts."""
 
-    def __init__(self, settings: Settings, worker: Worker) -> None:
+    def __init__(self, settings: Settings, engine_thread: EngineThread) -> None:
         self.record = Record()
-        super().__init__(settings, worker, _Metrics(self.record))
+        super().__init__(settings, engine_thread, _Metrics(self.record))
         self.says: Says = _nothing
 
-    def open(self, jobs: Sequence[Job]) -> Generation:
-        return super().open([self._scripted(job) for job in jobs])
+    async def prepare(self, request: GenerationRequest) -> list[tuple[Request, OutputDecoder]]:
+        return [(self._scripted(one), output) for one, output in await super().prepare(request)]
 
-    def _scripted(self, job: Job) -> Job:
-        text, prompt = self.model.text, written(self.model.text, job.prompt)
+    def _scripted(self, request: Request) -> Request:
+        text, prompt = self.pair.text, written(self.pair.text, request.prompt)
         reply = self.says(prompt)
-        self.record.turns.append(Turn(prompt, len(job.prompt), reply))
-        assert job.constraint is None, "the client asks for a schema, which a script would overrule"
+        self.record.turns.append(Turn(prompt, len(request.prompt), reply))
+        assert request.constraint is None, "the client sent a schema, which the script would replace"
         tokens = tuple(text.encode_rest(reply))
-        assert tokens[-1] in self.model.eos, f"a reply must end with an end token: {reply!r}"
-        return replace(job, constraint=_Script(tokens, self.model.vocab_size))
+        assert tokens[-1] in self.pair.eos, f"a reply must end with an end token: {reply!r}"
+        return replace(request, constraint=_Script(tokens, self.pair.vocab_size))
 
 
 def _nothing(prompt: str) -> str:
-    raise AssertionError("the test has not said what the model says")
+    raise AssertionError("the test has no script")
 
 
 @dataclass
@@ -143,7 +144,7 @@ class Scripted:
     """A server with a script. url: without a path."""
 
     live: Live
-    service: _Service
+    admission: _ScriptedAdmission
 
     @property
     def url(self) -> str:
@@ -151,17 +152,17 @@ class Scripted:
 
     @property
     def record(self) -> Record:
-        return self.service.record
+        return self.admission.record
 
     def says(self, says: Says) -> None:
-        """Begin anew: what the model says from now on, and an empty record."""
-        self.service.says = says
+        """Set what the model writes from now on, and empty the record."""
+        self.admission.says = says
         self.record.requests.clear()
         self.record.turns.clear()
         self.record.cached.clear()
 
     def settle(self) -> None:
-        """Wait until every answer has gone out and been noted."""
+        """Wait until every answer has been sent and recorded."""
         assert self.live.settled(), "something is left in the engine"
         until(lambda: {turn.prompt_tok for turn in self.record.turns} == set(self.record.cached))
 
@@ -172,7 +173,7 @@ def written(text: Text, tokens: Sequence[int]) -> str:
 
 
 def answer(prompt: str, text: str) -> str:
-    """An answer; the thought that a prompt may have begun is ended first."""
+    """An answer. It first ends the thought that the prompt may have begun."""
     return ("That is all.<channel|>" if prompt.endswith("<|channel>thought\n") else "") + text + "<turn|>"
 
 
@@ -208,12 +209,12 @@ def scripted(folder: Path) -> Iterator[Scripted]:
     small = drafter_config(config, clusters=64, hidden_size=32, intermediate_size=32)
     drafter = random_checkpoint(folder / "drafter", small, seed=2)
     (target / "chat_template.jinja").write_bytes(TEMPLATE.read_bytes())
-    services: list[_Service] = []
+    made: list[_ScriptedAdmission] = []
 
-    def service(settings: Settings, worker: Worker) -> Service:
-        services.append(_Service(settings, worker))
-        return services[0]
+    def make_admission(settings: Settings, engine_thread: EngineThread) -> Admission:
+        made.append(_ScriptedAdmission(settings, engine_thread))
+        return made[0]
 
     pair = (str(target), str(drafter))
-    with running(pair, service=service, name="gemma", keepalive_s=2.0) as live:
-        yield Scripted(live, services[0])
+    with running(pair, make_admission=make_admission, name="gemma", keepalive_s=2.0) as live:
+        yield Scripted(live, made[0])

@@ -1,7 +1,7 @@
 """Coding agents against the server: the model calls a tool, the agent runs it, its result comes back, the model ends.
 
-What the model says is scripted; that it could be said, and what the agents made of it, is not. The note's word is in
-no prompt until the agent has run the tool, so an answer that has it went all the way round.
+A script decides what the model writes; everything else is real. The note's word is in no prompt until the agent has
+run the tool, so an answer that has the word went all the way round.
 """
 
 import json
@@ -22,14 +22,14 @@ WORD = re.compile(r"the word is (\w+)")
 
 @pytest.fixture
 def word(desk: Desk) -> str:
-    """A word that only the note has."""
+    """A word that only the note contains."""
     word = "w" + uuid.uuid4().hex[:8]
     (desk.place / "note.txt").write_text(f"the word is {word}\n")
     return word
 
 
 def calls(server: Scripted, tool: str, **arguments: str | list[str]) -> None:
-    """The model calls a tool and then tells the word in its result; a request without tools wants a title."""
+    """The model calls a tool and then repeats the word in its result. A request without tools gets a title."""
 
     def says(prompt: str) -> str:
         if "<|tool>" not in prompt:
@@ -44,9 +44,9 @@ def calls(server: Scripted, tool: str, **arguments: str | list[str]) -> None:
 
 
 def check_loop(server: Scripted, desk: Desk, ran: Ran, word: str, requests: dict[str, int]) -> None:
-    """Both sides of a loop. requests: how many the server had by route; all were answered with 200.
+    """Check both sides of a loop. requests: how many the server got by route; all were answered with 200.
 
-    Claude Code may also look whether anybody is there (HEAD /), if it gets to it.
+    Claude Code may also send HEAD / to test the connection.
     """
     server.settle()
     record = server.record
@@ -60,7 +60,7 @@ def check_loop(server: Scripted, desk: Desk, ran: Ran, word: str, requests: dict
     assert record.cached[second.prompt_tok] >= first.prompt_tok - 1, "the first prompt was computed again"
 
 
-def test_claude_code_runs_a_command_and_tells_its_result(server, desk, word):
+def test_claude_code_runs_a_command_and_reports_its_result(server, desk, word):
     calls(server, "Bash", command=COMMAND, description="Read the note")
     ran = desk.run(
         node("claude"),
@@ -76,7 +76,7 @@ def test_claude_code_runs_a_command_and_tells_its_result(server, desk, word):
     check_loop(server, desk, ran, word, {"/v1/messages": 2})
 
 
-def test_codex_runs_a_command_and_tells_its_result(server, desk, word):
+def test_codex_runs_a_command_and_reports_its_result(server, desk, word):
     calls(server, "exec_command", cmd=COMMAND)
     folder = desk.home / ".codex"
     folder.mkdir()
@@ -85,12 +85,12 @@ def test_codex_runs_a_command_and_tells_its_result(server, desk, word):
         "[analytics]\nenabled = false\n"
         f'[model_providers.mlx]\nname = "mlx-mtp"\nbase_url = "{server.url}/v1"\nwire_api = "responses"\n'
     )
-    free = "--dangerously-bypass-approvals-and-sandbox"  # the command is ours, and containers have no sandbox to give
-    ran = desk.run(node("codex"), "exec", "--skip-git-repo-check", free, QUESTION, CODEX_HOME=str(folder))
+    unsandboxed = "--dangerously-bypass-approvals-and-sandbox"  # the command is ours, and containers have no sandbox
+    ran = desk.run(node("codex"), "exec", "--skip-git-repo-check", unsandboxed, QUESTION, CODEX_HOME=str(folder))
     check_loop(server, desk, ran, word, {"/v1/responses": 2})
 
 
-def test_opencode_runs_a_command_and_tells_its_result(server, desk, word):
+def test_opencode_runs_a_command_and_reports_its_result(server, desk, word):
     calls(server, "bash", command=COMMAND, description="Read the note")
     provider = {"npm": "@ai-sdk/openai-compatible", "options": {"baseURL": f"{server.url}/v1"}, "models": {"gemma": {}}}
     config = {"provider": {"mlx": provider}, "model": "mlx/gemma"}
@@ -104,10 +104,10 @@ def test_opencode_runs_a_command_and_tells_its_result(server, desk, word):
         OPENCODE_DISABLE_MODELS_FETCH="1",
         OPENCODE_DISABLE_LSP_DOWNLOAD="1",
     )
-    check_loop(server, desk, ran, word, {"/v1/chat/completions": 3})  # one of them for the conversation's title
+    check_loop(server, desk, ran, word, {"/v1/chat/completions": 3})  # one of them for the title
 
 
-def test_continue_runs_a_command_and_tells_its_result(server, desk, word):
+def test_continue_runs_a_command_and_reports_its_result(server, desk, word):
     calls(server, "Bash", command=COMMAND)
     config = desk.home / "config.yaml"
     config.write_text(
@@ -123,19 +123,19 @@ def test_continue_runs_a_command_and_tells_its_result(server, desk, word):
         str(config),
         CONTINUE_CLI_ENABLE_TELEMETRY="0",
         CONTINUE_METRICS_ENABLED="0",
-        CONTINUE_API_BASE="http://127.0.0.1:9/",  # it asks continue.dev about the user otherwise
+        CONTINUE_API_BASE="http://127.0.0.1:9/",  # otherwise it asks continue.dev about the user
     )
     check_loop(server, desk, ran, word, {"/v1/chat/completions": 2})
 
 
-def test_cline_runs_a_command_and_tells_its_result(server, desk, word):
+def test_cline_runs_a_command_and_reports_its_result(server, desk, word):
     calls(server, "run_commands", commands=[COMMAND])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])  # for its daemon, lest it finds the user's own
+        port = str(probe.getsockname()[1])  # for its daemon, so that it does not find the user's
     kind, url = "openai-compatible", f"{server.url}/v1"
-    told = desk.run(node("cline"), "auth", "-p", kind, "-b", url, "-k", "x", "-m", "gemma", CLINE_HUB_PORT=port)
-    assert told.code == 0, told
+    auth = desk.run(node("cline"), "auth", "-p", kind, "-b", url, "-k", "x", "-m", "gemma", CLINE_HUB_PORT=port)
+    assert auth.code == 0, auth
     try:
         ran = desk.run(node("cline"), "-P", kind, "--json", QUESTION, CLINE_HUB_PORT=port)
     finally:
@@ -144,8 +144,8 @@ def test_cline_runs_a_command_and_tells_its_result(server, desk, word):
     check_loop(server, desk, ran, word, {"/v1/chat/completions": 2})
 
 
-def test_aider_applies_an_edit_tells_what_a_test_says_and_mends_it(server, desk, word):
-    """It knows no tools: its model writes whole files, and reads what a test command says."""
+def test_aider_applies_an_edit_reports_a_test_and_fixes_it(server, desk, word):
+    """Aider has no tools: its model writes whole files and reads the output of a test command."""
     (desk.place / "sums.py").write_text("def add(a, b):\n    return a - b\n")
     (desk.place / "check.py").write_text(f"import sums\nassert sums.add(2, 3) == 5, 'the word is {word}'\n")
     listing = "sums.py\n```\ndef add(a, b):\n    return a {} b\n```"

@@ -1,6 +1,6 @@
-"""Vim with llama.vim: it sends /infill while somebody types, shows what comes as ghost text, and Tab takes it.
+"""Vim with llama.vim: it sends /infill while a user types and shows ghost text, which Tab accepts.
 
-Vim runs in a terminal of its own (a pseudo-terminal), since it shows ghost text only while somebody could see it.
+Vim runs in a pseudo-terminal, because it shows ghost text only in a terminal.
 """
 
 import os
@@ -22,7 +22,7 @@ SETTINGS = """
 set nocompatible runtimepath^={plugin} noswapfile viminfo=
 let g:llama_config = {{'endpoint_fim': '{url}/infill'}}
 """
-# Types at the end of the second line, waits for ghost text, takes it with Tab, saves.
+# Types at the end of the second line, waits for ghost text, accepts it with Tab, saves.
 STEPS = r"""
 let g:steps = 0
 function! Step(timer)
@@ -41,14 +41,14 @@ call timer_start(200, 'Step', {'repeat': -1})
 
 @pytest.fixture
 def plugin() -> Path:
-    """llama.vim; `make test-clients` clones it, or uses the folder that LLAMA_VIM names."""
+    """The folder of llama.vim; `make test-clients` clones it, unless LLAMA_VIM names one."""
     folder = Path(os.environ.get("LLAMA_VIM") or CLIENTS / "llama.vim").resolve()
     assert (folder / "plugin" / "llama.vim").is_file(), f"{folder} does not hold llama.vim"
     return folder
 
 
 def at_terminal(desk: Desk, *command: str) -> tuple[int, str]:
-    """Run a program that wants a terminal to its end; returns its exit code and all that it has shown."""
+    """Run a program in a terminal to its end; returns its exit code and its output."""
     ours, its = pty.openpty()
     termios.tcsetwinsize(its, (24, 200))
     variables = desk.environment(TERM="xterm")
@@ -72,20 +72,20 @@ def at_terminal(desk: Desk, *command: str) -> tuple[int, str]:
 
 
 def _read_to_end(terminal: int, into: bytearray) -> None:
-    """A terminal that nobody reads from stops the program that writes to it."""
+    """Read a terminal until it closes. Unread output would block the program."""
     try:
         while data := os.read(terminal, 65536):
             into += data
-    except OSError:  # Linux's way of saying that the program has gone
+    except OSError:  # Linux raises this when the program has ended
         pass
 
 
 def says(prompt: str) -> str:
-    """The rest of the line; nothing where the line is whole, which the plugin asks about beforehand."""
+    """The end of the line; nothing if the line is complete, which the plugin requests first."""
     return answer(prompt, "turn a + b\n```" if prompt.endswith("    re") else "\n```")
 
 
-def test_vim_completes_a_line_with_what_the_model_fills_in(server: Scripted, desk: Desk, plugin: Path):
+def test_vim_completes_a_line(server: Scripted, desk: Desk, plugin: Path):
     vim = shutil.which("vim")
     assert vim is not None, "vim is missing"
     (desk.place / "sums.py").write_text(BEFORE)
