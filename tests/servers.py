@@ -1,4 +1,4 @@
-"""A server under test: the real application and engine behind a real socket, on threads of this process.
+"""A server under test: the real application and engine on threads of this process, with a real socket.
 
 with running(TINY) as live:
     live.client.post("/v1/completions", json={"prompt": "import os"})
@@ -22,7 +22,7 @@ from mlx_mtp.server.metrics import Metrics
 from mlx_mtp.server.nouns import Settings
 from mlx_mtp.server.run import Server, listen
 from mlx_mtp.server.service import Admission
-from mlx_mtp.server.worker import EngineThread, Reports
+from mlx_mtp.server.worker import EngineThread
 
 TINY = (str(resources.files("mlx_mtp") / "data" / "tiny" / "target"), "auto")
 EDGE = (str(FIXTURES / "edge" / "target"), str(FIXTURES / "edge" / "assistant_fit"))
@@ -96,7 +96,7 @@ def running(
     make_admission: MakeAdmission = _admission,
     **settings: Any,
 ) -> Iterator[Live]:
-    """A server on a free port of this machine, ended afterwards. prepare: done with the pair, on its own thread."""
+    """A server on an unused port. prepare: called with the pair, on the engine thread."""
     chosen = Settings(**{"name": "tiny", "num_draft_tokens": 3, "grace_s": 1.0, "warm_up": ((1, 8),), **settings})
     pairs: list[Pair] = []
 
@@ -106,12 +106,12 @@ def running(
         prepare(pairs[0])
         return pairs[0]
 
-    engine_thread = EngineThread(make, chosen, Reports())
+    engine_thread = EngineThread(make, chosen)
     admission = make_admission(chosen, engine_thread)
-    bound = listen("127.0.0.1", 0)
-    url = f"http://127.0.0.1:{bound.getsockname()[1]}"
+    listener = listen("127.0.0.1", 0)
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     server = Server(admission)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, name="server")
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="server")
     thread.start()
     try:
         until(lambda: engine_thread.state != "loading")

@@ -384,6 +384,14 @@ def test_chat_calls_a_required_tool(openai_client, choice):
     assert done[0].name == "get_weather"
 
 
+def test_a_tool_may_be_named_auto(openai_client):
+    tool = {**FUNCTION, "function": {**FUNCTION["function"], "name": "auto"}}
+    choice = {"type": "function", "function": {"name": "auto"}}
+    fields = {"model": "tiny", "messages": ASK, "tools": [tool, FUNCTION], "tool_choice": choice, "max_tokens": 120}
+    message = openai_client.chat.completions.create(**fields).choices[0].message
+    assert [call.function.name for call in message.tool_calls] == ["auto"]
+
+
 def test_chat_follows_a_schema_and_strict_tools(openai_client):
     strict = {**FUNCTION, "function": {**FUNCTION["function"], "strict": True}}
     wanted = {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY, "strict": True}}

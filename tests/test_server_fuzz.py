@@ -233,7 +233,7 @@ SOAK_S, ROWS, WIDEST = 600.0, 8, 7  # of the slow test; more draft tokens are ra
 def trace_every_round(pair: Pair) -> None:
     """Run a round of every shape once.
 
-    MLX keeps every compiled graph: on a CPU, 2.4 MB a shape with this pair. A late shape would look like a leak.
+    MLX keeps every compiled graph: on a CPU, 2.4 MB a shape with this pair. A late shape would resemble a leak.
     """
     model = pair._model
     for rows in range(1, ROWS + 1):

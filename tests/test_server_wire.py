@@ -150,6 +150,10 @@ REFUSED = {
     "top_p 0": (TEXT, {"prompt": "a", "top_p": 0}),
     "too many log-probabilities": (TEXT, {"prompt": "a", "logprobs": 21}),
     "top_logprobs without logprobs": (CHAT, {"messages": HELLO, "top_logprobs": 2}),
+    "a schema without end tokens": (
+        CHAT,
+        {"messages": HELLO, "response_format": {"type": "json_object"}, "ignore_eos": True, "stream": True},
+    ),
     "n 0": (TEXT, {"prompt": "a", "n": 0}),
     "n too many": (TEXT, {"prompt": "a", "n": 5}),
     "a schema": (CHAT, {"messages": HELLO, "response_format": {"type": "json_schema", "json_schema": {}}}),

@@ -1,6 +1,6 @@
 """The HTTP server: JSON to requests, stream chunks to JSON. One thread owns the engine; nothing here holds arrays.
 
-asking      GenerationRequest: what a client asks for, whatever its dialect
+asking      GenerationRequest: what a client asks for, in one form for all dialects
 nouns       Settings, StreamChunk, FinishInfo, Usage, ServerError
 service     Admission: prompts to token ids, limits, sampling defaults, the queue
 worker      EngineThread: submit, cancel, faults; GenerationStream: the chunks of one HTTP request

@@ -53,13 +53,13 @@ def render_error(path: str, error: ServerError) -> dict[str, Any]:
 
 
 def _add_error_handlers(app: FastAPI) -> None:
-    async def refused(request: Request, error: Exception) -> Response:
-        assert isinstance(error, ServerError)
+    @app.exception_handler(ServerError)
+    async def refused(request: Request, error: ServerError) -> Response:
         request.state.log["error"] = error.message
         return error_response(render_error(request.url.path, error), error)
 
-    async def not_found(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
+    @app.exception_handler(HTTPException)
+    async def not_found(request: Request, error: HTTPException) -> Response:
         method, path = request.method, request.url.path[:200]
         message = f"{method} is not allowed for {path}" if error.status_code == 405 else f"{path} does not exist"
         shown = ServerError(error.status_code, None, message)
@@ -67,14 +67,11 @@ def _add_error_handlers(app: FastAPI) -> None:
         response.headers.update(error.headers or {})
         return response
 
+    @app.exception_handler(Exception)
     async def fault(request: Request, error: Exception) -> Response:
         request.state.log["error"] = f"{type(error).__name__}: {error}"[:300]
         shown = ServerError(500, "internal_error", "internal error; see the server's log")
         return error_response(render_error(request.url.path, shown), shown)
-
-    app.add_exception_handler(Exception, fault)
-    app.add_exception_handler(ServerError, refused)
-    app.add_exception_handler(HTTPException, not_found)
 
 
 def _add_operations(app: FastAPI, admission: Admission) -> None:

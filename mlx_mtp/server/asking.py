@@ -63,7 +63,7 @@ class ResponseFormat:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """What a client asks for, whatever its dialect. `Admission.prepare` makes the engine's requests from it."""
+    """What a client asks for, in any dialect. `Admission.prepare` makes the engine's requests from it."""
 
     messages: Sequence[dict[str, Any]] | None = None  # a chat; None continues `prompt`
     prompt: str | Sequence[int] = ""  # text or token ids

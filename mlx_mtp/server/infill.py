@@ -1,9 +1,9 @@
 """Filling a hole in a text: llama.cpp's /infill, and what `suffix` means in other dialects.
 
-Gemma 4 documents no tokens for this, so the model is asked in words. It sees the text around the hole. Its reply is
-begun with a code fence and the last lines before the hole, so that what it writes next belongs in the hole. The output
-ends at the closing fence, or where the first line after the hole begins. The quality has not been measured. A base
-model cannot be asked, since it has no chat template.
+Gemma 4 documents no tokens for this, so the prompt is a question with the text around the hole. The reply is begun
+with a code fence and the last lines before the hole: what the model writes next belongs in the hole. The output ends at
+the closing fence, or where the first line after the hole begins. The quality has not been measured. A base model cannot
+do this, since it has no chat template.
 """
 
 from __future__ import annotations

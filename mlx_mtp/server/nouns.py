@@ -70,22 +70,15 @@ class Usage:
     reasoning_tok: int
 
 
+@dataclass(eq=False)
 class ServerError(Exception):
-    """A request that is refused or has failed. Each dialect writes it in its own form.
+    """A request that is refused or has failed. Each dialect writes it in its own form."""
 
-    status: of HTTP. code: for programs. param: the field at fault. retry_s: seconds until a retry may succeed.
-    """
-
-    def __init__(
-        self,
-        status: int,
-        code: str | None,
-        message: str,
-        param: str | None = None,
-        retry_s: float | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status, self.code, self.message, self.param, self.retry_s = status, code, message, param, retry_s
+    status: int  # of HTTP
+    code: str | None  # for programs
+    message: str
+    param: str | None = None  # the field at fault
+    retry_s: float | None = None  # seconds until a retry may succeed
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ServerError:

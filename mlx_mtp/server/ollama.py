@@ -170,7 +170,7 @@ async def _answer(
     request: Request, admission: Admission, form: CommonForm, writer: OllamaWriter, has_prompt: bool
 ) -> Response:
     _check_model(admission, form.model)
-    if not has_prompt:  # asks to load the model, which is loaded
+    if not has_prompt:  # a request to load the model, which is loaded
         return Json(writer.loaded())
     return await respond(request, admission, [form.request()], writer, form.stream)
 

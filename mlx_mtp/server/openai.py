@@ -27,19 +27,19 @@ def router(admission: Admission) -> APIRouter:
     """The dialect's routes."""
     routes = APIRouter(prefix="/v1")
 
-    @routes.post("/chat/completions", openapi_extra=_openapi(ChatForm))
+    @routes.post("/chat/completions")
     async def chat(request: Request) -> Response:
         form = await read_body(request, ChatForm, admission)
         admission.check_model(form.model)
         return await respond(request, admission, [form.request()], ChatWriter(admission, form), form.stream)
 
-    @routes.post("/completions", openapi_extra=_openapi(CompletionForm))
+    @routes.post("/completions")
     async def complete(request: Request) -> Response:
         form = await read_body(request, CompletionForm, admission)
         admission.check_model(form.model)
-        asked = _completions(form)
-        writer = CompletionWriter(admission, form, len(asked) * form.n)
-        return await respond(request, admission, asked, writer, form.stream)
+        wanted = _completions(form)
+        writer = CompletionWriter(admission, form, len(wanted) * form.n)
+        return await respond(request, admission, wanted, writer, form.stream)
 
     @routes.get("/models")
     async def models() -> Response:
@@ -58,12 +58,12 @@ def _completions(form: CompletionForm) -> list[GenerationRequest]:
     base = replace(form.request(), logprobs=form.logprobs)
     if not form.suffix:
         return [replace(base, prompt=prompt) for prompt in form.prompts()]
-    asked = []
+    wanted = []
     for prompt in form.prompts():
         if not isinstance(prompt, str):
             raise invalid("suffix needs a prompt of text, not token ids", "suffix")
-        asked.append(infill.fill(base, infill.Hole(prompt, form.suffix)))
-    return asked
+        wanted.append(infill.fill(base, infill.Hole(prompt, form.suffix)))
+    return wanted
 
 
 def _model_card(admission: Admission) -> dict[str, Any]:
@@ -77,12 +77,6 @@ def _model_card(admission: Admission) -> dict[str, Any]:
         "max_model_len": context,
         "context_length": context,
     }
-
-
-def _openapi(form: type[CommonForm]) -> dict[str, Any]:
-    """The body's schema for /openapi.json; FastAPI does not see it, as bodies are read by `read_body`."""
-    schema = form.model_json_schema(ref_template="#/$defs/{model}")
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
 # writing ----------------------------------------------------------------------------------------------------

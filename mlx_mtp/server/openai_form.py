@@ -17,22 +17,10 @@ from mlx_mtp.server.nouns import ServerError, invalid
 
 # Bookkeeping, hints for caches that this server does not need, and limits on what it never does.
 NO_EFFECT = frozenset(
-    {
-        "user",
-        "metadata",
-        "store",
-        "service_tier",
-        "safety_identifier",
-        "prompt_cache_key",
-        "prompt_cache_retention",
-        "prompt_cache_options",
-        "cache_prompt",  # llama.cpp's: always on here
-        "prediction",  # a hint for speed; the output is the same without
-        "keep_alive",
-        "id_slot",
-        "session_id",
-        "request_id",
-    }
+    "user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_retention prompt_cache_options "
+    "keep_alive id_slot session_id request_id "
+    "cache_prompt "  # llama.cpp's: always on here
+    "prediction".split()  # a hint for speed; the output is the same without
 )
 # Fields that have no meaning at these values, and cannot be honoured at others.
 ONLY_AT: dict[str, tuple[Any, ...]] = {
@@ -65,7 +53,6 @@ class OpenForm(Form):
 
 class StreamOptions(OpenForm):
     include_usage: StrictBool | None = None
-    include_obfuscation: StrictBool | None = None  # padding against eavesdroppers; nothing leaves this machine
     continuous_usage_stats: Literal[False] | None = None
 
 
@@ -291,10 +278,6 @@ def _stable(content: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
 
 def error_body(error: ServerError) -> dict[str, Any]:
     """An error in OpenAI's form."""
-    types = {
-        401: "authentication_error",
-        403: "permission_error",
-        429: "rate_limit_error",
-    }
+    types = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
     kind = types.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
     return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}

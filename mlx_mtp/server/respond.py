@@ -219,10 +219,10 @@ class BlockWriter(DialectWriter):
 
 
 async def respond(
-    request: Request, admission: Admission, asked: Sequence[GenerationRequest], writer: DialectWriter, stream: bool
+    request: Request, admission: Admission, wanted: Sequence[GenerationRequest], writer: DialectWriter, stream: bool
 ) -> Response:
     """Generate and answer in a dialect's form. Raises ServerError before anything has been sent."""
-    generation = await admission.submit(asked)
+    generation = await admission.submit(wanted)
     if stream:
         return StreamResponse(admission, generation, writer)
     outputs = [CompletionText() for _ in generation.choices]

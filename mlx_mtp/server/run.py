@@ -19,7 +19,7 @@ from mlx_mtp.server.app import make_app
 from mlx_mtp.server.metrics import Metrics
 from mlx_mtp.server.nouns import Settings, shutting_down
 from mlx_mtp.server.service import Admission
-from mlx_mtp.server.worker import EngineThread, Progress, Reports
+from mlx_mtp.server.worker import EngineThread, Progress
 
 JOIN_S = 3.0  # time for the engine thread to end
 LINGER_S = 2.0  # time after the grace for the last error to reach its client
@@ -30,15 +30,15 @@ class EngineFailed(Exception):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A bound socket. Raises RequestError, before anything is loaded."""
+    """A socket for `serve`. Raises RequestError before anything is loaded."""
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        bound = socket.socket(family, socket.SOCK_STREAM)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
     except (OSError, OverflowError) as error:
         raise RequestError(f"cannot listen on {host} port {port}: {error}; choose another --host or --port") from None
-    return bound
+    return listener
 
 
 class Server(uvicorn.Server):
@@ -88,7 +88,7 @@ class Server(uvicorn.Server):
         self._admission.engine_thread.abort(shutting_down())
 
 
-def serve(settings: Settings, load: Callable[[], Pair], bound: socket.socket, progress: Progress) -> None:
+def serve(settings: Settings, load: Callable[[], Pair], listener: socket.socket, progress: Progress) -> None:
     """Serve until a signal. load: makes the pair; called on the engine thread.
 
     Raises what `load` raised, and EngineFailed if the engine fails later and does not recover.
@@ -97,9 +97,9 @@ def serve(settings: Settings, load: Callable[[], Pair], bound: socket.socket, pr
     def failed(error: Exception) -> None:
         server.should_exit = True
 
-    engine_thread = EngineThread(load, settings, Reports(progress, failed))
+    engine_thread = EngineThread(load, settings, progress, failed)
     server = Server(Admission(settings, engine_thread, Metrics()))
-    server.run(sockets=[bound])
+    server.run(sockets=[listener])
     engine_thread.abort(shutting_down(), stop=True)
     ended, error = engine_thread.join(JOIN_S), engine_thread.error
     if engine_thread.state == "failed" and error is not None:

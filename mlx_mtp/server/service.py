@@ -40,7 +40,7 @@ class Admission:
         return pair
 
     def check_model(self, name: str | None) -> None:
-        """Refuse a request for another model (404). No request ever loads one."""
+        """Refuse a request for another model (404). No request loads a model."""
         known = (self.settings.name, *self.settings.aliases)
         if name is not None and name not in known and "*" not in known:
             message = f"model {name[:200]!r} is not served here; use {self.settings.name!r}, or start with --alias"
@@ -75,7 +75,7 @@ class Admission:
         for output in outputs:
             chosen = self._sampling(sampling)
             try:
-                engine_request = Request(prompt, limit, chosen, eos, 0, request.logprobs, constraint)
+                engine_request = Request(prompt, limit, chosen, eos, logprobs=request.logprobs, constraint=constraint)
             except RequestError as error:
                 raise invalid(str(error)) from None
             choices.append((engine_request, output))

@@ -1,8 +1,8 @@
 """The engine thread: it alone loads, runs and frees a pair. Requests go in, stream chunks come out.
 
 A fault (an exception from the engine) ends every open request with an error. The thread then builds a new engine over
-the same weights, which takes milliseconds. The likely cause is one request, or too little memory for it, and an editor
-has no supervisor that would start the process again. The third fault within five minutes is final: the state becomes
+the same weights, which takes milliseconds. The likely cause is one request, or too little memory for it. An editor has
+no supervisor that would start the process again. The third fault within five minutes is final: the state becomes
 "failed" and the process ends with a code that a supervisor sees.
 """
 
@@ -21,16 +21,7 @@ from mlx_mtp.calibration import made_up
 from mlx_mtp.pair import Pair, leave_thread
 from mlx_mtp.rows import GREEDY, Event, Request, RequestError, one_line
 from mlx_mtp.server.decoding import OutputDecoder
-from mlx_mtp.server.nouns import (
-    FinishInfo,
-    ServerError,
-    Settings,
-    State,
-    StreamChunk,
-    Usage,
-    invalid,
-    shutting_down,
-)
+from mlx_mtp.server.nouns import FinishInfo, ServerError, Settings, State, StreamChunk, Usage, invalid, shutting_down
 
 MAX_FAULTS, FAULT_WINDOW_S = 3, 300.0
 Progress = Callable[[str, int, int], None]
@@ -101,11 +92,6 @@ class _Choice:
 
 
 @dataclass(frozen=True)
-class _Submit:
-    stream: GenerationStream
-
-
-@dataclass(frozen=True)
 class _Cancel:
     stream: GenerationStream
 
@@ -116,21 +102,19 @@ class _Abort:
     stop: bool
 
 
-@dataclass(frozen=True)
-class Reports:
-    """Callbacks on the engine thread: progress of the warm-up, and a failure that is final."""
-
-    progress: Progress = lambda stage, done, total: None
-    failed: Callable[[Exception], None] = lambda error: None
-
-
 class EngineThread:
     """Runs requests on a thread of its own. The event loop calls `submit`, `cancel` and `abort`."""
 
-    def __init__(self, load: Callable[[], Pair], settings: Settings, reports: Reports) -> None:
-        """load: makes the pair; called on the engine thread."""
-        self._load, self._settings, self._reports = load, settings, reports
-        self._commands: SimpleQueue[_Submit | _Cancel | _Abort] = SimpleQueue()
+    def __init__(
+        self,
+        load: Callable[[], Pair],
+        settings: Settings,
+        progress: Progress = lambda stage, done, total: None,
+        failed: Callable[[Exception], None] = lambda error: None,
+    ) -> None:
+        """The callbacks run on the engine thread. load: makes the pair. failed: the engine will not recover."""
+        self._load, self._settings, self._progress, self._failed = load, settings, progress, failed
+        self._commands: SimpleQueue[GenerationStream | _Cancel | _Abort] = SimpleQueue()  # a stream is to be started
         self._lock = threading.Lock()  # so that no command is queued after the thread has ended
         self._choices: dict[int, _Choice] = {}  # by the engine's request id
         self._fault_times: list[float] = []
@@ -154,7 +138,7 @@ class EngineThread:
             if self.state not in ("ready", "restarting"):
                 raise self.refusal()
             self.open += len(choices)
-            self._commands.put(_Submit(stream))
+            self._commands.put(stream)
         return stream
 
     def cancel(self, stream: GenerationStream) -> None:
@@ -214,13 +198,13 @@ class EngineThread:
         batches = sorted({1, min(4, most), most}) if auto else []
         steps = len(batches) + len(settings.warm_up)
         for done, rows in enumerate(batches):
-            self._reports.progress("warm-up", done, steps)
+            self._progress("warm-up", done, steps)
             pair.calibrate(rows)
         width = "heuristic" if auto else settings.num_draft_tokens  # auto would learn from made-up prompts
         for done, (rows, length) in enumerate(settings.warm_up, len(batches)):
-            self._reports.progress("warm-up", done, steps)
+            self._progress("warm-up", done, steps)
             pair.generate(made_up(rows, max(1, min(length, pair.room_tok - 9))), GREEDY, width, 8)
-        self._reports.progress("warm-up", steps, steps)
+        self._progress("warm-up", steps, steps)
 
     def _serve(self, pair: Pair) -> None:
         while self._run_commands(pair):
@@ -240,8 +224,8 @@ class EngineThread:
             except Empty:
                 return True
             wait = False
-            if isinstance(command, _Submit):
-                self._start(pair, command.stream)
+            if isinstance(command, GenerationStream):
+                self._start(pair, command)
             elif isinstance(command, _Cancel):
                 self._post(self._take_out(pair, command.stream))
             else:
@@ -309,11 +293,11 @@ class EngineThread:
             self.state, self.error = state, error or self.error
         while not self._commands.empty():
             command = self._commands.get()
-            if isinstance(command, _Submit):
-                self._send([(command.stream, self.refusal())])
+            if isinstance(command, GenerationStream):
+                self._send([(command, self.refusal())])
         self.running = self.waiting = 0
         if state == "failed" and error is not None:
-            self._reports.failed(error)
+            self._failed(error)
 
     def _fail_all(self, error: ServerError) -> None:
         """End every open stream with an error."""

@@ -2,7 +2,7 @@
 
 One method is overridden: each engine request gets a constraint that allows one token at every position. The engine
 computes prompts and outputs as usual and drafts the forced tokens, as with a grammar. The weights are random, because
-no token depends on them, and tiny, because agents send tens of thousands of tokens to a CPU.
+no token depends on them. They are tiny, because agents send tens of thousands of tokens to a CPU.
 
 with scripted(tmp_path) as server:
     server.says(lambda prompt: answer(prompt, "Hello."))
@@ -191,7 +191,7 @@ def _value(value: str | bool | list[str]) -> str:
 
 @contextlib.contextmanager
 def scripted(folder: Path) -> Iterator[Scripted]:
-    """A server on a free port; its checkpoint is written to the folder."""
+    """A server on an unused port; its checkpoint is written to the folder."""
     config = target_config(
         vocab_size=2048,
         hidden_size=32,

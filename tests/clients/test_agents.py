@@ -1,7 +1,7 @@
 """Coding agents against the server: the model calls a tool, the agent runs it, its result comes back, the model ends.
 
 A script decides what the model writes; everything else is real. The note's word is in no prompt until the agent has
-run the tool, so an answer that has the word went all the way round.
+run the tool. So an answer that has the word went all the way round.
 """
 
 import json
@@ -123,7 +123,7 @@ def test_continue_runs_a_command_and_reports_its_result(server, desk, word):
         str(config),
         CONTINUE_CLI_ENABLE_TELEMETRY="0",
         CONTINUE_METRICS_ENABLED="0",
-        CONTINUE_API_BASE="http://127.0.0.1:9/",  # otherwise it asks continue.dev about the user
+        CONTINUE_API_BASE="http://127.0.0.1:9/",  # otherwise it calls continue.dev
     )
     check_loop(server, desk, ran, word, {"/v1/chat/completions": 2})
 
