@@ -20,7 +20,7 @@ VOLATILE = re.compile(r"^x-anthropic-billing-header:[^\n]*\n?", re.MULTILINE)
 
 @dataclass(frozen=True)
 class ResponseFormat:
-    """What an output must look like."""
+    """The form that an output must have."""
 
     tools: tuple[dict[str, Any], ...] = ()  # the tools that the model may call
     tool_choice: Literal["auto", "required"] = "auto"

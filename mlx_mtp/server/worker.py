@@ -172,7 +172,7 @@ class EngineThread:
         try:
             self._run()
         finally:
-            self.pair = None
+            self.pair = None  # its arrays are freed on this thread
             leave_thread()
 
     def _run(self) -> None:
