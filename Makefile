@@ -11,6 +11,7 @@ WORKERS ?= 2
 # Other people's programs, for test-clients.
 include tests/clients/versions.mk
 CLIENTS := .clients
+REAL := .venv-real
 LLAMA_VIM ?=
 export LLAMA_VIM
 AIDER_PYTHON ?= $(shell for p in python3.12 python3.11 python3.10 $(PYTHON); do \
@@ -24,7 +25,7 @@ def add_extension(module, name, code):
 endef
 export DEMO_PROMPT
 
-.PHONY: help demo test test-slow test-kernels test-clients client-needs check clean
+.PHONY: help demo test test-slow test-kernels test-real-shapes test-clients client-needs check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -32,10 +33,13 @@ help:
 	@echo "make test    run the test suite"
 	@echo "make test-kernels  the Metal kernels, on Metal or in the CPU emulator (g++); 5 minutes"
 	@echo "make test-slow  thousands of schedules, cache histories and requests; about half an hour"
+	@echo "make test-real-shapes  published widths with random weights, beside transformers, mlx-lm and mlx-vlm: 10 minutes,"
+	@echo "                   8 GB of memory, 12 GB of disk for its time; installs them and torch into $(REAL) (2 GB;"
+	@echo "                   on Linux PyPI's torch brings 5 GB of CUDA libraries along)"
 	@echo "make test-clients  other people's editors and agents, which it installs into $(CLIENTS) (2 GB);"
 	@echo "                   LLAMA_VIM=... takes a folder with llama.vim instead of cloning it"
 	@echo "make check   ruff, ruff format --check, pyright"
-	@echo "make clean   remove .venv, $(CLIENTS) and what the tools left"
+	@echo "make clean   remove .venv, $(REAL), $(CLIENTS) and what the tools left"
 	@echo "PYTHON=...   the Python to build .venv with (3.11 or newer; now: $(PYTHON))"
 
 demo: $(VENV)/.installed
@@ -43,10 +47,14 @@ demo: $(VENV)/.installed
 	@printf '%s' "$$DEMO_PROMPT"
 	@HF_HUB_OFFLINE=1 $(BIN)/mlx-mtp generate --raw --no-remember --max-tokens $(MAX_TOKENS) "$$DEMO_PROMPT"
 
-test: $(VENV)/.installed-dev
+define BLAS_HINT
 	@if [ "$$(uname)" = Linux ] && [ -z "$$LD_PRELOAD" ]; then \
 		echo "hint: MLX's Linux wheel has a slow reference BLAS; with OpenBLAS installed," \
-			"LD_PRELOAD=libopenblas.so.0 make test is several times faster" >&2; fi
+			"LD_PRELOAD=libopenblas.so.0 make $@ is several times faster" >&2; fi
+endef
+
+test: $(VENV)/.installed-dev
+	$(BLAS_HINT)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 test-kernels: $(VENV)/.installed-dev
@@ -54,6 +62,10 @@ test-kernels: $(VENV)/.installed-dev
 
 test-slow: $(VENV)/.installed-dev
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+test-real-shapes: $(REAL)/.installed
+	$(BLAS_HINT)
+	HF_HUB_OFFLINE=1 $(REAL)/bin/python -m pytest -m real_shapes tests/real_shapes $(PYTEST_ARGS)
 
 test-clients: client-needs $(VENV)/.installed-dev $(CLIENTS)/.npm $(CLIENTS)/.aider \
 		$(if $(LLAMA_VIM),,$(CLIENTS)/.llama.vim)
@@ -65,7 +77,7 @@ check: $(VENV)/.installed-dev
 	$(BIN)/pyright
 
 clean:
-	rm -rf $(VENV) $(CLIENTS) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(REAL) $(CLIENTS) build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Stamps: an edited pyproject.toml installs again, nothing else does (the install is editable).
@@ -83,6 +95,11 @@ $(VENV)/.installed: pyproject.toml $(VENV)/.created
 $(VENV)/.installed-dev: pyproject.toml $(VENV)/.created
 	$(PIP) -e '.[dev]'
 	@touch $(VENV)/.installed $@
+
+$(REAL)/.installed: pyproject.toml tests/real_shapes/versions.txt $(VENV)/.created
+	$(PYTHON) -m venv --clear $(REAL)
+	$(REAL)/bin/python -m pip --disable-pip-version-check install --quiet -e '.[dev]' -r tests/real_shapes/versions.txt
+	@touch $@
 
 # Checked before anything is fetched; aider runs on no newer Python.
 client-needs:

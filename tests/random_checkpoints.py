@@ -230,18 +230,22 @@ STATISTICS = (
 )
 
 
+def spread_of(name: str, shape: tuple[int, ...], text: Config) -> tuple[float, float]:
+    """Mean and standard deviation of a tensor's random values."""
+    width = text.get("hidden_size_per_layer_input") or 1 if "embed_tokens_per_layer" in name else shape[-1]
+    rules = [(mean, std) for pattern, mean, std in STATISTICS if fnmatch.fnmatch(name, pattern)]
+    return rules[0] if rules else (0.0, width**-0.5)
+
+
 def random_tensors(config: Config, seed: int = 0) -> Checkpoint:
     """Random bfloat16 weights (`token_ordering` int64) for a config, the same for the same seed."""
     rng = np.random.default_rng(seed)
-    per_layer = text_of(config).get("hidden_size_per_layer_input") or 1
     tensors = {}
     for name, shape in sorted(tensor_shapes(config).items()):
         if name.endswith("token_ordering"):
             tensors[name] = mx.array(rng.permutation(shape[0]))
             continue
-        width = per_layer if "embed_tokens_per_layer" in name else shape[-1]
-        rules = [(mean, std) for pattern, mean, std in STATISTICS if fnmatch.fnmatch(name, pattern)]
-        mean, std = rules[0] if rules else (0.0, width**-0.5)
+        mean, std = spread_of(name, shape, text_of(config))
         value = rng.standard_normal(shape) * std + mean
         if re.search(r"model\.norm\.weight$", name):
             # with positive gains a tied head favours its own input token
