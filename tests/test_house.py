@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Top to bottom. A module may import from its own layer and from those below it.
 LAYERS = (
     ("cli", "server", "__main__"),
-    ("compare", "plan"),
+    ("compare", "plan", "selftest"),
     ("pair", "roofline"),
     ("chips", "shapes", "provenance"),
     ("segments", "arguments", "messages", "grammar", "call_grammar", "loops"),

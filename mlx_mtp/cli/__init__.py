@@ -7,6 +7,7 @@ from mlx_mtp.cli import compare as compare
 from mlx_mtp.cli import generate as generate
 from mlx_mtp.cli import plan as plan
 from mlx_mtp.cli import reports as reports
+from mlx_mtp.cli import selftest as selftest
 from mlx_mtp.cli import serve as serve
 from mlx_mtp.cli.app import app, main
 

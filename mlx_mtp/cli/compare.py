@@ -66,7 +66,6 @@ def compare(options: Compare) -> None:
     """Compare speed and text with mlx-lm and mlx-vlm: same checkpoint, same token ids, end tokens off, greedy."""
     from mlx_mtp import __version__
     from mlx_mtp.compare.cases import KINDS
-    from mlx_mtp.compare.driver import Pool, Protocol
     from mlx_mtp.compare.plot import plot, require
     from mlx_mtp.compare.report import to_json, write_csv
     from mlx_mtp.provenance import provenance
@@ -76,26 +75,32 @@ def compare(options: Compare) -> None:
         require()
     if options.preload:
         _preload_openblas()
-    loads, contenders = _contenders(options)
-    how = Protocol(options.tokens, options.repeats, options.cool_down, options.one_at_a_time)
-    machine = provenance(["mlx-mtp", *sys.argv[1:]], __version__)
+    machine, tables = provenance(["mlx-mtp", *sys.argv[1:]], __version__), []
     say("; ".join(f"{name} {value}" for name, value in machine.items() if name not in ("when", "command")))
-    pool, tables = Pool(loads, options.one_at_a_time), []
-    try:
-        contenders = _only_running(pool, contenders)
-        for found in _tables(options, pool, contenders, how):
-            tables.append(found)
-            if options.csv:
-                write_csv(options.csv, tables, machine)
-            if not options.as_json:
-                _show(found)
-    finally:
-        pool.close()
+    for found in measured(options):
+        tables.append(found)
+        if options.csv:
+            write_csv(options.csv, tables, machine)
+        if not options.as_json:
+            _show(found)
     if options.as_json:
         settings = {name: str(value) for name, value in vars(options).items() if value is not None}
         print_json(to_json(tables, machine, settings))
     if options.plot:
         plot(options.plot, tables, f"{options.model}, {machine['chip']}, mlx {machine['mlx']}")
+
+
+def measured(options: Compare) -> Iterator[Table]:
+    """Tables of every kind and number of rows, one after the other. Raises RequestError and CompareError."""
+    from mlx_mtp.compare.driver import Pool, Protocol
+
+    loads, contenders = _contenders(options)
+    how = Protocol(options.tokens, options.repeats, options.cool_down, options.one_at_a_time)
+    pool = Pool(loads, options.one_at_a_time)
+    try:
+        yield from _tables(options, pool, _only_running(pool, contenders), how)
+    finally:
+        pool.close()
 
 
 def _check(options: Compare, kinds: tuple[str, ...]) -> None:
@@ -169,7 +174,6 @@ def _only_running(pool: Pool, contenders: list[Contender]) -> list[Contender]:
 
 
 def _tables(options: Compare, pool: Pool, contenders: list[Contender], how: Protocol) -> Iterator[Table]:
-    """Tables of every kind and number of rows, one after the other."""
     from mlx_mtp.compare.cases import cases_of, prompts_of
     from mlx_mtp.compare.driver import Reference, measure
     from mlx_mtp.compare.report import table
