@@ -17,9 +17,10 @@ def prefilled(target: LoadedTarget, ids: np.ndarray) -> tuple[Cache, mx.array]:
     return cache, extended(target, cache, ids)
 
 
-def extended(target: LoadedTarget, cache: Cache, ids: np.ndarray) -> mx.array:
-    """Hidden states [1, L, H] of so many more tokens, which stay in the cache."""
-    hidden, _ = target.model.forward(mx.array(ids)[None], cache.open(ROW, len(ids)))
+def extended(target: LoadedTarget, cache: Cache, ids: np.ndarray, is_round: bool = False) -> mx.array:
+    """Hidden states [1, L, H] of so many more tokens, which stay in the cache; of a prompt, or of a round."""
+    pass_ = cache.open(ROW, len(ids), frozenset() if is_round else None)
+    hidden, _ = target.model.forward(mx.array(ids)[None], pass_)
     cache.commit(ROW, mx.array([len(ids)]), len(ids))
     return hidden
 
@@ -57,7 +58,7 @@ def best_token(target: LoadedTarget, prompt: np.ndarray, text: np.ndarray, colum
     """The token that each of a text's columns would choose [L]: after a prompt, in passes of so many columns."""
     cache, chosen = prefilled(target, prompt)[0], []
     for first in range(0, len(text), columns):
-        hidden = extended(target, cache, text[first : first + columns])
+        hidden = extended(target, cache, text[first : first + columns], is_round=True)
         chosen.append(np.array(mx.argmax(target.model.logits(hidden)[0], axis=-1)))
     return np.concatenate(chosen)
 
@@ -71,5 +72,5 @@ def greedy(target: LoadedTarget, prompt: np.ndarray, count: int) -> tuple[np.nda
         best = mx.topk(scores, 2)
         tokens.append(mx.argmax(scores).item())
         margins.append(mx.abs(best[0] - best[1]).item())
-        hidden = extended(target, cache, np.array(tokens[-1:]))
+        hidden = extended(target, cache, np.array(tokens[-1:]), is_round=True)
     return np.array(tokens), np.array(margins)
