@@ -160,6 +160,14 @@ def test_the_achieved_speedup_stands_beside_the_one_that_tokens_per_round_give(m
     assert row[6].startswith("1.80 (1.60..2.00)") and row[7] == "2.00" and row[5] == "0.75"
 
 
+def test_tokens_per_round_are_those_of_the_timed_runs_and_not_of_the_warm_up():
+    ours = Contender("mlx-mtp width auto", "mlx-mtp", "auto", True, PLAIN.name)
+    measured = _measured(ours, [8, 10], 2)
+    measured.texts = [Run(1, 10, [(1.0, 0, [1]), (2.0, 0, [2] * 8)], Drafts(8, [8], [0]), 5)]
+    (figures,) = table("code", [measured], {ours.name: []}, [[10]]).figures
+    assert figures.tokens_per_round == figures.if_free == 2 and figures.kept_by_position == (0.75,)
+
+
 def test_speeds_of_a_repeat_are_taken_over_all_its_cases():
     one = Run(1, 10, [(1.0, 0, [1]), (2.0, 0, [2]), (3.0, 0, [3])])
     two = Run(1, 30, [(3.0, 0, [1]), (4.0, 0, [2, 2, 2]), (5.0, 0, [3])])

@@ -114,10 +114,10 @@ def ratio(mine: Sequence[float], other: Sequence[float]) -> Spread:
 
 def _figures(m: Measured, decode: dict[str, list[float]], speeds: list[Speeds], differs: list[Divergence]) -> Figures:
     name, rows = m.contender.name, m.texts[0].rows
-    drafts = Drafts()
-    for text in m.texts:
-        drafts.add(text.drafts.rounds, text.drafts.drafted_at, text.drafts.kept_at)
-    per_round = statistics.mean(text.tokens_per_round for text in m.texts)
+    timed, drafts = [run for runs in m.timed for run in runs], Drafts()
+    for run in timed:
+        drafts.add(run.drafts.rounds, run.drafts.drafted_at, run.drafts.kept_at)
+    per_round = statistics.mean(run.tokens_per_round for run in timed)
     plain = m.contender.plain if m.contender.drafts else None
     return Figures(
         name=name,
@@ -131,7 +131,7 @@ def _figures(m: Measured, decode: dict[str, list[float]], speeds: list[Speeds], 
         over_plain=ratio(decode[name], decode[plain]) if plain in decode else None,
         if_free=per_round,
         over_baseline=ratio(decode[name], decode[BASELINE.name]) if BASELINE.name in decode else None,
-        peak_bytes=max(text.peak_bytes for text in m.texts),
+        peak_bytes=max(run.peak_bytes for run in timed),
         differs=tuple(differs),
         stable=m.stable,
     )
