@@ -45,7 +45,7 @@ help:
 demo: $(VENV)/.installed
 	@if [ "$$(uname)" = Linux ]; then echo "on Linux the first run builds MLX's CPU kernels with g++: half a minute" >&2; fi
 	@printf '%s' "$$DEMO_PROMPT"
-	@HF_HUB_OFFLINE=1 $(BIN)/mlx-mtp generate --raw --no-remember --max-tokens $(MAX_TOKENS) "$$DEMO_PROMPT"
+	@HF_HUB_OFFLINE=1 $(BIN)/mlx-mtp generate --raw --max-tokens $(MAX_TOKENS) "$$DEMO_PROMPT"
 
 define BLAS_HINT
 	@if [ "$$(uname)" = Linux ] && [ -z "$$LD_PRELOAD" ]; then \

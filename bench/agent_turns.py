@@ -125,7 +125,7 @@ def servers(args: argparse.Namespace, folder: Path) -> list[Server]:
     if "ours" in args.servers:
         port = free_port()
         command = [sys.executable, "-m", "mlx_mtp", "serve", "-m", target, "--drafter", str(TINY / "drafter")]
-        command += ["--dtype", "float32", "--port", str(port), "--name", "served", "--no-remember"]
+        command += ["--dtype", "float32", "--port", str(port), "--name", "served"]
         out.append(Server("mlx-mtp", command, port, "served", folder / "ours.log"))
     if "mlx-lm" in args.servers:
         port = free_port()

@@ -23,8 +23,8 @@ from made_up import MadeUp, Size, bytes_of, make
 from mlx_mtp import __version__
 from mlx_mtp.accept import Verdict, verdict
 from mlx_mtp.cache import Cache
-from mlx_mtp.depth import MAX_WIDTH, depth_of
 from mlx_mtp.doctor import memory_bytes
+from mlx_mtp.draft_length import MAX_WIDTH, make_policy
 from mlx_mtp.drafters.mtp import MtpDrafter
 from mlx_mtp.engine import Engine
 from mlx_mtp.provenance import provenance
@@ -101,8 +101,9 @@ def run(made: MadeUp, setting: Setting, rounds: int, seed: int = 0, profile: boo
     """Some rounds of a fresh engine; times are those of its first row."""
     cache = Cache(made.target.specs, MAX_WIDTH, made.dtype)
     drafter, limits = MtpDrafter(made.target, made.drafter, cache), Limits(max_rows=setting.batch)
-    engine = Engine(made.target, cache, drafter, depth_of(setting.width), limits, profile)
-    engine.judge = Synthetic(setting.acceptance, seed)
+    engine = Engine(made.target, cache, drafter, make_policy(setting.width), limits)
+    engine.profile = profile
+    engine.runner.judge = Synthetic(setting.acceptance, seed)
     prompt = tuple((31 * i + 7) % made.target.config.vocab_size for i in range(setting.context))
     most = (setting.width + 1) * (rounds + WARM_UP_ROUNDS + setting.batch + 4)
     requests, decoding = [engine.submit(Request(prompt, most, GREEDY)) for _ in range(setting.batch)], 0

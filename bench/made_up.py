@@ -14,8 +14,8 @@ import mlx.nn as nn
 from mlx.utils import tree_map, tree_map_with_path, tree_unflatten
 
 from mlx_mtp.cache import Cache
-from mlx_mtp.depth import MAX_WIDTH
 from mlx_mtp.doctor import on_gpu
+from mlx_mtp.draft_length import MAX_WIDTH
 from mlx_mtp.few_rows import use_kernels
 from mlx_mtp.models.config import TextConfig
 from mlx_mtp.models.experts import ExpertLinear

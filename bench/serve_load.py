@@ -74,7 +74,7 @@ def servers(args: argparse.Namespace, folder: Path) -> list[Server]:
     for width in args.widths if "ours" in args.servers else ():
         port = free_port()
         command = [sys.executable, "-m", "mlx_mtp", "serve", "-m", target, "--drafter", drafter, "--width", width]
-        command += ["--dtype", "float32", "--port", str(port), "--name", "served", "--no-remember", "--queue", "1000"]
+        command += ["--dtype", "float32", "--port", str(port), "--name", "served", "--queue", "1000"]
         out.append(Server(f"mlx-mtp width {width}", command, port, "served", folder / f"{port}.log"))
     if "mlx-lm" in args.servers:
         port = free_port()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from mlx_mtp.cache import Cache
-from mlx_mtp.depth import MAX_WIDTH
+from mlx_mtp.draft_length import MAX_WIDTH
 from mlx_mtp.load import LoadedPair, LoadedTarget
 from mlx_mtp.rows import GREEDY, Forward
 from mlx_mtp.sampling import RowSampler, Sampler

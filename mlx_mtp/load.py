@@ -15,14 +15,17 @@ import mlx.nn as nn
 
 from mlx_mtp import hub
 from mlx_mtp.cache import Cache
-from mlx_mtp.drafters import Drafter
+from mlx_mtp.draft_length import MAX_WIDTH, DraftLengthPolicy
+from mlx_mtp.drafters import Drafter, lookup
 from mlx_mtp.drafters.kinds import Kind, Network, Parts, kind_of, kinds, split_name
 from mlx_mtp.drafters.plain import PlainDrafter
+from mlx_mtp.engine import Engine
 from mlx_mtp.few_rows import use_kernels
 from mlx_mtp.models.families import Family, Target, family_of
 from mlx_mtp.models.gemma4_assistant import Assistant
 from mlx_mtp.pairs import check_pair, find_drafter, whole_copy
 from mlx_mtp.rows import CheckpointError, DownloadError, PairingError, RequestError, Sampling
+from mlx_mtp.scheduler import Limits
 from mlx_mtp.tensors import read_headers, read_json
 from mlx_mtp.weights import Folder, Plan, Report, bare, plan, read
 
@@ -92,6 +95,22 @@ class LoadedPair:
         """As --drafter takes it; None decodes plainly."""
         names = [self.drafter.name] if self.drafter else []
         return "+".join([*names, *(kind.name for kind in self.over)]) or None
+
+    @property
+    def match_tokens(self) -> int:
+        """The least match that prompt lookup drafts from; 0 without it."""
+        over = any(kind.name == lookup.KIND.name for kind in self.over)
+        return lookup.match_tokens(alone=self.drafter is None) if over else 0
+
+    @property
+    def catch_up(self) -> float:
+        """As of `CostProfile`."""
+        return self.drafter.kind.catch_up if self.drafter else 0.0
+
+    def new_engine(self, policy: DraftLengthPolicy, limits: Limits) -> Engine:
+        """An engine with a cache of its own."""
+        cache = Cache(self.target.model.specs, MAX_WIDTH, self.target.dtype)
+        return Engine(self.target.model, cache, self.new_drafter(cache), policy, limits, self.match_tokens)
 
     def network_drafter(self, cache: Cache) -> Drafter:
         """What drafts with the network over a cache of the target; plain decoding if there is none."""

@@ -5,16 +5,10 @@ They are the log-softmax of the target's logits as they come. Knows no row and n
 
 from __future__ import annotations
 
-import struct
-
 import mlx.core as mx
+import numpy as np
 
 from mlx_mtp.rows import TokenLogprob
-
-
-def packed_size(most: int) -> int:
-    """Numbers a token takes when the `most` most probable ones are packed beside it."""
-    return 1 + 2 * most
 
 
 def pack(logits: mx.array, tokens: mx.array, most: int) -> mx.array:
@@ -31,26 +25,15 @@ def pack(logits: mx.array, tokens: mx.array, most: int) -> mx.array:
     return mx.concatenate([values.view(mx.int32), ids], axis=-1)
 
 
-def packed_rows(logits: mx.array, tokens: mx.array, rows: list[int], most: int) -> list[mx.array]:
-    """`pack` of some of the rows, flat, in a list; an empty one for no rows."""
-    if not rows:
-        return []
-    if len(rows) < logits.shape[0]:
-        some = mx.array(rows, mx.int32)
-        logits, tokens = logits[some], tokens[some]
-    return [pack(logits, tokens, most).reshape(-1)]
-
-
-def unpack(values: list[int], tokens: list[int], most: int, wanted: int) -> tuple[TokenLogprob, ...]:
-    """What `pack` gave for the columns of one row, flat, as far as there are tokens; the best `wanted` of the `most`.
+def unpack(packed: np.ndarray, tokens: list[int], wanted: int) -> tuple[TokenLogprob, ...]:
+    """What `pack` gave for the columns of one row, [L, 1 + 2 * most], as far as there are tokens; the best `wanted`.
 
     Best first, the lowest id first on ties, the token itself among them: so a greedy choice always comes first.
     """
-    out, size = [], packed_size(most)
-    for i, token in enumerate(tokens):
-        part = values[i * size : (i + 1) * size]
-        own, *floats = struct.unpack(f"={1 + most}f", struct.pack(f"={1 + most}i", *part[: 1 + most]))
-        top = dict(zip(part[1 + most :], floats, strict=True))
+    out, most = [], packed.shape[1] // 2
+    for token, column in zip(tokens, packed, strict=False):
+        own, *floats = map(float, column[: 1 + most].view(np.float32))
+        top = dict(zip(map(int, column[1 + most :]), floats, strict=True))
         top[token] = own
         best = sorted(top.items(), key=lambda pair: (-pair[1], pair[0]))[:wanted]
         out.append(TokenLogprob(token, own, tuple(best)))

@@ -13,18 +13,16 @@ from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from importlib import metadata, resources
-from pathlib import Path
 from typing import cast
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_mtp import inside
-from mlx_mtp.cache import Cache
-from mlx_mtp.calibration import calibrate
-from mlx_mtp.depth import MAX_WIDTH, depth_of
+from mlx_mtp import inside, kernels
+from mlx_mtp.cost_profile import BATCHES, CostProfiler, file_of
 from mlx_mtp.doctor import memory_bytes
-from mlx_mtp.engine import Engine
+from mlx_mtp.draft_length import MAX_WIDTH, PRIOR_PROFILE, DraftLengthPolicy, GoodputPolicy, make_policy
+from mlx_mtp.kept import own_cache
 from mlx_mtp.load import LoadedPair, load_pair
 from mlx_mtp.pairs import poor_acceptance
 from mlx_mtp.processors import check_ids
@@ -32,7 +30,6 @@ from mlx_mtp.provenance import chip
 from mlx_mtp.rows import Completion, Event, FinishReason, Request, RequestError, Sampling, Stats, TokenLogprob
 from mlx_mtp.scheduler import Limits
 from mlx_mtp.text import StoppedText, Text
-from mlx_mtp.tuning import Policies, Tuning
 
 Prompt = str | Sequence[int] | Sequence[dict]
 """Text to continue, token ids, or a conversation as [{"role": ..., "content": ...}, ...]."""
@@ -91,50 +88,47 @@ class Pair:
         self.text, self.warnings, self.default_sampling = text, loaded.notes, target.sampling
         self.target_name, self.drafter_name, self.family = target.name, loaded.drafter_name, target.family
         self.context_tok = target.model.config.max_positions
-        self._model, self._dtype, self._eos = target.model, target.dtype, target.eos
+        self._model, self._eos = target.model, target.eos
         self._loaded = loaded
         self._limits, self._profile = limits or _limits(loaded, Limits(), None), False
-        self._tuning: Tuning | None = None
+        self._costs = PRIOR_PROFILE
+        self._profiler = profiler_of(loaded)
         self.restart()
 
     def restart(self) -> None:
         """Forget all requests and all cached keys and values, and begin with a new engine over the same weights."""
-        self._policies, self._engine = Policies(self._tuning), self._new_engine()
+        self._policies: dict[str, DraftLengthPolicy] = {}  # by width as it is written: True and 1.0 are equal to 1
+        self._engine = self._loaded.new_engine(make_policy(0), self._limits)
+        self._engine.profile = self._profile
         scheduler, most = self._engine.scheduler, self._limits.kv_bytes
         share = most and most // self._limits.max_rows
         self._most_tok = scheduler.positions_in(most, self.context_tok)
         self._share_tok = scheduler.positions_in(share, self.context_tok)
         self._inbox: dict[int, deque[Event]] = {}
 
-    def _new_engine(self) -> Engine:
-        model, cache = self._model, Cache(self._model.specs, MAX_WIDTH, self._dtype)
-        return Engine(model, cache, self._loaded.new_drafter(cache), depth_of(0), self._limits, self._profile)
-
     def profile(self) -> None:
         """From now on `Stats.draft_s` tells drafting from verifying, at the cost of a wait a round."""
         self._profile = self._engine.profile = True
 
-    def remember(self, folder: str | Path) -> None:
-        """Keep in a folder, whenever no request is left, what width "auto" has learnt, and begin with what it learnt in
-        earlier processes: what rounds of this pair cost here, and how many drafts are kept. The text is the same. A
-        folder that cannot be written to keeps nothing."""
-        target, drafter = self._loaded.target, self._loaded.drafter
-        loaded = [target, drafter] if drafter else [target]
-        run_as = [str(target.dtype), *(one.weight_bytes for one in loaded), *(kind.name for kind in self._loaded.over)]
-        place, checkpoints = Path(folder).expanduser(), [one.path for one in loaded]
-        self._tuning = Tuning(place, checkpoints, run_as, chip(), metadata.version("mlx"))
-        self._policies = Policies(self._tuning)
+    def measure_costs(self, batch: int = 1) -> bool:
+        """Have width "auto" know what rounds of this pair cost on this machine, for one request or for several at once.
 
-    def calibrate(self, rows: int = 1) -> bool:
-        """Measure what rounds of so many requests cost, for width "auto" to begin with, unless that is known; returns
-        whether it was not. Takes as long as 15 to 50 plain rounds; else the first texts pay for finding that out.
-        Raises RequestError."""
-        if not 1 <= rows <= self._limits.max_rows:
-            raise RequestError(f"rows is {rows!r}; expected 1 to {self._limits.max_rows}, as many as may run at once")
-        unaware = self._policies.unaware(rows) if self.drafter_name else []
-        if unaware:
-            calibrate(self._new_engine(), rows, unaware, self._most_tok)
-        return bool(unaware)
+        Measured once, in at least 40 rounds a batch size, and stored in the user's cache folder; returns whether it
+        had to be. `generate` and `stream` call it themselves, a server does when it starts. Nothing is measured while
+        requests run, nor without a drafter.
+        """
+        if not self.drafter_name or not self.idle:
+            return False
+        most = self._limits.max_rows
+        batches = {min(size, most) for size in BATCHES} if batch > 1 else {1}
+        limits, room = replace(self._limits, prefix_bytes=0), self._share_tok if batch > 1 else self._most_tok
+        profile, measured = self._profiler.profile(
+            batches, lambda: self._loaded.new_engine(make_policy(0), limits), room
+        )
+        policy, self._costs = self._policy("auto"), profile or self._costs
+        assert isinstance(policy, GoodputPolicy)
+        policy.profile = self._costs
+        return measured
 
     @property
     def doubt(self) -> str | None:
@@ -166,6 +160,8 @@ class Pair:
         """
         runs = [_Run(self, p, sampling, width, max_tokens, stop, logprobs) for p in _as_list(prompts)]
         try:
+            if width == "auto":
+                self.measure_costs(len(runs))
             for run in runs:
                 run.submit()
             while not all(run.reason for run in runs):
@@ -198,6 +194,8 @@ class Pair:
 
     def _events(self, run: _Run) -> Generator[Event, None, None]:
         try:
+            if run.width == "auto":
+                self.measure_costs()
             run.submit()
             while True:
                 yield from run.collect()
@@ -208,11 +206,8 @@ class Pair:
             self._close(run)
 
     def _close(self, *runs: _Run) -> None:
-        """End runs; what has been learnt is kept once, where no other is left."""
         for run in runs:
             run.close()
-        if self.idle:
-            self.keep()
 
     def _pump(self) -> None:
         """One step of the engine; events wait for whoever reads their request."""
@@ -269,7 +264,7 @@ class Pair:
 
     def submit(self, request: Request, width: int | str = "auto") -> int:
         """Queue a request of token ids; `step` returns its events, without text. Raises RequestError."""
-        self._use(width)
+        self._engine.policy = self._policy(width)
         return self._engine.submit(request)
 
     def step(self) -> list[Event]:
@@ -280,13 +275,12 @@ class Pair:
         """Forget a request; its row is free before the next pass. Returns what it had cost, None if it had ended."""
         return self._engine.cancel(request)
 
-    def _use(self, width: int | str) -> None:
-        """Decode with this width from now on. Raises RequestError."""
-        self._engine.depth = self._policies.of(width)
-
-    def keep(self) -> None:
-        """Keep what has been learnt, if `remember` has said where: for a moment when nobody waits."""
-        self._policies.keep()
+    def _policy(self, width: int | str) -> DraftLengthPolicy:
+        """The policy for a width, each made once. Raises RequestError."""
+        key = repr(width)
+        if key not in self._policies:
+            self._policies[key] = make_policy(width, self._costs)
+        return self._policies[key]
 
     # looking inside ---------------------------------------------------------------------------------------------
 
@@ -357,13 +351,13 @@ class _Run:
         self.pieces: list[str] = []
         self.reason: FinishReason | None = None
         self.stats: Stats | None = None
-        self._pair, self._width, self._id = pair, width, -1
-        pair._policies.of(width)
+        self._pair, self.width, self._id = pair, width, -1
+        pair._policy(width)
         self._shown = StoppedText(pair.text, tuple(stop))
 
     def submit(self) -> None:
         pair = self._pair
-        pair._use(self._width)
+        pair._engine.policy = pair._policy(self.width)
         self._id = pair._engine.submit(self.request)
         pair._inbox[self._id] = deque()
 
@@ -449,15 +443,9 @@ class Chat:
         return self._pair.text.encode(rendered)
 
     def _reply(self, run: _Run, messages: list[dict], rendered: str, ids: list[int]) -> Generator[Event, None, None]:
-        run.submit()
         try:
-            while True:
-                yield from run.collect()
-                if run.reason:
-                    return
-                self._pair._pump()
+            yield from self._pair._events(run)
         finally:
-            self._pair._close(run)
             reply = "".join(run.pieces)
             self.messages = [*messages, {"role": "assistant", "content": reply}]
             spoken = [t for t in run.tokens if t not in self._pair._eos]
@@ -480,6 +468,15 @@ def _limits(loaded: LoadedPair, limits: Limits, prefix_bytes: int | None) -> Lim
         kv_bytes=kv_bytes,
         prefix_bytes=int(PREFIX_SHARE * kv_bytes) if prefix_bytes is None else prefix_bytes,
     )
+
+
+def profiler_of(loaded: LoadedPair) -> CostProfiler:
+    """Of a pair with these kernels, on this machine and version of MLX."""
+    parts = [loaded.target, *([loaded.drafter] if loaded.drafter else [])]
+    how = [str(loaded.target.dtype), *(part.weight_bytes for part in parts), *(kind.name for kind in loaded.over)]
+    usable = [name for name, reason in kernels.check().items() if reason is None]
+    file = file_of(own_cache(), [part.path for part in parts], how, chip(), metadata.version("mlx"), usable)
+    return CostProfiler(file, loaded.catch_up)
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -1,15 +1,41 @@
-"""What the engine dispatches: a pass as a whole, and the round in it. Nouns only; the engine builds and reads them."""
+"""What the engine dispatches: a pass, what the host reads of it, and when. It knows no graph."""
 
 from __future__ import annotations
 
+import math
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import mlx.core as mx
+import numpy as np
 
-from mlx_mtp.accept import Verdict
 from mlx_mtp.guide import Guide
 from mlx_mtp.prefixes import Prefix
 from mlx_mtp.scheduler import Chunk, Row
+
+AWAY = 0.2  # share of a round for which the caller may keep the engine waiting; its time says nothing beyond that
+
+
+@dataclass(frozen=True)
+class PackedOutput:
+    """Named int32 arrays as slices of one vector, so that one read brings them all."""
+
+    vector: mx.array
+    shapes: dict[str, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, parts: Mapping[str, mx.array]) -> PackedOutput:
+        flat = [part.reshape(-1) for part in parts.values()]
+        return cls(mx.concatenate(flat), {name: part.shape for name, part in parts.items()})
+
+    def unpack(self, values: list[int]) -> dict[str, np.ndarray]:
+        """The arrays, from the vector's values."""
+        vector, out, start = np.array(values, np.int32), {}, 0
+        for name, shape in self.shapes.items():
+            end = start + math.prod(shape)
+            out[name], start = vector[start:end].reshape(shape), end
+        return out
 
 
 @dataclass(frozen=True)
@@ -17,13 +43,12 @@ class Pass:
     """What one dispatch computes, and for whom.
 
     decoded: the rows of the round, in cache order; `active` are those of them whose verdict counts.
-    chunks: prompt chunks beside it. draft: evaluated first, so that the device starts on it while the rest is
-    still being dispatched. guide: what constrains the round, None where nothing does. prefixes: to be kept when this
-    has been dispatched. out: int32, everything the host will read: per decoded row its width + 1 tokens, then every
-    decoded row's kept count, then one number per chunk (the first token, where the prompt ends here), then the round's
-    distinct experts summed over layers, where there are any (`counted`), then per row of `scored` as many tokens'
-    log-probabilities as it has columns, with the `most` best. outlook: of the active rows, what was known when the
-    width was chosen; owed: columns that they had computed since a draft was asked for.
+    width: draft tokens of the round. chunks: prompt chunks next to it. draft: evaluated first, so that the device
+    starts on it while the rest is still being dispatched. guide: what constrains the round, None where nothing does.
+    prefixes: to be kept when this has been dispatched.
+    output: of the round, "tokens" [B, width + 1], "kept" [B], and "experts" [], distinct ones summed over layers, where
+    there are any; "first_tokens", one for every chunk, which counts where its prompt ends; and the log-probabilities of
+    rows that ask for them. matched: of the active rows, what was known when the width was chosen.
     """
 
     decoded: list[Row]
@@ -33,22 +58,14 @@ class Pass:
     prefixes: list[Prefix]
     draft: mx.array | None
     guide: Guide | None
-    out: mx.array
-    outlook: tuple[int, ...]
-    owed: int
-    counted: bool
-    scored: list[tuple[Row, int]]
-    most: int
-
-    @property
-    def rows(self) -> list[Row]:
-        return [*self.active, *(c.row for c in self.chunks)]
+    output: PackedOutput
+    matched: list[bool]
 
     def wanted(self) -> bool:
         """Whether it is still to run, now that what came before it has been read: constraints force nothing else, and
         some row needs it. Prompt chunks are not undone for a constraint."""
         fits = self.guide is None or self.guide.fits() or bool(self.chunks)
-        return fits and any(not r.done for r in self.rows)
+        return fits and any(not r.done for r in (*self.active, *(c.row for c in self.chunks)))
 
     @property
     def columns(self) -> int:
@@ -56,28 +73,46 @@ class Pass:
 
 
 @dataclass(frozen=True)
-class Heard:
-    """What the host has read of a pass, for whoever decides about later ones.
+class PassTime:
+    """Of a pass that was read at now_s: seconds since it was sent, and since the pass before was read, None where that
+    is not the time of a round."""
 
-    said: new tokens of rows that had any. kept: columns, by row of `decoded`. took_s: from the dispatch on. seconds:
-    since the pass before was read; None where that says nothing of this one.
-    """
-
-    said: list[tuple[Row, tuple[int, ...]]]
-    kept: list[int]
-    took_s: float
-    seconds: float | None
+    now_s: float
+    device_s: float
+    round_s: float | None
 
 
-@dataclass(frozen=True)
-class Round:
-    """What a round brings. draft: tokens [B, K] (K may be less than was asked for), None where nothing was drafted.
+class RoundTimer:
+    """When passes are sent and read, by one clock, in seconds."""
 
-    experts: one array [1], how many distinct ones; none where there are no experts. scores: one array with the packed
-    log-probabilities of the rows that ask for them, in order, flat; none where no row asks.
-    """
+    def __init__(self) -> None:
+        self.clock = time.perf_counter  # tests give another
+        self._sent_s = self._left_s = self._away_s = 0.0
+        self._read_s: float | None = None  # None: the device has been idle since
 
-    draft: mx.array | None
-    judged: Verdict
-    experts: list[mx.array]
-    scores: list[mx.array]
+    def enter(self) -> None:
+        """The caller is back in the engine."""
+        self._away_s = self.clock() - self._left_s
+
+    def leave(self) -> None:
+        self._left_s = self.clock()
+
+    def send(self) -> float:
+        """A pass is sent. Returns how long the device has waited for it, 0 if it was idle anyhow."""
+        self._sent_s = self.clock()
+        return 0.0 if self._read_s is None else self._sent_s - self._read_s
+
+    @property
+    def since_sent_s(self) -> float:
+        return self.clock() - self._sent_s
+
+    def read(self) -> PassTime:
+        """A pass has been read."""
+        now_s, before_s = self.clock(), self._read_s
+        self._read_s = now_s
+        alone = before_s is not None and self._away_s <= AWAY * (now_s - before_s)
+        return PassTime(now_s, now_s - self._sent_s, now_s - before_s if before_s is not None and alone else None)
+
+    def idle(self) -> None:
+        """Nothing is under way."""
+        self._read_s = None

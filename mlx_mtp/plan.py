@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib import resources
 
 from mlx_mtp.chips import Chip, find_chip, usable_bytes
-from mlx_mtp.depth import MAX_WIDTH
+from mlx_mtp.draft_length import MAX_WIDTH
 from mlx_mtp.pairs import BYTES_PER_PARAMETER
 from mlx_mtp.roofline import CEILING, MLX, Prediction, Roofline, Setting, tokens_per_round
 from mlx_mtp.rows import RequestError

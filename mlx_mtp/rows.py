@@ -21,10 +21,6 @@ import numpy as np
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
-# A row's outlook: what its drafter makes of the next draft. Whatever is above USUAL is a class of its own.
-NOTHING, USUAL = 0, 1
-DRAWN, BOUND = 32, 64  # are added where the row's tokens are drawn, and where its text is constrained
-
 
 class MlxMtpError(Exception):
     """A mistake that the user can mend. One line: what, got, expected, do this."""
@@ -169,16 +165,6 @@ class Follower(Protocol):
 
     def advance(self, tokens: Sequence[int]) -> None:
         """The text has grown by these."""
-        ...
-
-
-class Listener(Protocol):
-    """What a drafter makes of one text, as the host reads it."""
-
-    def hear(self, tokens: Sequence[int]) -> int:
-        """The text has grown by these. Returns its outlook: NOTHING, USUAL or more, classes by which the depth policy
-        keeps apart what it learns of acceptance. It decides the width of the round after the next, which has been
-        built by then."""
         ...
 
 
@@ -388,8 +374,6 @@ class Forward:
     still: places in `rows` that keep nothing whatever is kept: they are feeding their prompt, or have ended.
     forced: of the drafted columns, how many last ones a constraint forced. The drafter was asked for those before it,
         or not at all where there are none.
-    resting: a round without drafts, and none will be asked for soon, as far as the depth policy knows. A drafter need
-        not keep what it shows.
     """
 
     rows: slice
@@ -401,7 +385,6 @@ class Forward:
     newest: mx.array | None = None
     still: frozenset[int] = frozenset()
     forced: int = 0
-    resting: bool = False
 
 
 @dataclass(frozen=True)

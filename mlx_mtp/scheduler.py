@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from mlx_mtp.drafters.lookup import NgramIndex
 from mlx_mtp.pace import Pace
 from mlx_mtp.prefixes import Prefix, Prefixes, Spacing, shared
-from mlx_mtp.rows import BOUND, DRAWN, USUAL, Follower, Listener, Request, RequestError, Stats
+from mlx_mtp.rows import Follower, Request, RequestError, Stats
 from mlx_mtp.sampling import RowSampler
 
 CHUNK_STEP = 16  # prompt chunks beside running rows are multiples of this
@@ -53,7 +54,8 @@ class Row:
     begin: the kept beginning of its prompt, if any, until it joins. stops: lengths of the prompt at which a prefix
     will be kept, ascending; no chunk runs past the next. tail: how many last tokens of its prompt no chunk has with
     others before them. marked: the last length at which a prefix was kept. awaits: while it waits, how much of its
-    prompt another row is about to compute. listener: its drafter's, of whom outlook is the last.
+    prompt another row is about to compute. ngrams: for prompt lookup; matched: whether its last tokens stand before
+    as well. lag: rounds since the drafter was last asked for a draft.
     follower: where its text stands in the request's constraint, as far as the host has read it. arrived: passes that
     the engine had read when the request came, and the columns in them.
     """
@@ -72,8 +74,9 @@ class Row:
     tail: int = 0
     marked: int = 0
     awaits: int = 0
-    listener: Listener | None = None
-    outlook: int = USUAL
+    ngrams: NgramIndex | None = None
+    matched: bool = False
+    lag: int = 0
     follower: Follower | None = None
     arrived: tuple[int, int] = (0, 0)
     started_s: float = 0.0
@@ -102,12 +105,6 @@ class Row:
     def committed(self) -> int:
         """Positions in the cache that are part of the prompt or the text, once what is under way has ended."""
         return self.prefilled + max(0, len(self.tokens) - 1)
-
-    @property
-    def prospect(self) -> int:
-        """The outlook as the depth policy is told of it: drawn and constrained rows are other cases."""
-        drawn = 0 if self.request.sampling.greedy else DRAWN
-        return self.outlook + drawn + (BOUND if self.follower is not None else 0)
 
     @property
     def room(self) -> int:

@@ -21,7 +21,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_mtp.cache import LayerSpec
-from mlx_mtp.depth import MAX_WIDTH
+from mlx_mtp.draft_length import MAX_WIDTH
 from mlx_mtp.models.config import (
     AssistantConfig,
     LayerConfig,

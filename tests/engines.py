@@ -19,7 +19,7 @@ from mlx.utils import tree_map
 from random_checkpoints import drafter_config, random_checkpoint, target_config
 
 from mlx_mtp.cache import Cache
-from mlx_mtp.depth import MAX_WIDTH, Constant, Depth
+from mlx_mtp.draft_length import MAX_WIDTH, ConstantPolicy, DraftLengthPolicy, DraftRound
 from mlx_mtp.drafters import Drafter
 from mlx_mtp.drafters.dflash import DFlashDrafter
 from mlx_mtp.drafters.draft_model import DraftModel
@@ -161,32 +161,30 @@ def smallest(vocab: int = 48) -> Models:
 
 
 class Listed:
-    """The widths of a list, again and again; rests in every other round without drafts."""
+    """The draft lengths of a list, again and again."""
 
-    drafts, resting = True, False
+    drafts = True
 
     def __init__(self, widths: Sequence[int]) -> None:
         self._widths = itertools.cycle(widths)
 
-    def choose(self, outlook: Sequence[int], owed: int = 0) -> int:
-        width = next(self._widths)
-        self.resting = not width and not self.resting
-        return width
+    def choose(self, matched: Sequence[bool], lag: int = 0) -> int:
+        return next(self._widths)
 
-    def record(self, width: int, kept: list[int], seconds: float | None, outlook: Sequence[int], owed: int = 0) -> None:
+    def record(self, done: DraftRound) -> None:
         pass
 
 
 class Noting(Listed):
-    """Widths from a list; keeps what it was told."""
+    """Draft lengths from a list; keeps the rounds it was told of."""
 
     def __init__(self, *widths: int) -> None:
         super().__init__(widths)
-        self.told: list[tuple[int, list[int], float | None]] = []
+        self.rounds: list[DraftRound] = []
 
-    def record(self, width: int, kept: list[int], seconds: float | None, outlook: Sequence[int], owed: int = 0) -> None:
-        assert outlook
-        self.told.append((width, kept, seconds))
+    def record(self, done: DraftRound) -> None:
+        assert len(done.matched) == len(done.num_accepted)
+        self.rounds.append(done)
 
 
 def random_widths(seed: int = 0, most: int = 7) -> Listed:
@@ -232,10 +230,10 @@ def drafter_of(models: Models, kind: str, rows: Cache, convention: Convention | 
     return MtpDrafter(models.target, models.assistants[kind], rows, convention)
 
 
-def engine_of(models: Models, kind: str, depth: int | Depth, limits: Limits | None = None) -> Engine:
+def engine_of(models: Models, kind: str, depth: int | DraftLengthPolicy, limits: Limits | None = None) -> Engine:
     """An engine with nothing in it. depth: an integer is a constant width."""
     rows = Cache(models.target.specs, MAX_WIDTH, mx.float32)
-    depth = Constant(depth) if isinstance(depth, int) else depth
+    depth = ConstantPolicy(depth) if isinstance(depth, int) else depth
     engine = Engine(models.target, rows, drafter_of(models, kind, rows), depth, limits or Limits())
     engine.hands_over_first = False  # as on a GPU
     return engine

@@ -9,10 +9,11 @@ import sys
 
 import pytest
 
+from mlx_mtp import load
 from mlx_mtp.cli import main
 
 CODE = 'def read_lines(path):\n    """Return the lines of a file."""\n'
-SHORT = ["--max-tokens", "12", "--no-remember"]  # what other tests have shown says nothing
+SHORT = ["--max-tokens", "12"]
 
 
 class Terminal(io.StringIO):
@@ -45,6 +46,12 @@ def run(capsys, monkeypatch):
         return Result(code, *capsys.readouterr())
 
     return call
+
+
+@pytest.fixture(autouse=True, scope="module")
+def profiled():
+    """The first run of all measures what drafts cost, and says so."""
+    load("tiny").measure_costs()
 
 
 @pytest.fixture(autouse=True)
@@ -106,20 +113,22 @@ def test_the_text_is_the_same_without_a_drafter_and_at_any_width(run):
     assert "nothing drafted" in run("generate", CODE, *SHORT, "--width", "0").err
 
 
-def test_a_later_run_begins_with_what_an_earlier_one_has_learnt_and_writes_the_same(run, monkeypatch, tmp_path):
+def test_the_first_run_measures_what_drafts_cost_and_later_ones_do_not(run, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     argv = ["generate", CODE, "--max-tokens", "40"]
-    first = run(*argv, "--no-remember")
-    assert not list(tmp_path.iterdir())
-    assert "measured once" not in run(*argv, "--width", "2").err and not list(tmp_path.iterdir())
-    remembering = [run(*argv) for _ in range(2)]
-    (file,) = (tmp_path / ".cache" / "mlx-mtp").iterdir()
-    learnt = json.loads(file.read_text())
-    assert learnt["free"]["times"] and [one.out for one in remembering] == [first.out] * 2
-    assert ["measured once" in one.err for one in (first, *remembering)] == [False, True, False]
-    file.write_text("{")
-    done = run(*argv)
-    assert done.code == 0 and done.out == first.out and json.loads(file.read_text())["free"]["times"]
+    plain = run(*argv, "--width", "0")
+    assert "measured once" not in plain.err + run(*argv, "--drafter", "none").err and not list(tmp_path.iterdir())
+    runs = [run(*argv) for _ in range(3)]
+    assert ["measured once" in one.err for one in runs] == [True, False, False]
+    assert {one.out for one in runs} == {plain.out}
+    assert [file.name[:6] for file in (tmp_path / ".cache" / "mlx-mtp").iterdir()] == ["costs-"]
+
+
+def test_a_short_text_is_drafted_for_from_its_first_round_in_a_first_run_and_in_later_ones(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for _ in range(3):
+        stats = json.loads(run("generate", "--raw", "--json", "--max-tokens", "64", CODE).out)
+        assert stats["tokens_per_round"] >= 2 and "0" not in stats["widths"]
 
 
 def test_a_seed_makes_sampled_text_repeatable(run):
@@ -326,7 +335,7 @@ def test_version(run):
 
 def test_a_reader_that_goes_away_is_no_error():
     reader, writer = os.pipe()
-    argv = [sys.executable, "-m", "mlx_mtp", "generate", CODE, "--max-tokens", "60", "--no-remember"]
+    argv = [sys.executable, "-m", "mlx_mtp", "generate", CODE, "--max-tokens", "60"]
     with subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=writer, stderr=subprocess.PIPE, text=True) as child:
         os.close(writer)
         os.close(reader)

@@ -14,7 +14,7 @@ from checkpoints import FIXTURES
 from engines import Models, fixture, prompts, random_dflash, request, smallest
 
 from mlx_mtp.cache import Cache, Snapshot, Trunk
-from mlx_mtp.depth import MAX_WIDTH, Constant
+from mlx_mtp.draft_length import MAX_WIDTH, ConstantPolicy
 from mlx_mtp.drafters.dflash import DFlashDrafter
 from mlx_mtp.engine import Engine
 from mlx_mtp.load import load_drafter, load_target
@@ -344,7 +344,7 @@ def beyond_its_buffers(length: int) -> tuple[int, int]:
     mx.eval(network.parameters())
     base, rows = mx.get_active_memory(), Cache(models.target.specs, MAX_WIDTH, mx.float32)
     drafter = DFlashDrafter(models.target, network, rows)
-    engine = Engine(models.target, rows, drafter, Constant(3), Limits(prefix_bytes=2**40))
+    engine = Engine(models.target, rows, drafter, ConstantPolicy(3), Limits(prefix_bytes=2**40))
 
     def filled(of: Cache) -> Snapshot:
         trunk, ring = Trunk(), {}

@@ -7,14 +7,13 @@ import numpy as np
 import pytest
 from engines import Listed, engine_of, fixture, request, run, smallest
 
-from mlx_mtp.auto import Auto
 from mlx_mtp.cache import Cache
-from mlx_mtp.depth import MAX_WIDTH
+from mlx_mtp.draft_length import MAX_WIDTH, DraftRound, GoodputPolicy
 from mlx_mtp.drafters import Drafter, lookup
-from mlx_mtp.drafters.lookup import GATE, LONGEST, SURE, LookupDrafter, certain, longest_match
+from mlx_mtp.drafters.lookup import LONGEST, SURE, LookupDrafter, NgramIndex, certain, longest_match
 from mlx_mtp.drafters.plain import PlainDrafter
 from mlx_mtp.drafters.texts import Texts
-from mlx_mtp.rows import GREEDY, NOTHING, USUAL, Candidates, Draft, Forward, Sampling
+from mlx_mtp.rows import GREEDY, Candidates, Draft, Forward, Sampling
 from mlx_mtp.sampling import RowSampler, Sampler
 
 SAMPLER = Sampler([RowSampler.of(GREEDY)])
@@ -111,30 +110,26 @@ def test_a_text_that_is_off_by_one_behind_a_rejection_is_caught(more, monkeypatc
         test_rejected_columns_are_not_part_of_the_text()
 
 
-@pytest.mark.parametrize(
-    ("length", "expected"), [(0, NOTHING), (2, NOTHING), (3, USUAL + 1), (SURE - 1, USUAL + 1), (SURE, USUAL + 2)]
-)
-def test_the_outlook_says_how_long_the_match_is(length, expected):
-    repeated = list(range(100, 100 + length))
-    text = [*repeated, 1, 2, 3, 4, *repeated, *([] if length else [5])]
-    for prompt in (1, length, length + 3, len(text) - 2):
-        listener = Said(1).drafter.listener(text[:prompt])
-        for token in text[prompt:-1]:
-            listener.hear([token])
-        assert listener.hear(text[-1:]) == expected
-        assert Said(1).drafter.listener(text[:prompt]).hear(text[prompt:]) == expected
-
-
-@pytest.mark.parametrize("gate", [None, 1, 4, SURE])
-def test_the_outlook_is_that_of_the_longest_match_behind_every_token(gate):
-    rng = random.Random(gate or 0)
+@pytest.mark.parametrize("n", [1, 3, 4, SURE])
+def test_the_index_finds_what_a_slow_search_finds_after_every_token(n):
+    rng = random.Random(n)
     for _ in range(20):
         text = [rng.randrange(2) for _ in range(90)]
-        listener, gate_ = Said(1, gate=gate).drafter.listener(text[:40]), gate or GATE
+        index = NgramIndex(text[:40], n)
         for end in range(40, len(text)):
-            length, _ = slow_match(text[: end + 1])
-            expected = USUAL + 1 + (length >= SURE) if length >= gate_ else NOTHING
-            assert listener.hear(text[end : end + 1]) == expected
+            assert index.extend(text[end : end + 1]) == (slow_match(text[: end + 1])[0] >= n)
+
+
+@pytest.mark.parametrize("n", [1, 3, 4, SURE])
+def test_the_index_does_not_depend_on_how_the_text_comes(n):
+    rng = random.Random(n)
+    for _ in range(50):
+        text = [rng.randrange(3) for _ in range(30)]
+        found = set()
+        for prompt in (1, 2, n, 20):
+            index = NgramIndex(text[:prompt], n)
+            found.add((index.extend(text[prompt:25]), index.extend(text[25:])))
+        assert len(found) == 1
 
 
 def test_rows_move_and_return_with_what_they_said():
@@ -196,13 +191,15 @@ def test_rows_that_repeat_are_copied_for_and_others_are_left_to_the_drafter_belo
     assert draft.tokens.tolist() == [[4, 1], [40, 40], [1, 7]]
 
 
-def test_a_text_without_repetition_costs_a_lookup_no_column():
-    """The policy learns from the outlook that there is nothing to draft, and asks for nothing."""
-    depth, widths = Auto(), []
-    for _ in range(300):
-        widths.append(depth.choose([NOTHING]))
-        depth.record(widths[-1], [1], 1.0 + 0.02 * widths[-1], [NOTHING])
-    assert sum(widths) == 0
+def test_what_rows_that_match_accept_is_learned_for_itself():
+    """A row alternates between stretches that repeat and those that do not; the policy sees which, a round late."""
+    policy, drafted = GoodputPolicy(), {True: [], False: []}
+    for n in range(600):
+        matched = n // 50 % 2 == 1
+        k = policy.choose([matched])
+        drafted[matched].append(k)
+        policy.record(DraftRound(k, [k if matched else 0], [matched], 1 + 0.3 * k))
+    assert sum(drafted[False][50:]) < 10 and min(drafted[True][-20:]) >= 4
 
 
 def test_mixed_settings_beside_each_other_are_drafted_for(shape="edge"):

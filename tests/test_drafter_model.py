@@ -8,7 +8,7 @@ from engines import Job, Listed, Models, engine_of, prompts, request, run, small
 from test_exact import SELF_SAMPLING, SMALL_CHUNKS
 
 from mlx_mtp.cache import Cache
-from mlx_mtp.depth import MAX_WIDTH
+from mlx_mtp.draft_length import MAX_WIDTH
 from mlx_mtp.drafters.draft_model import CHUNK_TOK, DraftModel, check
 from mlx_mtp.drafters.mtp import KIND as MTP
 from mlx_mtp.engine import Engine
@@ -126,17 +126,13 @@ def test_another_vocabulary_is_refused_with_both_sizes():
     assert check(small, small, "") == [] and MTP.name == "mtp"
 
 
-@pytest.mark.parametrize("kind, each", [("near", 2), ("near+lookup", 2), ("rand", 0), ("dflash", 0), ("lookup", 0)])
-def test_the_policy_hears_how_many_columns_a_draft_would_have_to_make_up_for(kind, each):
-    """Of two rows: a draft model runs over no round without drafts; the others fall behind by little or nothing."""
-    models, heard = smallest(), []
+def test_the_policy_learns_how_many_rounds_of_all_rows_a_draft_model_has_not_seen():
+    models, lags = smallest(), []
 
-    class Owing(Listed):
-        def choose(self, outlook: Sequence[int], owed: int = 0) -> int:
-            heard.append((len(outlook), owed))
-            return super().choose(outlook, owed)
+    class Watching(Listed):
+        def choose(self, matched: Sequence[bool], lag: int = 0) -> int:
+            lags.append(lag)
+            return super().choose(matched, lag)
 
-    jobs = [request(prompt, 12) for prompt in prompts(models, (5, 5))]
-    engine = engine_of(models, kind, Owing([0, 0, 0, 2]))
-    run(engine, jobs)
-    assert heard[:6] == [(2, n * each) for n in (0, 1, 2, 3, 0, 1)]
+    run(engine_of(models, "near", Watching([0, 0, 0, 2])), [request(prompt, 12) for prompt in prompts(models, (5, 5))])
+    assert lags[:7] == [0, 0, 2, 4, 6, 0, 2]  # a round is chosen while the one before it runs

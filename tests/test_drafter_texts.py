@@ -9,7 +9,7 @@ from engines import smallest
 from graph import primitives
 
 from mlx_mtp.cache import Cache
-from mlx_mtp.depth import MAX_WIDTH
+from mlx_mtp.draft_length import MAX_WIDTH
 from mlx_mtp.drafters.texts import UNWRITTEN, Texts
 from mlx_mtp.rows import Forward
 

@@ -26,8 +26,7 @@ from engines import (
     texts,
 )
 
-from mlx_mtp.depth import Constant
-from mlx_mtp.drafters.lookup import Echo
+from mlx_mtp.draft_length import ConstantPolicy, DraftRound
 from mlx_mtp.drafters.mtp import MtpDrafter
 from mlx_mtp.engine import Engine, Pass
 from mlx_mtp.models.gemma4_assistant import Assistant
@@ -225,26 +224,18 @@ def test_a_first_token_is_handed_over_before_the_next_pass_is_dispatched(passes)
     assert {passes_ahead for _, passes_ahead in ahead[True]} == {0}
 
 
-def test_the_next_pass_is_dispatched_before_anything_is_learned_from_the_last(passes, monkeypatch):
-    """Neither the policy nor what listens to the texts keeps the device waiting, but at a prompt's and at a text's end,
-    where nothing is built ahead."""
-    models, learned, hear = fixture("edge"), [], Echo.hear
+def test_the_next_pass_is_dispatched_before_anything_is_learned_from_the_last(passes):
+    """The device waits for the policy only at a prompt's and at an output's end, where nothing is built ahead."""
+    models, learned = fixture("edge"), []
 
-    class Policy(Constant):
-        def record(self, width, kept, seconds, outlook, owed=0):
-            learned.append(("record", len(passes) - engine.host_reads))
+    class Policy(ConstantPolicy):
+        def record(self, done: DraftRound) -> None:
+            learned.append(len(passes) - engine.host_reads)
 
-    def watched(self, tokens):
-        learned.append(("hear", len(passes) - engine.host_reads))
-        return hear(self, tokens)
-
-    monkeypatch.setattr(Echo, "hear", watched)
     engine = engine_of(models, "lookup", Policy(2))
-    wanted = [request(goldens("edge")[f"{name}/ids"], 12) for name in ("short", "w")]
-    run(engine, wanted)
+    run(engine, [request(goldens("edge")[f"{name}/ids"], 12) for name in ("short", "w")])
     ahead = Counter(learned)
-    assert ahead["hear", 1] > 8 and ahead["hear", 0] <= 3  # after the prompts' passes, and where one text has ended
-    assert ahead["record", 1] > 4 and ahead["record", 0] == 1 and len(ahead) == 4
+    assert ahead[1] > 4 and ahead[0] == 1 and len(ahead) == 2
 
 
 @pytest.mark.parametrize("hands_over_first", [False, True])
@@ -321,15 +312,16 @@ def test_statistics_add_up(kind):
     assert engine.total.drafted == sum(o.stats.drafted for o in outcomes)
 
 
-def test_the_depth_policy_hears_of_every_round():
+def test_the_draft_length_policy_learns_of_every_round():
     models, depth = fixture("edge"), Noting(2)
     wanted = [request(goldens("edge")[f"{p}/ids"], 12) for p in ("short", "long")]
     outcomes = run(engine_of(models, "fit", depth), wanted)
-    assert len(depth.told) == max(o.stats.rounds for o in outcomes)
-    for width, kept, seconds in depth.told:
-        assert 0 <= width <= 2 and all(1 <= k <= width + 1 for k in kept)
-        assert seconds is None or 0 < seconds < 60
-    assert sum(sum(kept) for _, kept, _ in depth.told) >= sum(len(o.tokens) - 1 for o in outcomes)
+    assert len(depth.rounds) == max(o.stats.rounds for o in outcomes)
+    for done in depth.rounds:
+        assert 0 <= done.k <= 2 and all(0 <= n <= done.k for n in done.num_accepted)
+        assert done.seconds is None or 0 < done.seconds < 60
+    emitted = sum(len(done.num_accepted) + sum(done.num_accepted) for done in depth.rounds)
+    assert emitted >= sum(len(o.tokens) - 1 for o in outcomes)
 
 
 def test_a_prompt_chunk_beside_a_round_says_nothing_about_its_time():
@@ -337,14 +329,14 @@ def test_a_prompt_chunk_beside_a_round_says_nothing_about_its_time():
     first, second = prompts(models, (4, 40))
     engine = engine_of(models, "rand", depth, Limits(alone_tok=8, chunk_tok=8, first_chunk_tok=8))
     run(engine, [request(first, 30), Job(request(second, 2), 8)])
-    assert sum(seconds is None for _, _, seconds in depth.told) >= 5
+    assert sum(done.seconds is None for done in depth.rounds) >= 5
 
 
 def test_time_in_which_nothing_ran_counts_for_no_round():
     models, depth = smallest(), Noting(2)
     engine, ticks = engine_of(models, "near", depth), itertools.count()
     pauses = 0
-    engine.clock = lambda: next(ticks) / 1000 + 100 * pauses
+    engine.timer.clock = lambda: next(ticks) / 1000 + 100 * pauses
     for _ in range(3):
         cancelled = engine.submit(request((5, 6, 7), 60))
         for _ in range(4):
@@ -352,7 +344,7 @@ def test_time_in_which_nothing_ran_counts_for_no_round():
         engine.cancel(cancelled)
         pauses += 1
     run(engine, [request((5, 6, 7), 10)])
-    assert depth.told and all(seconds is None or seconds < 1 for _, _, seconds in depth.told)
+    assert depth.rounds and all(done.seconds is None or done.seconds < 1 for done in depth.rounds)
 
 
 # what is left behind ----------------------------------------------------------------------------------------
@@ -378,8 +370,8 @@ def churn(models: Models, engine: Engine, count: int) -> None:
 def left_behind(engine: Engine) -> int:
     """Bytes in use once the garbage is gone; the engine must hold no rows."""
     assert not engine.cache.bounds and not engine.scheduler.rows and not engine.scheduler.waiting
-    assert len(engine._samplers) <= 65
-    engine._samplers.clear()
+    assert len(engine.runner._samplers) <= 65
+    engine.runner._samplers.clear()
     engine.scheduler.prefixes.clear()
     gc.collect()
     mx.clear_cache()

@@ -28,8 +28,7 @@ from engines import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mlx_mtp.auto import Auto
-from mlx_mtp.depth import Depth, Heuristic
+from mlx_mtp.draft_length import DraftLengthPolicy, GoodputPolicy, HeuristicPolicy
 from mlx_mtp.rows import GREEDY, Request, Sampling
 from mlx_mtp.scheduler import Limits
 
@@ -46,7 +45,7 @@ def four(models: Models, tokens: int = 12) -> list[Request]:
     return [request(p, tokens, s) for p, s in zip(drawn, settings_, strict=True)]
 
 
-def assert_same_texts(models: Models, kind: str, depth: int | Depth, limits: Limits | None = None) -> None:
+def assert_same_texts(models: Models, kind: str, depth: int | DraftLengthPolicy, limits: Limits | None = None) -> None:
     """Four requests, two of which come while the others run, have the texts they have alone without drafts."""
     wanted = four(models)
     jobs = [Job(r, at) for r, at in zip(wanted, (0, 0, 3, 5), strict=True)]
@@ -100,11 +99,11 @@ def test_width_may_change_every_round(shape, kind):
 @pytest.mark.parametrize(
     "shape, depth",
     [
-        ("edge", Heuristic),
-        ("moe", Auto),
-        slow("moe", Heuristic),
-        slow("edge", Auto),
-        *(slow(*case) for case in product(("dense", "unified"), (Heuristic, Auto))),
+        ("edge", HeuristicPolicy),
+        ("moe", GoodputPolicy),
+        slow("moe", HeuristicPolicy),
+        slow("edge", GoodputPolicy),
+        *(slow(*case) for case in product(("dense", "unified"), (HeuristicPolicy, GoodputPolicy))),
     ],
 )
 def test_width_may_follow_what_was_kept_and_what_it_took(shape, depth):
@@ -322,7 +321,7 @@ def check_schedule(plan: dict) -> None:
         if job.request.logprobs is not None:
             assert_true_logprobs(models, job.request, outcome)
         assert bool(logprobs_of(outcome)) == (job.request.logprobs is not None and bool(outcome.tokens))
-    assert engine._history.state() == (None, None, None)
+    assert engine.runner._history.state() == (None, None, None)
     assert not engine.cache.bounds and not engine.scheduler.rows
 
 

@@ -1,7 +1,6 @@
 """guide.py in the engine: exact with every kind of drafter, forced tokens for nothing, few reads, none waited for."""
 
 import json
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -24,12 +23,12 @@ from engines import (
 
 import mlx_mtp
 from mlx_mtp.cache import Cache
-from mlx_mtp.depth import MAX_WIDTH, Apart, Constant, Depth
+from mlx_mtp.draft_length import MAX_WIDTH, ConstantPolicy, DraftLengthPolicy
 from mlx_mtp.engine import Engine, Pass
 from mlx_mtp.grammar import Grammars, Tool
 from mlx_mtp.guide import Slot
 from mlx_mtp.pair import Pair
-from mlx_mtp.rows import BOUND, DRAWN, GREEDY, USUAL, Request, Sampling
+from mlx_mtp.rows import GREEDY, Request, Sampling
 from mlx_mtp.scheduler import Limits
 
 TOOLS = json.loads((Path(__file__).resolve().parent / "fixtures" / "schemas" / "tools.json").read_text())
@@ -114,7 +113,7 @@ class Watched(Engine):
             self.asked.append(built.guide.own)
 
 
-def watched(depth: Depth) -> Watched:
+def watched(depth: DraftLengthPolicy) -> Watched:
     rows = Cache(models().target.specs, MAX_WIDTH, mx.float32)
     engine = Watched(models().target, rows, drafter_of(models(), "fit", rows), depth, Limits())
     engine.asked, engine.hands_over_first = [], False
@@ -126,7 +125,7 @@ LONG = {"const": {"kind": "a text of which not one token is the model's to choos
 
 @pytest.mark.parametrize("width", [1, 4])
 def test_forced_tokens_come_several_a_round_and_cost_neither_a_drafter_nor_a_read(width):
-    engine = watched(Constant(width))
+    engine = watched(ConstantPolicy(width))
     (outcome,) = run(engine, [answer(LONG)])
     stats, tokens = outcome.stats, outcome.tokens
     assert stats is not None and json.loads(pair().text.decode(tokens)) == LONG["const"]
@@ -137,7 +136,7 @@ def test_forced_tokens_come_several_a_round_and_cost_neither_a_drafter_nor_a_rea
 
 
 def test_nothing_is_drafted_at_width_0_not_even_what_is_forced():
-    engine = watched(Constant(0))
+    engine = watched(ConstantPolicy(0))
     (outcome,) = run(engine, [answer(LONG)])
     assert outcome.stats is not None and engine.asked == []
     assert outcome.stats.widths == {0: len(outcome.tokens) - 1}
@@ -146,14 +145,14 @@ def test_nothing_is_drafted_at_width_0_not_even_what_is_forced():
 @pytest.mark.parametrize("sampling", [GREEDY, SEEDED, FREE], ids=["greedy", "seeded", "free"])
 def test_a_second_read_comes_only_with_rounds_that_ask_the_drafter(sampling):
     for wanted in (answer(TOOLS["search_flights"], sampling), call("set_thermostat", sampling)):
-        engine = watched(Constant(3))
+        engine = watched(ConstantPolicy(3))
         stats = run(engine, [wanted])[0].stats
         assert stats is not None and 0 < len(engine.asked) < stats.rounds
         assert stats.host_reads == 1 + stats.rounds + len(engine.asked)
 
 
 def test_the_next_round_is_on_its_way_when_a_step_returns_unless_another_was_called_for():
-    engine = watched(Constant(3))
+    engine = watched(ConstantPolicy(3))
     engine.submit(answer(TOOLS["filter"]))
     idle, rounds = 0, 0
     while not engine.idle:
@@ -194,29 +193,12 @@ def test_a_prompt_beside_a_constrained_row_is_not_lost_when_its_round_is_undone(
     assert texts(run(engine, [*bound, Job(long, 2)])) == alone
 
 
-def test_rounds_with_constrained_rows_are_told_to_their_own_policy_with_their_time():
-    free_, bound = Noting(2), Noting(3)
-    engine = watched(Apart(free_, bound))
+def test_rounds_of_which_every_draft_is_forced_say_nothing_about_the_drafter():
+    policy = Noting(3)
+    engine = watched(policy)
     run(engine, [answer(TOOLS["filter"])])
-    assert not free_.told and len(bound.told) == len(engine.asked)  # all but those where everything was forced
-    assert sum(seconds is not None for _, _, seconds in bound.told) > len(bound.told) / 3
-    told = len(bound.told)
-    run(engine, [free("x = ", 20)])
-    assert len(bound.told) == told and {width for width, _, _ in free_.told} <= {0, 1, 2}
-
-
-def test_a_mixed_round_is_a_constrained_one_and_tells_its_rows_apart():
-    seen = []
-
-    class Outlooks(Noting):
-        def choose(self, outlook: Sequence[int], owed: int = 0) -> int:
-            seen.append(tuple(outlook))
-            return super().choose(outlook, owed)
-
-    engine = watched(Apart(Noting(1), Outlooks(2)))
-    run(engine, [answer(TOOLS["glob"]), free("x = ", 40), free("y = ", 40, Sampling(temperature=1.0, seed=1))])
-    assert (USUAL + BOUND, USUAL, USUAL + DRAWN) in seen
-    assert all(any(o >= BOUND for o in outlook) for outlook in seen)
+    assert len(policy.rounds) == len(engine.asked)
+    assert sum(done.seconds is not None for done in policy.rounds) > len(policy.rounds) / 3
 
 
 def test_what_the_host_writes_into_a_slot_is_what_the_graph_built_before_reads():
@@ -227,7 +209,7 @@ def test_what_the_host_writes_into_a_slot_is_what_the_graph_built_before_reads()
 
 
 def test_a_mask_takes_a_bit_a_token():
-    engine = watched(Constant(2))
+    engine = watched(ConstantPolicy(2))
     engine.submit(answer(TOOLS["glob"]))
     while engine._running is None or engine._running.guide is None:
         engine.step()

@@ -21,6 +21,7 @@ LAYERS = (
     ("segments", "arguments", "messages", "grammar", "call_grammar", "loops"),
     (
         "engine",
+        "model_runner",
         "passes",
         "load",
         "text",
@@ -31,8 +32,7 @@ LAYERS = (
         "quantized",
         "tensors",
         "weights",
-        "tuning",
-        "calibration",
+        "cost_profile",
         "inside",
     ),
     ("passes",),
@@ -40,8 +40,7 @@ LAYERS = (
         "scheduler",
         "pace",
         "prefixes",
-        "depth",
-        "auto",
+        "draft_length",
         "drafters",
         "accept",
         "sampling",
@@ -50,7 +49,7 @@ LAYERS = (
         "guide",
     ),
     ("models",),
-    ("cache", "states", "buffers", "kernels", "round_times", "acceptance", "kept"),
+    ("cache", "states", "buffers", "kernels", "kept"),
     ("rows",),
 )
 HEIGHT = {name: -depth for depth, layer in enumerate(LAYERS) for name in layer}

@@ -16,7 +16,7 @@ from random_checkpoints import drafter_config, random_checkpoint, target_config
 
 from mlx_mtp import kernels
 from mlx_mtp.cache import Cache
-from mlx_mtp.depth import Constant
+from mlx_mtp.draft_length import ConstantPolicy
 from mlx_mtp.drafters.mtp import MtpDrafter
 from mlx_mtp.engine import Engine
 from mlx_mtp.load import LoadedDrafter, LoadedTarget, load_drafter, load_target
@@ -97,7 +97,9 @@ def outcomes(models: tuple[LoadedTarget, LoadedDrafter], width: int, requests: l
     """What an engine makes of requests that all come at once: (text, drafts kept by position) of each."""
     target, drafter = models
     cache = Cache(target.model.specs, 7, target.dtype)
-    engine = Engine(target.model, cache, MtpDrafter(target.model, drafter.model, cache), Constant(width), Limits())
+    engine = Engine(
+        target.model, cache, MtpDrafter(target.model, drafter.model, cache), ConstantPolicy(width), Limits()
+    )
     text: dict[int, list[int]] = {engine.submit(r): [] for r in requests}
     kept = {}
     while not engine.idle:

@@ -18,7 +18,7 @@ from engines import (
 )
 
 from mlx_mtp import GREEDY, RequestError, Sampling, load
-from mlx_mtp.logprobs import pack, packed_size, unpack
+from mlx_mtp.logprobs import pack, unpack
 from mlx_mtp.rows import Request
 from mlx_mtp.scheduler import Limits
 
@@ -41,11 +41,10 @@ def test_what_is_packed_is_unpacked(most):
     true = np.array(logits, np.float64)
     true -= np.log(np.exp(true).sum(-1, keepdims=True))
     packed = pack(logits, tokens, most)
-    assert packed.dtype == mx.int32 and packed.shape == (2, 3, packed_size(most))
-    for b, row in enumerate(packed.tolist()):
-        flat = [n for column in row for n in column]
+    assert packed.dtype == mx.int32 and packed.shape == (2, 3, 1 + 2 * most)
+    for b, row in enumerate(np.array(packed)):
         for wanted in range(most + 1):
-            for j, one in enumerate(unpack(flat, tokens[b].tolist(), most, wanted)):
+            for j, one in enumerate(unpack(row, tokens[b].tolist(), wanted)):
                 assert one.token == tokens[b, j].item()
                 assert one.logprob == pytest.approx(true[b, j, one.token], abs=1e-5)
                 assert [i for i, _ in one.top] == np.argsort(-true[b, j])[:wanted].tolist()
@@ -55,13 +54,13 @@ def test_what_is_packed_is_unpacked(most):
 @pytest.mark.parametrize("most", [1, 5])
 def test_a_greedy_choice_that_ties_with_others_is_the_first_of_the_best(most):
     logits = mx.zeros((1, 1, 30))
-    (one,) = unpack(pack(logits, mx.array([[0]]), most)[0, 0].tolist(), [0], most, most)
+    (one,) = unpack(np.array(pack(logits, mx.array([[0]]), most)[0]), [0], most)
     assert len(one.top) == most and one.top[0] == (0, one.logprob)
 
 
 def test_tokens_that_did_not_come_have_none():
-    flat = [n for column in pack(mx.zeros((1, 4, 5)), mx.zeros((1, 4), mx.int32), 2)[0].tolist() for n in column]
-    assert len(unpack(flat, [0, 0], 2, 2)) == 2 and unpack(flat, [], 2, 2) == ()
+    packed = np.array(pack(mx.zeros((1, 4, 5)), mx.zeros((1, 4), mx.int32), 2)[0])
+    assert len(unpack(packed, [0, 0], 2)) == 2 and unpack(packed, [], 2) == ()
 
 
 # engines ----------------------------------------------------------------------------------------------------

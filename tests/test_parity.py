@@ -8,7 +8,7 @@ import pytest
 from engines import SHAPES, Models, drafter_of, engine_of, fixture, goldens, request, run
 
 from mlx_mtp.cache import Cache, View
-from mlx_mtp.depth import MAX_WIDTH
+from mlx_mtp.draft_length import MAX_WIDTH
 from mlx_mtp.drafters.mtp import Convention, MtpDrafter
 from mlx_mtp.models import fused
 from mlx_mtp.models.experts import Experts

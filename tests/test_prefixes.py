@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_mtp.cache import GROW_TOK, Snapshot, Trunk
-from mlx_mtp.depth import depth_of
+from mlx_mtp.draft_length import make_policy
 from mlx_mtp.engine import Engine
 from mlx_mtp.prefixes import Prefix, Prefixes, Spacing, arrays_of, shared
 from mlx_mtp.rows import GREEDY, Request, Sampling
@@ -438,7 +438,7 @@ def test_nothing_is_left_once_the_store_is_cleared(no_spare_buffers):
     run(kept, jobs)
     assert kept.scheduler.prefixes.nbytes > 30_000
     kept.scheduler.prefixes.clear()
-    kept._samplers.clear()
+    kept.runner._samplers.clear()
     assert in_use() <= before + 4096 and not kept.cache._trunks
 
 
@@ -447,7 +447,7 @@ def test_what_is_kept_takes_as_many_bytes_as_it_says(no_spare_buffers):
     kept = engine(models, "near", spacing=Spacing())
     for prompt in prompts(models, (700, 300)):
         run(kept, [request(prompt, 3), request((*prompt, 5, 6), 3)])
-    kept._samplers.clear()
+    kept.runner._samplers.clear()
     with_all, said = in_use(), kept.scheduler.prefixes.nbytes
     kept.scheduler.prefixes.clear()
     assert with_all - in_use() == pytest.approx(said, rel=0.01)
@@ -518,7 +518,7 @@ def follow(plan: list, kind: str, width: int | str, rows: int | None, kept_rows:
         jobs.append(Job(pool(models)[which], at, None if cut is None else at + cut))
     longest = engine(models).cache.row_bytes(120)
     kept = engine(models, kind, prefix_bytes=int(kept_rows * longest), kv_bytes=rows and rows * longest)
-    kept.depth = random_widths(3, 5) if width == "random" else depth_of(width)
+    kept.policy = random_widths(3, 5) if width == "random" else make_policy(width)
     kept.hands_over_first = len(plan) % 2 == 0
     for job, outcome in zip(jobs, run(checked(kept), jobs), strict=True):
         text = solo(models, job.request)

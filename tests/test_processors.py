@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 
 from mlx_mtp import load
 from mlx_mtp.cache import Cache
-from mlx_mtp.depth import MAX_WIDTH, Constant, Heuristic
+from mlx_mtp.draft_length import MAX_WIDTH, ConstantPolicy, HeuristicPolicy
 from mlx_mtp.drafters.mtp import MtpDrafter
 from mlx_mtp.engine import Engine
 from mlx_mtp.kernels.noise import gumbel
@@ -248,7 +248,7 @@ def test_seven_rows_with_settings_of_their_own_have_their_solo_texts_at_every_wi
     models = smallest()
     wanted = seven(models, 10)
     jobs = [Job(r, at) for r, at in zip(wanted, (0, 0, 3, 5, 5, 6, 9), strict=True)]
-    depth = Heuristic() if width == "heuristic" else width
+    depth = HeuristicPolicy() if width == "heuristic" else width
     assert texts(run(engine_of(models, "near", depth, SMALL_CHUNKS), jobs)) == [solo(models, r) for r in wanted]
 
 
@@ -287,7 +287,9 @@ def test_a_drafter_that_is_steered_as_the_target_is_has_more_drafts_kept():
     said, kept = [], []
     for kind in (MtpDrafter, Blind):
         cache = Cache(pair._model.specs, MAX_WIDTH, mx.float32)
-        engine = Engine(pair._model, cache, kind(pair._model, pair._loaded.drafter.model, cache), Constant(4), Limits())
+        engine = Engine(
+            pair._model, cache, kind(pair._model, pair._loaded.drafter.model, cache), ConstantPolicy(4), Limits()
+        )
         outcomes = run(engine, wanted)
         said.append(texts(outcomes))
         kept.append(sum(o.stats.kept for o in outcomes) / sum(o.stats.drafted for o in outcomes))
@@ -336,14 +338,14 @@ def test_an_engine_has_no_tables_and_builds_nothing_more_once_nobody_asks():
     for others in ([], [request((5, 6, 7), 4, SETTINGS[1]), request((3, 4), 3, SETTINGS[0])]):
         engine = engine_of(models, "near", Listed([2]))
         run(engine, others)
-        assert engine._history.state() == (None, None, None)
+        assert engine.runner._history.state() == (None, None, None)
         engine.submit(request((8, 9), 9))
         for _ in range(2):
             engine.step()
         graph = io.StringIO()
-        mx.export_to_dot(graph, engine._build().out)
+        mx.export_to_dot(graph, engine._build().output.vector)
         sizes.append(graph.getvalue().count("\n"))
-        assert engine._history.state() == (None, None, None)
+        assert engine.runner._history.state() == (None, None, None)
     assert sizes[0] == sizes[1] > 100
 
 

@@ -19,7 +19,7 @@ from servers import running
 import mlx_mtp
 from mlx_mtp.accept import verdict
 from mlx_mtp.cache import Cache, LayerSpec
-from mlx_mtp.depth import MAX_WIDTH
+from mlx_mtp.draft_length import MAX_WIDTH
 from mlx_mtp.drafters.qwen_mtp import QwenMtpDrafter
 from mlx_mtp.load import load_drafter, load_pair, load_target
 from mlx_mtp.models.qwen3_5 import read_qwen

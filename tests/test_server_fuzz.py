@@ -16,7 +16,7 @@ import pytest
 from servers import EDGE, TINY, Live, running
 
 from mlx_mtp.cache import Cache
-from mlx_mtp.depth import MAX_WIDTH
+from mlx_mtp.draft_length import MAX_WIDTH
 from mlx_mtp.pair import Pair
 
 ROUTES = ("/v1/models", "/health", "/metrics", "/", "/v1/%00", "/v1/models/%ff")

@@ -10,7 +10,7 @@ import pytest
 from engines import Job, random_widths, request, run
 
 from mlx_mtp.cache import Cache
-from mlx_mtp.depth import MAX_WIDTH, Constant, Depth
+from mlx_mtp.draft_length import MAX_WIDTH, ConstantPolicy, DraftLengthPolicy
 from mlx_mtp.drafters.plain import PlainDrafter
 from mlx_mtp.engine import Engine
 from mlx_mtp.load import LoadedPair, load_pair
@@ -35,10 +35,10 @@ def code() -> list[tuple[int, ...]]:
     return [tuple(text.encode(p)) for p in json.loads((DATA / "prompts.json").read_text())["code"]]
 
 
-def engine(depth: int | Depth, drafts: bool = True, limits: Limits | None = None) -> Engine:
+def engine(depth: int | DraftLengthPolicy, drafts: bool = True, limits: Limits | None = None) -> Engine:
     pair, rows = trained(), Cache(trained().target.model.specs, MAX_WIDTH, mx.float32)
     drafter = pair.new_drafter(rows) if drafts else PlainDrafter()
-    depth = Constant(depth) if isinstance(depth, int) else depth
+    depth = ConstantPolicy(depth) if isinstance(depth, int) else depth
     return Engine(pair.target.model, rows, drafter, depth, limits or Limits())
 
 
@@ -67,7 +67,7 @@ def plainly(how: str, rows: int) -> list[list[int]]:
     return [o.tokens for o in outcomes]
 
 
-def check_texts(rows: int, depth: int | Depth, how: str) -> None:
+def check_texts(rows: int, depth: int | DraftLengthPolicy, how: str) -> None:
     """Rows join a step after another and leave as they end; their texts are those of plain decoding."""
     jobs = [Job(request(code()[i], TOKENS - i % 3, SETTINGS[how]), at=i) for i in range(rows)]
     outcomes = run(engine(depth), jobs)

@@ -61,14 +61,6 @@ class Choice(Debug):
     seed: Annotated[
         int | None, typer.Option(help="With a seed the text depends on weights, prompt and seed alone.")
     ] = None
-    remember: Annotated[
-        bool,
-        typer.Option(
-            "--remember/--no-remember",
-            help="Begin with what --width auto has learnt of this pair before, and keep it for the next run "
-            "(~/.cache/mlx-mtp). The text is the same.",
-        ),
-    ] = True
     profile: Annotated[
         bool, typer.Option("--profile", help="Time drafting apart from verifying; costs a wait a round.")
     ] = False
@@ -85,18 +77,17 @@ def sampling_changes(options: Choice) -> dict[str, Any]:
 
 def parse_width(text: str) -> int | str:
     """The --width option, a number or a word, checked before anything is loaded."""
-    from mlx_mtp.depth import depth_of
+    from mlx_mtp.draft_length import make_policy
 
     try:
         width: int | str = int(text)
     except ValueError:
         width = text
-    depth_of(width)
+    make_policy(width)
     return width
 
 
 def load_pair(options: Choice, limits: Limits | None = None, prefix_bytes: int | None = None) -> Pair:
-    from mlx_mtp.kept import own_cache
     from mlx_mtp.pair import load
 
     with progress() as report:
@@ -111,15 +102,13 @@ def load_pair(options: Choice, limits: Limits | None = None, prefix_bytes: int |
         )
     if options.profile:
         pair.profile()
-    if options.remember and pair.drafter_name:
-        pair.remember(own_cache())
     for warning in pair.warnings:
         say(f"warning: {warning}")
     return pair
 
 
-def calibrate(pair: Pair, options: Choice) -> None:
-    """Measure what one text's rounds cost, where that matters, is kept and is not known yet."""
+def measure_costs(pair: Pair, options: Choice) -> None:
+    """Measure what rounds cost, where that matters and is not known yet."""
     began_s = time.perf_counter()
-    if options.remember and options.width == "auto" and pair.calibrate():
+    if options.width == "auto" and pair.measure_costs():
         say(f"measured once what drafts cost on this machine, in {time.perf_counter() - began_s:.1f} s")

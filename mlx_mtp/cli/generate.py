@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from mlx_mtp.cli.app import command
-from mlx_mtp.cli.choice import EMBEDDED, Choice, calibrate, load_pair, parse_width, sampling_changes
+from mlx_mtp.cli.choice import EMBEDDED, Choice, load_pair, measure_costs, parse_width, sampling_changes
 from mlx_mtp.cli.output import print_json, say
 from mlx_mtp.rows import Event, RequestError, Stats
 
@@ -61,7 +61,7 @@ def generate(options: Generate) -> None:
         max_tokens=options.max_tokens,
         stop=tuple(options.stop or ()),
     )
-    calibrate(pair, options)
+    measure_costs(pair, options)
     with closing(events):
         if options.as_json:
             print_json(_collect(events))
@@ -78,7 +78,7 @@ def chat(options: Talk) -> None:
     pair = load_pair(options)
     if not pair.text.has_template:
         raise RequestError(f"{options.model} has no chat template (a base model?); use `mlx-mtp generate`")
-    calibrate(pair, options)
+    measure_costs(pair, options)
     conversation = pair.chat(options.system)
     chosen, doubted = replace(pair.default_sampling, **sampling), False
     for line in _lines():

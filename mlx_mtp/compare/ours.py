@@ -1,4 +1,4 @@
-"""This package as one of the runtimes compared. What a width policy has learnt stays, as it does in a Pair."""
+"""This package as one of the runtimes compared. The draft length policy stays for all runs, as it does in a Pair."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import mlx.core as mx
 from mlx_mtp.cache import Cache
 from mlx_mtp.compare.cases import Prompt
 from mlx_mtp.compare.runs import Drafts
-from mlx_mtp.depth import MAX_WIDTH, Depth, depth_of
+from mlx_mtp.cost_profile import BATCHES
+from mlx_mtp.draft_length import MAX_WIDTH, PRIOR_PROFILE, make_policy
 from mlx_mtp.engine import Engine
 from mlx_mtp.load import LoadedPair
+from mlx_mtp.pair import profiler_of
 from mlx_mtp.rows import GREEDY, Request
 from mlx_mtp.scheduler import Limits
 
@@ -23,10 +25,15 @@ class Ours:
     batches = True
 
     def __init__(self, loaded: LoadedPair, width: int | str) -> None:
-        self._loaded, self._depth, self._drafts = loaded, depth_of(width), Drafts()
+        profile = PRIOR_PROFILE
+        if width == "auto" and loaded.drafter_name:
+            room = loaded.target.model.config.max_positions
+            found, _ = profiler_of(loaded).profile(BATCHES, lambda: loaded.new_engine(make_policy(0), Limits()), room)
+            profile = found or profile
+        self._loaded, self._policy, self._drafts = loaded, make_policy(width, profile), Drafts()
 
     def open(self) -> OurSession:
-        return OurSession(self._loaded, self._depth, self._drafts)
+        return OurSession(self._loaded.new_engine(self._policy, Limits()), self._drafts)
 
     def solo(self, prompt: Prompt, tokens: int) -> Iterator[list[int]]:
         session = self.open()
@@ -42,11 +49,8 @@ class Ours:
 class OurSession:
     """An engine without end tokens."""
 
-    def __init__(self, loaded: LoadedPair, depth: Depth, drafts: Drafts) -> None:
-        target = loaded.target
-        cache = Cache(target.model.specs, MAX_WIDTH, target.dtype)
-        self.engine = Engine(target.model, cache, loaded.new_drafter(cache), depth, Limits())
-        self._drafts = drafts
+    def __init__(self, engine: Engine, drafts: Drafts) -> None:
+        self.engine, self._drafts = engine, drafts
 
     def submit(self, prompt: Prompt, tokens: int) -> int:
         return self.engine.submit(Request(prompt, tokens, GREEDY, frozenset()))

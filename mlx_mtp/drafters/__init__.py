@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 import mlx.core as mx
 
-from mlx_mtp.rows import Draft, Forward, Listener
+from mlx_mtp.rows import Draft, Forward
 from mlx_mtp.sampling import Sampler
 
 
@@ -27,19 +26,12 @@ class Drafter(Protocol):
         `sampler.offer` first, lest it draft what a constraint forbids."""
         ...
 
-    def observe(self, fwd: Forward, kept: mx.array) -> Any:
+    def observe(self, fwd: Forward, kept: mx.array) -> None:
         """The target ran a pass, and kept[b] of row b's columns became true ([B] int32; 0: the row stood still).
 
         A prompt chunk is a pass whose every column is kept and none was drafted.
-        A round of width 0 is one too; what it brings is best left alone until the next draft needs it, and if `resting`
-        it need not be kept. What is new in `state` since and none of the pass's own arrays, any tree, is returned then,
-        so that nothing else need be looked through; None: it may be all.
+        A round of width 0 is one too; what it brings is best left alone until the next draft needs it.
         """
-        ...
-
-    def listener(self, prompt: Sequence[int]) -> Listener | None:
-        """Who will hear the text behind a prompt that is to be computed, to say what is to be expected of drafts for
-        it; None: all rows are as usual."""
         ...
 
     def begin(self, row: int, length: int, state: Any) -> None:
@@ -58,11 +50,6 @@ class Drafter(Protocol):
         Called inside and at the end of a prompt, where `length` is the row's own, and when a row is about to leave:
         then it may have run past `length` by two of the widest rounds.
         """
-        ...
-
-    def owed(self, rows: slice) -> int:
-        """Columns that the next draft for these rows would have to compute before its own, in all, because none was
-        asked for lately; 0 if they are never more than a few."""
         ...
 
     def row_bytes(self, positions: int) -> int:

@@ -11,7 +11,6 @@ first step if all rows lack the same few tokens, as a prompt is otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
@@ -19,7 +18,7 @@ import mlx.core as mx
 
 from mlx_mtp.buffers import put
 from mlx_mtp.cache import Cache
-from mlx_mtp.depth import MAX_WIDTH
+from mlx_mtp.draft_length import MAX_WIDTH
 from mlx_mtp.drafters.kinds import Kind, Network
 from mlx_mtp.drafters.texts import Texts
 from mlx_mtp.models.config import TARGET_TYPES, TextConfig, read_target
@@ -66,8 +65,8 @@ class DraftModel:
             drafted.append(steps[-1].tokens)
         return Drawn.draft(steps)
 
-    def observe(self, fwd: Forward, kept: mx.array) -> Any:
-        new = self._texts.observe(fwd, kept)
+    def observe(self, fwd: Forward, kept: mx.array) -> None:
+        self._texts.observe(fwd, kept)
         columns, own = fwd.tokens.shape[1], fwd.drafted - fwd.forced
         for row in range(fwd.rows.start, fwd.rows.stop):
             if row - fwd.rows.start not in fwd.still:
@@ -77,7 +76,6 @@ class DraftModel:
             self._has(fwd.rows, mx.where(kept > 0, mx.minimum(end - kept + own, end - 1), self._have[fwd.rows]))
         if columns > 1 and not fwd.drafted:  # a prompt chunk
             self._catch_up(fwd.rows)
-        return None if columns > 1 else new
 
     def _catch_up(self, rows: slice) -> None:
         """Feed what rows lack up to their newest token, which stays; one pass for neighbours that lack as much.
@@ -112,9 +110,6 @@ class DraftModel:
 
     # rows -------------------------------------------------------------------------------------------------------
 
-    def listener(self, prompt: Sequence[int]) -> None:
-        return None
-
     def begin(self, row: int, length: int, state: Any) -> None:
         cache, tokens, behind = state or (None, None, 0)
         self._cache.join(max(length, 1), cache, length, most=self._target.most(row))
@@ -124,9 +119,6 @@ class DraftModel:
 
     def snapshot(self, row: int, length: int) -> Any:
         return self._cache.snapshot(row, length), self._texts.snapshot(row, length), self._behind[row]
-
-    def owed(self, rows: slice) -> int:
-        return sum(max(0, behind - 1) for behind in self._behind[rows])
 
     def row_bytes(self, positions: int) -> int:
         return self._cache.row_bytes(self._target.capacity(positions)) + self._texts.row_bytes(positions)
@@ -177,4 +169,5 @@ KIND = Kind(
         check=check,
         stored=FAMILY.stored,
     ),
+    catch_up=0.02,  # a guess: prompt tokens of a small model in the time of a large one's pass
 )

@@ -6,7 +6,7 @@ meanwhile (read in their source, not measured). So the features of a round with 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -59,18 +59,12 @@ class FeatureDrafter:
             self._cache.bounds[row] = self._rows.bounds[row] + ahead
         return self._cache.open(rows, columns)
 
-    def listener(self, prompt: Sequence[int]) -> None:
-        return None
-
     def begin(self, row: int, length: int, state: Snapshot | None) -> None:
         self._cache.join(1, state, length if state else None, most=self._rows.most(row))
 
     def snapshot(self, row: int, length: int) -> Snapshot:
         self._store()
         return self._cache.snapshot(row, length)
-
-    def owed(self, rows: slice) -> int:
-        return 0
 
     def row_bytes(self, positions: int) -> int:
         pending = (self._rows.max_width + 1) * self._column_bytes

@@ -60,11 +60,15 @@ class Network:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of drafter. network: None where it has none, so that it is chosen by name and no checkpoint."""
+    """A kind of drafter.
+
+    network: None where it has none, so that it is chosen by name and no checkpoint. catch_up: as of `CostProfile`.
+    """
 
     name: str
     make: Callable[[Parts], Drafter]
     network: Network | None = None
+    catch_up: float = 0.0
 
 
 def kinds() -> tuple[Kind, ...]:

@@ -2,35 +2,31 @@
 
 Knows tokens alone. It stands over another drafter, which drafts for the rows that repeat nothing; over plain decoding
 it has nothing for them. The device looks for matches when a draft is asked for, with what the host has not read yet;
-whether one should be asked for is found on the host (`Echo`), so that a round without a draft has no operation of it.
+whether one should be asked for is found on the host (`NgramIndex`).
 After Saxena, "Prompt Lookup Decoding" (2023) and transformers'
 `PromptLookupCandidateGenerator`, with the longest match instead of the first of a fixed length.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
 from mlx_mtp.cache import Cache
 from mlx_mtp.drafters import Drafter
 from mlx_mtp.drafters.kinds import Kind
 from mlx_mtp.drafters.plain import PlainDrafter
 from mlx_mtp.drafters.texts import Texts
-from mlx_mtp.rows import NOTHING, USUAL, Candidates, Draft, Forward
+from mlx_mtp.rows import Candidates, Draft, Forward
 from mlx_mtp.sampling import Sampler
 
 LONGEST = 16  # tokens of a match that are counted
 GATE = 3  # the least match that drafts where nothing else would
-# Matches from here on have an outlook of their own, and go before a network's drafts: on the embedded pair's code a
+# Matches from here on go before a network's drafts: on the embedded pair's code a
 # draft of 8 kept 7.4 from such a match, and 4.9 by MTP at the same places; from one of 3 to 9, 3.0 against 3.4.
 SURE = 10
-MIX, MASK = 0x9E3779B97F4A7C15, 2**64 - 1  # of hashes; a wrong one costs a guess about a round, and no token
 
 
 class LookupDrafter:
@@ -39,10 +35,8 @@ class LookupDrafter:
 
     def __init__(self, under: Drafter, cache: Cache, gate: int | None = None) -> None:
         """under: drafts for rows whose match is shorter than `gate`. cache: the target's."""
-        plain = isinstance(under, PlainDrafter)
         self._under, self.taps = under, under.taps
-        self._gate = gate or (GATE if plain else SURE)
-        self._without = NOTHING if plain else USUAL
+        self._gate = gate or match_tokens(alone=isinstance(under, PlainDrafter))
         self._texts = Texts(cache)
 
     def propose(self, rows: slice, bonus: mx.array, sampler: Sampler, width: int) -> Draft:
@@ -58,12 +52,9 @@ class LookupDrafter:
         source = other.source and certain(other.source, tokens, looked)
         return Draft(mx.where(looked, tokens, other.tokens), source)
 
-    def observe(self, fwd: Forward, kept: mx.array) -> Any:
-        under, texts = self._under.observe(fwd, kept), self._texts.observe(fwd, kept)
-        return None if under is None else (under, texts)
-
-    def listener(self, prompt: Sequence[int]) -> Echo:
-        return Echo(prompt, {self._gate: USUAL + 1, max(SURE, self._gate): USUAL + 2}, self._without)
+    def observe(self, fwd: Forward, kept: mx.array) -> None:
+        self._under.observe(fwd, kept)
+        self._texts.observe(fwd, kept)
 
     def begin(self, row: int, length: int, state: Any) -> None:
         under, tokens = state or (None, None)
@@ -72,9 +63,6 @@ class LookupDrafter:
 
     def snapshot(self, row: int, length: int) -> Any:
         return self._under.snapshot(row, length), self._texts.snapshot(row, length)
-
-    def owed(self, rows: slice) -> int:
-        return self._under.owed(rows)
 
     def row_bytes(self, positions: int) -> int:
         return self._under.row_bytes(positions) + self._texts.row_bytes(positions)
@@ -92,50 +80,28 @@ class LookupDrafter:
         self._texts.restore(texts)
 
 
-class Echo:
-    """Tells of a text whether its last tokens stand anywhere before, on the host: for a few lengths, by hashes of all
-    runs of so many tokens. A prompt takes 8 bytes a token and length, what is heard about a hundred."""
+def match_tokens(alone: bool) -> int:
+    """The least match that drafts, alone or before a network."""
+    return GATE if alone else SURE
 
-    def __init__(self, prompt: Sequence[int], outlooks: dict[int, int], without: int) -> None:
-        """outlooks: of a text whose last so many tokens match; the longest counts. without: where none do."""
-        self._without, longest, tokens = without, max(outlooks), np.array(prompt, np.uint64)
-        self._runs = [
-            (length, pow(MIX, length, MASK + 1), _sorted_runs(tokens, length), set[int](), outlooks[length])
-            for length in sorted(outlooks)
-        ]
-        self._sums = deque([0], maxlen=longest + 1)  # hashes of the text up to its last places, from some place on
-        self._add(prompt[-longest:])
 
-    def _add(self, tokens: Sequence[int]) -> None:
+class NgramIndex:
+    """Which runs of n tokens a text has had, on the host; so that no round without a draft needs the device for it."""
+
+    def __init__(self, prompt: Sequence[int], n: int) -> None:
+        self._n, self._last = n, tuple(prompt[-n:])
+        self._seen = {hash(tuple(prompt[i : i + n])) for i in range(len(prompt) - n + 1)}
+
+    def extend(self, tokens: Sequence[int]) -> bool:
+        """The text has grown by these; whether its last n tokens are found before."""
+        found = False
         for token in tokens:
-            self._sums.append((self._sums[-1] * MIX + token + 1) & MASK)
-
-    def hear(self, tokens: Sequence[int]) -> int:
-        """The text has grown by these; the outlook behind them."""
-        outlook, sums = self._without, self._sums
-        for token in tokens:
-            self._add((token,))
-            outlook, known, repeats = self._without, len(sums), True
-            for length, power, prompt, heard, matched in self._runs:
-                if length >= known:
-                    break
-                run = (sums[-1] - sums[-1 - length] * power) & MASK
-                # A run that is new is the end of none that is not.
-                repeats = repeats and (run in heard or prompt[bisect_left(prompt, run)] == run)
-                if repeats:
-                    outlook = matched
-                else:
-                    heard.add(run)
-        return outlook
-
-
-def _sorted_runs(tokens: np.ndarray, length: int) -> memoryview:
-    """Hashes of all runs of so many tokens in [N], uint64, ascending, and a last one that nothing is behind."""
-    count = max(0, len(tokens) - length + 1)
-    runs = np.zeros(count, np.uint64)
-    for i in range(length if count else 0):
-        runs = runs * np.uint64(MIX) + tokens[i : i + count] + np.uint64(1)
-    return np.append(np.sort(runs), np.uint64(MASK)).data
+            self._last = (*self._last, token)[-self._n :]
+            run = hash(self._last)
+            found = run in self._seen
+            if len(self._last) == self._n:
+                self._seen.add(run)
+        return found
 
 
 def longest_match(tokens: mx.array, length: mx.array) -> mx.array:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import mlx.core as mx
 
@@ -75,7 +74,7 @@ class MtpDrafter:
         reach = window + self._convention.extra_keys
         return self._cache.committed(sliding, rows, reach), self._cache.committed(full, rows, None)
 
-    def observe(self, fwd: Forward, kept: mx.array) -> Any:
+    def observe(self, fwd: Forward, kept: mx.array) -> None:
         skipped = fwd.tokens.shape[1] - fwd.hidden.shape[1]
         if fwd.hidden.shape[1] == 1:
             picked = fwd.hidden
@@ -90,10 +89,6 @@ class MtpDrafter:
             self._hidden = picked
         else:
             self._hidden = put(self._hidden, fwd.rows, picked)
-        return () if self._hidden is fwd.hidden else self._hidden
-
-    def listener(self, prompt: Sequence[int]) -> None:
-        return None
 
     def begin(self, row: int, length: int, state: None) -> None:
         self._hidden = mx.concatenate([self._hidden, mx.zeros((1, *self._hidden.shape[1:]), self._hidden.dtype)])
@@ -101,9 +96,6 @@ class MtpDrafter:
     def snapshot(self, row: int, length: int) -> None:
         # Keys and values are the target's, and the next column, which always comes, brings its hidden state.
         return None
-
-    def owed(self, rows: slice) -> int:
-        return 0
 
     def row_bytes(self, positions: int) -> int:
         return self._target.config.hidden_size * self._cache.dtype.size

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import mlx.core as mx
 
 from mlx_mtp.rows import Draft, Forward
@@ -18,20 +16,14 @@ class PlainDrafter:
     def propose(self, rows: slice, bonus: mx.array, sampler: Sampler, width: int) -> Draft:
         return Draft(mx.zeros((bonus.shape[0], 0), mx.int32))
 
-    def observe(self, fwd: Forward, kept: mx.array) -> tuple[()]:
-        return ()
-
-    def listener(self, prompt: Sequence[int]) -> None:
-        return None
+    def observe(self, fwd: Forward, kept: mx.array) -> None:
+        pass
 
     def begin(self, row: int, length: int, state: None) -> None:
         pass
 
     def snapshot(self, row: int, length: int) -> None:
         return None
-
-    def owed(self, rows: slice) -> int:
-        return 0
 
     def row_bytes(self, positions: int) -> int:
         return 0

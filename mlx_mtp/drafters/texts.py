@@ -33,23 +33,21 @@ class Texts:
         """[B] int32: the position of every row's newest token."""
         return self._cache.lengths[rows]
 
-    def observe(self, fwd: Forward, kept: mx.array) -> Any:
-        """Take over a pass that has been committed; rows that stood still get what is behind their length anyhow.
-        Returns the arrays that are new, but for the pass's own."""
+    def observe(self, fwd: Forward, kept: mx.array) -> None:
+        """Take over a pass that has been committed; rows that stood still get what is behind their length anyhow."""
         rows, waits = fwd.rows, fwd.tokens.shape[1] == 1 and fwd.rows.start == 0 and not fwd.still
         if self._waiting:
             before = self._waiting[0].shape[0]
             if waits and rows.stop == before and len(self._waiting) < UNWRITTEN:
                 self._waiting.append(fwd.tokens)
                 self._newest = fwd.newest
-                return ()
+                return
             if rows.start < before:  # else it is a prompt of its own
                 self._write(self.lengths(slice(0, before)) - kept[:before])
         if waits:
             self._waiting, self._newest = [fwd.tokens], fwd.newest
         else:
             self._put(rows, self.lengths(rows) - kept, kept, fwd.tokens, fwd.newest)
-        return self.state()
 
     def _write(self, end: mx.array) -> None:
         """Write down what waits; end [B] is where the newest of it stands."""

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
 
-from mlx_mtp.calibration import made_up
+from mlx_mtp.cost_profile import dummy_prompts
 from mlx_mtp.pair import Pair, leave_thread
 from mlx_mtp.rows import GREEDY, Event, Request, RequestError, one_line
 from mlx_mtp.server.decoding import OutputDecoder
@@ -194,16 +194,14 @@ class EngineThread:
 
     def _warm_up(self, pair: Pair) -> None:
         settings = self._settings
-        auto, most = settings.num_draft_tokens == "auto", settings.max_num_seqs
-        batches = sorted({1, min(4, most), most}) if auto else []
-        steps = len(batches) + len(settings.warm_up)
-        for done, rows in enumerate(batches):
+        auto, steps = settings.num_draft_tokens == "auto", len(settings.warm_up) + 1
+        self._progress("warm-up", 0, steps)
+        if auto:
+            pair.measure_costs(settings.max_num_seqs)
+        width = "heuristic" if auto else settings.num_draft_tokens  # auto would learn from dummy prompts
+        for done, (batch, length) in enumerate(settings.warm_up, 1):
             self._progress("warm-up", done, steps)
-            pair.calibrate(rows)
-        width = "heuristic" if auto else settings.num_draft_tokens  # auto would learn from made-up prompts
-        for done, (rows, length) in enumerate(settings.warm_up, len(batches)):
-            self._progress("warm-up", done, steps)
-            pair.generate(made_up(rows, max(1, min(length, pair.room_tok - 9))), GREEDY, width, 8)
+            pair.generate(dummy_prompts(batch, max(1, min(length, pair.room_tok - 9))), GREEDY, width, 8)
         self._progress("warm-up", steps, steps)
 
     def _serve(self, pair: Pair) -> None:
@@ -216,8 +214,6 @@ class EngineThread:
     def _run_commands(self, pair: Pair) -> bool:
         """Run all queued commands; an idle engine waits for one. Returns False after the last."""
         wait = pair.idle
-        if wait:
-            pair.keep()
         while True:
             try:
                 command = self._commands.get(block=wait)
