@@ -68,10 +68,11 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_headers(folder: Path) -> dict[str, Tensor]:
     """Name -> Tensor of everything the folder's safetensors files hold; with an index, of what it lists.
 
-    Raises CheckpointError for other formats, missing or truncated files, and an index that does not match.
+    A stale index counts for nothing. Raises CheckpointError for other formats, missing or truncated files, and an index
+    that does not match.
     """
     index = sorted(folder.glob("*.safetensors.index.json"))
-    if index:
+    if index and not stale_index(folder):
         return _indexed(index[0])
     files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
     if not files:
@@ -84,6 +85,16 @@ def read_headers(folder: Path) -> dict[str, Tensor]:
                 raise CheckpointError(f"{folder}: {name} is in {first} and in {file.name}; remove one of the files")
             tensors[name] = tensor
     return tensors
+
+
+def stale_index(folder: Path) -> str | None:
+    """A warning if a folder's index is of other files than those there: none that it names, and others that hold
+    weights. Copying a release's JSON files over a conversion leaves such an index. Raises CheckpointError."""
+    for path in sorted(folder.glob("*.safetensors.index.json"))[:1]:
+        named = set(_weight_map(path).values())
+        if not any((folder / name).is_file() for name in named) and any(folder.glob("*.safetensors")):
+            return f"{path.name} in {folder} names none of the files there and is ignored; delete it"
+    return None
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
@@ -139,9 +150,7 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[Tensor, int]:
 
 def _indexed(path: Path) -> dict[str, Tensor]:
     """What an index lists, checked against the files it names."""
-    table = read_json(path).get("weight_map")
-    if not isinstance(table, dict) or not all(isinstance(v, str) for v in table.values()):
-        raise CheckpointError(f"{path}: no weight_map of tensor names to files; download it again")
+    table = _weight_map(path)
     tensors: dict[str, Tensor] = {}
     for file in sorted(set(table.values())):
         if Path(file).name != file or not (path.parent / file).is_file():
@@ -155,6 +164,13 @@ def _indexed(path: Path) -> dict[str, Tensor]:
                 raise CheckpointError(f"{path}: places {name} in {file}, which does not hold it; download both again")
             tensors[name] = held[name]
     return tensors
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    table = read_json(path).get("weight_map")
+    if not isinstance(table, dict) or not all(isinstance(v, str) for v in table.values()):
+        raise CheckpointError(f"{path}: no weight_map of tensor names to files; download it again")
+    return table
 
 
 def _other_formats(folder: Path) -> str:

@@ -52,6 +52,8 @@ class Hub(BaseHTTPRequestHandler):
         "model.safetensors": b"12345678",
         "model.gguf": b"x",
         "original/a.json": b"x",
+        "assistant/config.json": b"{}",
+        "assistant/model.safetensors": b"1234",
     }
     asked: list[str] = []
 
@@ -68,7 +70,7 @@ class Hub(BaseHTTPRequestHandler):
             code, error = kind.split("-")
             return self.reply(b"", int(code), {"X-Error-Code": error})
         if "/api/" not in self.path:
-            name = self.path.split(f"{COMMIT}/")[1]
+            name = self.path.split(f"{COMMIT}/" if COMMIT in self.path else "/main/")[1]
             tag = {"ETag": f'"{name.replace("/", "")}"', "X-Repo-Commit": COMMIT}
             return self.reply(self.files[name], 200, tag)
         rows = [{"type": "file", "path": k, "size": len(v), "oid": k} for k, v in self.files.items()]
@@ -116,7 +118,8 @@ def test_a_folder_is_itself_and_nobody_is_asked(tmp_path: Path) -> None:
 def test_a_repository_is_downloaded_without_copies_in_other_formats(hub: list[str], cache: Path) -> None:
     stages = []
     folder = resolve("o/ok", lambda *step: stages.append(step))
-    assert sorted(p.name for p in folder.rglob("*")) == ["config.json", "model.safetensors"]
+    names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*.*"))
+    assert names == ["assistant/config.json", "assistant/model.safetensors", "config.json", "model.safetensors"]
     assert (folder / "model.safetensors").read_bytes() == b"12345678"
     assert folder.is_relative_to(cache)
     assert stages == [("fetching o/ok", 0, 0)]
