@@ -14,6 +14,7 @@ from pathlib import Path
 import mlx.core as mx
 
 GB = 1e9
+CPU_SHARE = 0.85  # of the RAM; the system and other programs have the rest
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,13 @@ def facts(kernels: tuple[tuple[str, str, str], ...] = ()) -> list[Fact]:
 
 
 def memory_bytes() -> int:
-    """Bytes for weights and caches: the GPU's working set on a Mac, its memory on CUDA, else the RAM."""
+    """Bytes for weights, caches and passes: a Mac's GPU working set, the memory of CUDA, else most of the RAM."""
     info = _device_info()
-    for key in ("max_recommended_working_set_size", "total_memory", "memory_size"):
+    for key in ("max_recommended_working_set_size", "total_memory"):
         value = info.get(key)
         if isinstance(value, int) and value > 0:
             return value
-    return ram_bytes()
+    return int(CPU_SHARE * ram_bytes())
 
 
 def chip_brand() -> str | None:

@@ -6,6 +6,7 @@ Vision and audio towers stay on disk.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -21,18 +22,20 @@ from mlx_mtp.drafters.kinds import Kind, Network, Parts, kind_of, kinds, split_n
 from mlx_mtp.drafters.plain import PlainDrafter
 from mlx_mtp.engine import Engine
 from mlx_mtp.few_rows import use_kernels
+from mlx_mtp.memory_budget import PairSize, size_of
 from mlx_mtp.models.families import Family, Target, family_of
 from mlx_mtp.models.gemma4_assistant import Assistant
-from mlx_mtp.pairs import check_pair, find_drafter, whole_copy
+from mlx_mtp.pairs import check_pair, drafter_in, find_drafter, whole_copy
 from mlx_mtp.rows import CheckpointError, DownloadError, PairingError, RequestError, Sampling
 from mlx_mtp.scheduler import Limits
-from mlx_mtp.tensors import read_headers, read_json
-from mlx_mtp.weights import Folder, Plan, Report, bare, plan, read
+from mlx_mtp.tensors import Tensor, read_headers, read_json, stale_index
+from mlx_mtp.weights import Folder, Plan, Report, plan, planned_bytes, read
 
 __all__ = [
     "LoadedDrafter",
     "LoadedPair",
     "LoadedTarget",
+    "PlannedPair",
     "Report",
     "check_pair",
     "find_drafter",
@@ -40,6 +43,7 @@ __all__ = [
     "load_pair",
     "load_target",
     "own_drafter",
+    "plan_pair",
 ]
 
 # Keys of generation_config.json that would change the text and are not supported: their neutral values.
@@ -83,12 +87,14 @@ class LoadedPair:
     """A target and its drafter, None if it has no network. notes: of both, and why there is no drafter.
 
     over: kinds without a network that draft where they can, and leave the rest to the drafter; innermost first.
+    size: what it takes.
     """
 
     target: LoadedTarget
     drafter: LoadedDrafter | None
     notes: tuple[str, ...]
-    over: tuple[Kind, ...] = ()
+    over: tuple[Kind, ...]
+    size: PairSize
 
     @property
     def drafter_name(self) -> str | None:
@@ -114,15 +120,15 @@ class LoadedPair:
 
     def network_drafter(self, cache: Cache) -> Drafter:
         """What drafts with the network over a cache of the target; plain decoding if there is none."""
-        plain, loaded = PlainDrafter(), self.drafter
-        return loaded.kind.make(Parts(self.target.model, cache, loaded.model, plain)) if loaded else plain
+        return make_drafter(self.target.model, cache, self._network, ())
 
     def new_drafter(self, cache: Cache) -> Drafter:
         """All that drafts, over a cache of the target."""
-        drafter = self.network_drafter(cache)
-        for kind in self.over:
-            drafter = kind.make(Parts(self.target.model, cache, None, drafter))
-        return drafter
+        return make_drafter(self.target.model, cache, self._network, self.over)
+
+    @property
+    def _network(self) -> tuple[Kind, Any] | None:
+        return (self.drafter.kind, self.drafter.model) if self.drafter else None
 
 
 def load_pair(
@@ -131,6 +137,7 @@ def load_pair(
     *,
     dtype: mx.Dtype | None = None,
     quantize: int | None = None,
+    admit: Callable[[PairSize], None] | None = None,
     report: Report | None = None,
 ) -> LoadedPair:
     """Load a target and its drafter, checking both before a weight of either is read.
@@ -138,25 +145,17 @@ def load_pair(
     drafter: a folder or hub id of any kind; "auto" looks for the one made for the target and decodes plainly, with
     a note, where none is known or it cannot be fetched; None or "none" decodes plainly; "lookup" needs no checkpoint,
     alone or over another ("auto+lookup"). Others as in load_drafter.
-    Raises DownloadError, CheckpointError, PairingError, RequestError.
+    admit: called before weights are read; it may raise. Raises DownloadError, CheckpointError, PairingError,
+    RequestError.
     """
-    family, folder = _open_target(target, report)
-    base, over = split_name(drafter or "none")
-    if base is None and quantize is not None:
-        raise RequestError(f"quantize is {quantize!r}, but there is no drafter to quantise; name one, or leave it out")
-    opened, notes = _find_drafter(base, folder, report)
-    if opened is not None:
-        names = (target, opened.folder.name)
-        base_model = not _has_chat_template(folder.path)
-        notes += check_pair(opened.network, folder.config, opened.folder.config, names, base_model)
-    target_plan = plan(folder, family.build, dtype)
-    draft_plan = opened and _plan_drafter(opened, dtype or target_plan.dtype, quantize)
-    if opened and draft_plan:
-        notes += _compare_sizes(draft_plan, target_plan)
-    loaded = _finish_target(target_plan, family, report)
-    notes += loaded.notes
+    planned = plan_pair(target, drafter, dtype, quantize, lambda name: _on_disk(name, report))
+    size = planned.size(planned.target.dtype)
+    if admit:
+        admit(size)
+    loaded = _finish_target(planned.target, planned.family, report)
+    opened, draft_plan = planned.opened, planned.drafter
     finished = _finish_drafter(opened, draft_plan, report) if opened and draft_plan else None
-    return LoadedPair(loaded, finished, tuple(notes), over)
+    return LoadedPair(loaded, finished, (*planned.notes, *loaded.notes), planned.over, size)
 
 
 def load_target(name: str, *, dtype: mx.Dtype | None = None, report: Report | None = None) -> LoadedTarget:
@@ -166,8 +165,9 @@ def load_target(name: str, *, dtype: mx.Dtype | None = None, report: Report | No
     CPU, which multiplies experts in no other and sums quantised products in the input's type.
     report: called with (stage, done bytes, total bytes). Raises DownloadError, CheckpointError, RequestError.
     """
-    family, folder = _open_target(name, report)
-    return _finish_target(plan(folder, family.build, dtype), family, report)
+    family, folder, notes = _open_target(name, lambda name: _on_disk(name, report))
+    loaded = _finish_target(plan(folder, family.build, dtype), family, report)
+    return replace(loaded, notes=(*notes, *loaded.notes))
 
 
 def load_drafter(
@@ -183,14 +183,33 @@ def load_drafter(
     dtype: None takes the target's. quantize: 4 or 8 packs a plain drafter's linear layers and embedding.
     Raises DownloadError, CheckpointError, PairingError, RequestError.
     """
-    opened = _open_drafter(name, report)
+    opened = _open_drafter(name, lambda name: _on_disk(name, report))
     names = (target.name, name)
     notes = check_pair(opened.network, target.model.config, opened.folder.config, names, target.base_model)
+    notes += opened.notes
     made = _plan_drafter(opened, dtype or target.dtype, quantize)
     return replace(_finish_drafter(opened, made, report), notes=tuple(notes))
 
 
 # before weights -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Files:
+    """What lies in a folder or a repository. headers: of its tensors, where they are not in `path`. notes: for the
+    user."""
+
+    path: Path
+    raw: dict[str, Any]
+    headers: dict[str, Tensor] | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def config_file(self) -> str:
+        return str(self.path / "config.json")
+
+
+Open = Callable[[str], Files]  # a folder or hub id -> what lies there
 
 
 @dataclass(frozen=True)
@@ -200,23 +219,87 @@ class Opened:
     kind: Kind
     network: Network
     folder: Folder
+    notes: tuple[str, ...] = ()
 
 
-def _open_target(name: str, report: Report | None) -> tuple[Family, Folder]:
-    path, raw, where = _open(name, report)
-    family = family_of(raw, where)
-    config = family.read(raw, where)
-    return family, Folder(name, path, raw, config, family.stored(config))
+@dataclass(frozen=True)
+class PlannedPair:
+    """A target and its drafter of which configs and headers have been checked, and no weight read.
+
+    opened, drafter: None where it has no network. over: as in LoadedPair. notes: for the user.
+    """
+
+    family: Family
+    target: Plan
+    opened: Opened | None
+    drafter: Plan | None
+    over: tuple[Kind, ...]
+    notes: tuple[str, ...]
+
+    def size(self, dtype: mx.Dtype) -> PairSize:
+        """What it takes with weights, activations and caches in such a dtype."""
+        model, drafter = cast(Target, self.target.model), self.drafter
+        cache = Cache(model.specs, MAX_WIDTH, dtype)
+        network = (self.opened.kind, drafter.model) if self.opened and drafter else None
+        made = make_drafter(model, cache, network, self.over)
+        size = size_of(
+            self.target.folder.config,
+            planned_bytes(self.target, dtype),
+            planned_bytes(drafter, dtype) if drafter else 0,
+            lambda tokens: cache.row_bytes(tokens) + made.row_bytes(tokens),
+        )
+        saves = 0
+        if drafter and not drafter.quantize and "U32" not in {s.tensor.dtype for s in drafter.sources.values()}:
+            saves = size.drafter_bytes - planned_bytes(replace(drafter, quantize=4), dtype)
+        return replace(size, number_bytes=dtype.size, num_aux_layers=len(made.taps), drafter_saves=saves)
 
 
-def _open_drafter(name: str, report: Report | None) -> Opened:
-    path, raw, where = _open(name, report)
-    return _opened(*kind_of(raw, where), name, path, raw)
+def plan_pair(
+    target: str, drafter: str | None, dtype: mx.Dtype | None, quantize: int | None, open_: Open
+) -> PlannedPair:
+    """Check a target and its drafter against their configs, headers and each other; arguments as in load_pair."""
+    family, folder, notes = _open_target(target, open_)
+    base, over = split_name(drafter or "none")
+    if base is None and quantize is not None:
+        raise RequestError(f"quantize is {quantize!r}, but there is no drafter to quantise; name one, or leave it out")
+    opened, found = _find_drafter(base, folder, open_)
+    notes += found
+    if opened is not None:
+        names = (target, opened.folder.name)
+        base_model = folder.headers is None and not _has_chat_template(folder.path)
+        notes += check_pair(opened.network, folder.config, opened.folder.config, names, base_model)
+        notes += opened.notes
+    target_plan = plan(folder, family.build, dtype)
+    draft_plan = _plan_drafter(opened, dtype or target_plan.dtype, quantize) if opened else None
+    if draft_plan:
+        notes += _compare_sizes(draft_plan, target_plan)
+    return PlannedPair(family, target_plan, opened, draft_plan, over, tuple(notes))
 
 
-def _opened(kind: Kind, network: Network, name: str, path: Path, raw: dict[str, Any]) -> Opened:
-    config = network.read(raw, str(path / "config.json"))
-    return Opened(kind, network, Folder(name, path, raw, config, network.stored(config)))
+def make_drafter(target: Target, cache: Cache, network: tuple[Kind, Any] | None, over: tuple[Kind, ...]) -> Drafter:
+    """What drafts over a cache of the target: (kind, its network), and the kinds without one over it."""
+    drafter: Drafter = PlainDrafter()
+    if network:
+        drafter = network[0].make(Parts(target, cache, network[1], drafter))
+    for kind in over:
+        drafter = kind.make(Parts(target, cache, None, drafter))
+    return drafter
+
+
+def _open_target(name: str, open_: Open) -> tuple[Family, Folder, list[str]]:
+    files = open_(name)
+    family = family_of(files.raw, files.config_file)
+    config = family.read(files.raw, files.config_file)
+    stored = family.stored(config)
+    return family, Folder(name, files.path, files.raw, config, stored, files.headers), list(files.notes)
+
+
+def _open_drafter(name: str, open_: Open) -> Opened:
+    files = open_(name)
+    kind, network = kind_of(files.raw, files.config_file)
+    config = network.read(files.raw, files.config_file)
+    folder = Folder(name, files.path, files.raw, config, network.stored(config), files.headers)
+    return Opened(kind, network, folder, files.notes)
 
 
 def own_drafter(target: str) -> str | None:
@@ -224,25 +307,35 @@ def own_drafter(target: str) -> str | None:
 
     Raises PairingError where its files should hold one and do not, and otherwise as load_pair.
     """
-    _, folder = _open_target(target, None)
+    _, folder, _ = _open_target(target, _on_disk)
     opened, lacking = _inside(folder)
-    if lacking:
+    if lacking and not _separate(folder):
         raise PairingError(f"{lacking}; {_elsewhere(target)}")
     return target if opened else None
 
 
 def _inside(target: Folder) -> tuple[Opened | None, str | None]:
-    """The drafter in a target's own files, if there is one; what to say where there should be one and is none."""
+    """The drafter among a target's own tensors, if there is one; what to say where there should be one and is none."""
     for kind in kinds():
-        if kind.network is None or not kind.network.inside(target.raw):
+        network = kind.network
+        raw = network.inside(target.raw) if network else None
+        if network is None or raw is None:
             continue
-        opened = _opened(kind, kind.network, target.name, target.path, target.raw)
-        if any(not opened.folder.stored.skipped.search(bare(name)) for name in read_headers(target.path)):
-            return opened, None
+        config = network.read(raw, str(target.path / "config.json"))
+        stored = network.stored(config)
+        if network.prefix:
+            stored = replace(stored, nested=True, prefix=network.prefix)
+        if any(map(stored.holds, target.tensors())):
+            return Opened(kind, network, replace(target, config=config, stored=stored)), None
         return None, (
             f"{target.name} should bring a drafter along, but its files hold none (conversions to MLX leave it out)"
         )
     return None, None
+
+
+def _separate(target: Folder) -> str | None:
+    """A drafter that lies in a folder of its own in the target's, or is known by the target's name."""
+    return drafter_in(target.path) or find_drafter(target.name)
 
 
 def _elsewhere(target: str) -> str:
@@ -251,13 +344,29 @@ def _elsewhere(target: str) -> str:
     return "name a copy that has it with --drafter" + (f", such as {whole}" if whole else "")
 
 
-def _open(name: str, report: Report | None) -> tuple[Path, dict[str, Any], str]:
-    """(folder, config.json, its path) of a checkpoint; refuses what is quantised by others."""
+def _on_disk(name: str, report: Report | None = None) -> Files:
+    """A folder or hub id, brought to this disk; refuses what is quantised by others."""
     path = hub.resolve(name, report)
     file = path / "config.json"
     if not file.is_file():
         read_headers(path)  # explains folders of other formats
     raw = read_json(file)
+    _check_quantised(raw, file)
+    stale = stale_index(path)
+    return Files(path, raw, notes=(stale,) if stale else ())
+
+
+def described(name: str) -> Files:
+    """The same without a download: of a repository that is not here, the config and the headers alone."""
+    here = hub.here(name)
+    if here is not None:
+        return _on_disk(str(here))
+    path, raw, headers = hub.describe(name)
+    _check_quantised(raw, path / "config.json")
+    return Files(path, raw, headers)
+
+
+def _check_quantised(raw: dict[str, Any], file: Path) -> None:
     other = raw.get("quantization_config")
     method = other.get("quant_method") if isinstance(other, dict) and "quantization" not in raw else None
     if method is not None:
@@ -265,25 +374,24 @@ def _open(name: str, report: Report | None) -> tuple[Path, dict[str, Any], str]:
             f"{file}: quantised by {method!r}; expected plain weights or MLX's own quantisation, "
             "as in the google and mlx-community repositories"
         )
-    return path, raw, str(file)
 
 
-def _find_drafter(drafter: str | None, target: Folder, report: Report | None) -> tuple[Opened | None, list[str]]:
+def _find_drafter(drafter: str | None, target: Folder, open_: Open) -> tuple[Opened | None, list[str]]:
     """The drafter and notes; "auto" makes a note of it where there is none to be had."""
     if drafter is None:
         return None, []
     if drafter != "auto":
-        return _open_drafter(drafter, report), []
+        return _open_drafter(drafter, open_), []
     opened, lacking = _inside(target)
-    if lacking:
-        return None, [f"{lacking}; decoding plainly ({_elsewhere(target.name)})"]
     if opened:
         return opened, []
-    found = find_drafter(target.name)
+    found = _separate(target)
+    if found is None and lacking:
+        return None, [f"{lacking}; decoding plainly ({_elsewhere(target.name)})"]
     if found is None:
         return None, [f"no drafter is known for {target.name}; decoding plainly (name one with --drafter)"]
     try:
-        return _open_drafter(found, report), []
+        return _open_drafter(found, open_), []
     except DownloadError as error:
         return None, [f"decoding plainly, since the drafter could not be fetched: {error}"]
 

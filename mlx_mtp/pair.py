@@ -20,10 +20,11 @@ import numpy as np
 
 from mlx_mtp import inside, kernels
 from mlx_mtp.cost_profile import BATCHES, CostProfiler, file_of
-from mlx_mtp.doctor import memory_bytes
+from mlx_mtp.doctor import memory_bytes, on_gpu
 from mlx_mtp.draft_length import MAX_WIDTH, PRIOR_PROFILE, DraftLengthPolicy, GoodputPolicy, make_policy
 from mlx_mtp.kept import own_cache
 from mlx_mtp.load import LoadedPair, load_pair
+from mlx_mtp.memory_budget import Budget, Room, budget, check
 from mlx_mtp.pairs import poor_acceptance
 from mlx_mtp.processors import check_ids
 from mlx_mtp.provenance import chip
@@ -35,7 +36,6 @@ Prompt = str | Sequence[int] | Sequence[dict]
 """Text to continue, token ids, or a conversation as [{"role": ..., "content": ...}, ...]."""
 
 TINY = "tiny"  # names the embedded pair
-MIN_KV_BYTES = 256 * 2**20
 PREFIX_SHARE = 0.5  # of the memory for keys and values, what kept prefixes may take of it while no row needs it
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
@@ -57,11 +57,13 @@ def load(
     copies from prompt and text, alone or, as in "auto+lookup", before another drafter.
     quantize_drafter: 4 or 8 bits, at load.
     dtype: "float32", "bfloat16" or "float16"; None takes the checkpoint's on a GPU and float32 on a CPU.
-    limits: on rows and memory; without kv_bytes they take what the weights leave.
+    limits: on rows and memory; without kv_bytes they take what weights and passes leave. Fewer rows run at once where
+    each would not hold a useful context (8,192 tokens, or the model's own).
     prefix_bytes: memory for what has been computed of earlier prompts and replies, so that a later prompt that begins
     the same costs only the rest; None is half of that for all keys and values, which running requests take back as they
     need it; 0 keeps nothing. report: called with (stage, done bytes, total bytes) while weights are read.
-    Raises CheckpointError, DownloadError, PairingError or RequestError, before weights are read where possible.
+    Raises CheckpointError, DownloadError, PairingError or RequestError, before weights are read where possible; a pair
+    that does not fit into the memory is refused before.
     """
     if dtype is not None and dtype not in DTYPES:
         raise RequestError(f"dtype is {dtype!r}; expected {', '.join(DTYPES)}")
@@ -69,28 +71,34 @@ def load(
         raise RequestError(f"prefix_bytes is {prefix_bytes!r}; expected a number of bytes, 0 to keep nothing")
     if target == TINY:
         target = str(resources.files("mlx_mtp") / "data" / "tiny" / "target")
+    room = _room(limits or Limits())
     loaded = load_pair(
         target,
         drafter,
         dtype=DTYPES[dtype] if dtype else None,
         quantize=quantize_drafter,
+        admit=lambda size: check(size, budget(size, room), target),
         report=report,
     )
-    limits = _limits(loaded, limits or Limits(), prefix_bytes)
-    return Pair(loaded, Text.from_dir(loaded.target.path), limits)
+    return Pair(loaded, Text.from_dir(loaded.target.path), limits, prefix_bytes)
 
 
 class Pair:
     """A loaded target with its drafter (or none), its tokenizer, and one engine for all requests."""
 
-    def __init__(self, loaded: LoadedPair, text: Text, limits: Limits | None = None) -> None:
-        target = loaded.target
-        self.text, self.warnings, self.default_sampling = text, loaded.notes, target.sampling
+    def __init__(
+        self, loaded: LoadedPair, text: Text, limits: Limits | None = None, prefix_bytes: int | None = None
+    ) -> None:
+        """limits, prefix_bytes: as in `load`."""
+        target, asked = loaded.target, limits or Limits()
+        self.budget = budget(loaded.size, _room(asked))
+        self.text, self.default_sampling = text, target.sampling
+        self.warnings = (*loaded.notes, *self.budget.warnings(asked.max_rows))
         self.target_name, self.drafter_name, self.family = target.name, loaded.drafter_name, target.family
         self.context_tok = target.model.config.max_positions
         self._model, self._eos = target.model, target.eos
         self._loaded = loaded
-        self._limits, self._profile = limits or _limits(loaded, Limits(), None), False
+        self._limits, self._profile = _limits(self.budget, asked, prefix_bytes), False
         self._costs = PRIOR_PROFILE
         self._profiler = profiler_of(loaded)
         self.restart()
@@ -100,10 +108,6 @@ class Pair:
         self._policies: dict[str, DraftLengthPolicy] = {}  # by width as it is written: True and 1.0 are equal to 1
         self._engine = self._loaded.new_engine(make_policy(0), self._limits)
         self._engine.profile = self._profile
-        scheduler, most = self._engine.scheduler, self._limits.kv_bytes
-        share = most and most // self._limits.max_rows
-        self._most_tok = scheduler.positions_in(most, self.context_tok)
-        self._share_tok = scheduler.positions_in(share, self.context_tok)
         self._inbox: dict[int, deque[Event]] = {}
 
     def profile(self) -> None:
@@ -121,7 +125,7 @@ class Pair:
             return False
         most = self._limits.max_rows
         batches = {min(size, most) for size in BATCHES} if batch > 1 else {1}
-        limits, room = replace(self._limits, prefix_bytes=0), self._share_tok if batch > 1 else self._most_tok
+        limits, room = replace(self._limits, prefix_bytes=0), self.budget.fair_share_len if batch > 1 else self.room_tok
         profile, measured = self._profiler.profile(
             batches, lambda: self._loaded.new_engine(make_policy(0), limits), room
         )
@@ -154,7 +158,7 @@ class Pair:
 
         sampling: None takes the checkpoint's own defaults (`default_sampling`).
         width: tokens drafted per round, 0 (plain decoding) to 15, "heuristic", or "auto": what pays. All requests
-        that run at the same time share one width. max_tokens: None takes what the context and the memory leave.
+        that run at the same time share one width. max_tokens: None takes a fair share of the memory.
         stop: strings that end the text (they are not part of it). logprobs: 0 to 20, every token's log-probability
         with those of so many best ones. Raises RequestError before anything runs.
         """
@@ -246,12 +250,7 @@ class Pair:
     @property
     def room_tok(self) -> int:
         """The most positions one row can have: the context, or what the memory for keys and values holds."""
-        return self._most_tok
-
-    @property
-    def share_tok(self) -> int:
-        """The positions that every row can have when as many rows run as may."""
-        return self._share_tok
+        return self.budget.max_seq_len
 
     @property
     def idle(self) -> bool:
@@ -342,10 +341,10 @@ class _Run:
             stop = (stop,) if stop else ()
         if not isinstance(stop, (list, tuple)):
             raise RequestError(f"stop is a {type(stop).__name__}; expected a list of strings")
-        left = max(1, pair._most_tok - len(ids))
         sampling = sampling or pair.default_sampling
         check_ids(sampling, pair._model.config.vocab_size)
-        self.request = Request(ids, max_tokens or left, sampling, pair._eos, logprobs=logprobs)
+        most = max_tokens or pair.budget.default_max_tokens(len(ids))
+        self.request = Request(ids, most, sampling, pair._eos, logprobs=logprobs)
         self.tokens: list[int] = []
         self.logprobs: list[TokenLogprob] = []
         self.pieces: list[str] = []
@@ -457,16 +456,21 @@ def leave_thread() -> None:
     mx.clear_streams()
 
 
-def _limits(loaded: LoadedPair, limits: Limits, prefix_bytes: int | None) -> Limits:
-    """For keys and values most of what the weights leave of this machine's memory; of that a share for prefixes."""
-    weights = loaded.target.weight_bytes + (loaded.drafter.weight_bytes if loaded.drafter else 0)
-    kv_bytes = limits.kv_bytes
-    if kv_bytes is None:
-        kv_bytes = max(MIN_KV_BYTES, int(0.85 * memory_bytes()) - weights)
+def _room(limits: Limits) -> Room:
+    """What this machine gives a pair. A CPU's prompt chunks are what the limits say, those of several rows together."""
+    if on_gpu():
+        return Room(memory_bytes(), limits.max_rows, kv_bytes=limits.kv_bytes)
+    chunk = max(limits.chunk_tok, limits.max_rows * limits.alone_tok)
+    return Room(memory_bytes(), limits.max_rows, chunk, chunk, limits.kv_bytes)
+
+
+def _limits(found: Budget, limits: Limits, prefix_bytes: int | None) -> Limits:
+    """The engine's limits within a budget; of the memory for keys and values a share is for prefixes."""
     return replace(
         limits,
-        kv_bytes=kv_bytes,
-        prefix_bytes=int(PREFIX_SHARE * kv_bytes) if prefix_bytes is None else prefix_bytes,
+        max_rows=found.num_seqs,
+        kv_bytes=found.kv_bytes,
+        prefix_bytes=int(PREFIX_SHARE * found.kv_bytes) if prefix_bytes is None else prefix_bytes,
     )
 
 

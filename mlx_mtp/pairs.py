@@ -5,13 +5,16 @@ Reads no weights and asks no network. Parameter counts are of the text stacks al
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from mlx_mtp.drafters.kinds import Network
+from mlx_mtp.hub import DRAFTER_FOLDERS
 from mlx_mtp.models.config import TextConfig
 from mlx_mtp.models.families import TargetConfig
 
@@ -19,7 +22,31 @@ from mlx_mtp.models.families import TargetConfig
 BYTES_PER_PARAMETER = {16: 2.0, 8: 8.5 / 8, 4: 4.5 / 8}
 # A drafter is doubted when, were this share of its first tokens right, as few as were would have been this unlikely.
 POOR, CHANCE = 0.4, 0.005
-SPARE = 0.25  # share of the memory left to keys and values, activations, and the system
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A published quantised target. bits: of its weights; mlp_bits: of the feed-forward matrices outside the experts.
+
+    file_gb: of all its safetensors files, vision and audio included; None where nobody has written it down.
+    """
+
+    id: str
+    size: str
+    bits: int
+    mlp_bits: int
+    file_gb: float | None = None
+
+    @property
+    def uniform(self) -> bool:
+        """Whether its name says what it weighs."""
+        return self.mlp_bits == self.bits
+
+
+def published_copies() -> list[Copy]:
+    """Copies of Gemma 4 in MLX's format (data/published_copies.json says where the figures come from)."""
+    data = json.loads((resources.files("mlx_mtp") / "data" / "published_copies.json").read_text())
+    return [Copy(**copy) for copy in data["copies"]]
 
 
 @dataclass(frozen=True)
@@ -28,7 +55,7 @@ class KnownPair:
 
     params, drafter_params: all parameters. read, drafter_read: those one pass over one token touches (active
     experts, one row of the per-layer table, the scored clusters, an output head that is the target's), on which
-    decoding speed depends.
+    decoding speed depends. mlp_params: of the feed-forward matrices outside the experts.
     """
 
     size: str
@@ -37,6 +64,7 @@ class KnownPair:
     read: float
     drafter_params: float
     drafter_read: float
+    mlp_params: float = 0.0
 
     @property
     def target(self) -> str:
@@ -47,18 +75,20 @@ class KnownPair:
         return f"{self.target}-assistant"
 
     @property
-    def quantised(self) -> str:
-        """A published 4-bit target."""
-        return f"mlx-community/gemma-4-{self.size.lower()}-it-4bit"
+    def copies(self) -> tuple[Copy, ...]:
+        """Published quantised targets, the smallest first."""
+        return tuple(copy for copy in published_copies() if copy.size == self.size)
 
     @property
     def kind(self) -> str:
         """Of the drafter."""
         return "mtp"
 
-    def weight_bytes(self, bits: int) -> int:
-        """Bytes of target and drafter at 16, 8 or 4 bits a weight."""
-        return int((self.params + self.drafter_params) * BYTES_PER_PARAMETER[bits])
+    def target_bytes(self, bits: int, mlp_bits: int | None = None) -> int:
+        """Bytes of the target's text stack at 16, 8 or 4 bits a weight; mlp_bits: of its feed-forward matrices, where
+        they differ."""
+        wider = BYTES_PER_PARAMETER[mlp_bits or bits] - BYTES_PER_PARAMETER[bits]
+        return int(self.params * BYTES_PER_PARAMETER[bits] + self.mlp_params * wider)
 
     def read_bytes(self, bits: int) -> int:
         """Bytes of the target's weights that one pass over one token reads, at 16, 8 or 4 bits."""
@@ -82,8 +112,8 @@ class NativePair(KnownPair):
         return self.target
 
     @property
-    def quantised(self) -> str:
-        return f"mlx-community/{self.size}-4bit"
+    def copies(self) -> tuple[Copy, ...]:
+        return (Copy(f"mlx-community/{self.size}-4bit", self.size, 4, 4),)
 
     @property
     def kind(self) -> str:
@@ -92,35 +122,41 @@ class NativePair(KnownPair):
 
 @dataclass(frozen=True)
 class Offer:
-    """A published target with a published drafter. bits: of the target's weights; drafters are listed at 16.
+    """A published target with a published drafter. bits, mlp_bits: of the target's weights; drafters are listed at 16.
 
-    drafter_params: None where nobody has written down how many.
+    size: as `plan` takes it. target_bytes: its text stack in memory. drafter_params: None where nobody has written down
+    how many. uniform: False for a copy that is larger than the bits in its name say.
     """
 
+    size: str
     target: str
     drafter: str
     kind: str
     bits: int
-    target_params: float
+    mlp_bits: int
+    target_bytes: int
     drafter_params: float | None
+
+    @property
+    def uniform(self) -> bool:
+        return self.mlp_bits == self.bits
+
+    @property
+    def drafter_bytes(self) -> int:
+        return int((self.drafter_params or 0.0) * BYTES_PER_PARAMETER[16])
 
     @property
     def weight_bytes(self) -> int:
         """What both take in memory, as far as is known."""
-        drafter = (self.drafter_params or 0.0) * BYTES_PER_PARAMETER[16]
-        return int(self.target_params * BYTES_PER_PARAMETER[self.bits] + drafter)
-
-    def fits(self, memory_bytes: int) -> bool:
-        """Whether it runs in that much memory."""
-        return self.weight_bytes <= memory_bytes * (1 - SPARE)
+        return self.target_bytes + self.drafter_bytes
 
 
 KNOWN = (
-    KnownPair("E2B", 1536, 4.63e9, 2.28e9, 77.7e6, 11.7e6),
-    KnownPair("E4B", 2560, 7.46e9, 4.64e9, 78.5e6, 12.5e6),
-    KnownPair("12B", 3840, 11.91e9, 11.91e9, 422.9e6, 422.9e6),
-    KnownPair("26B-A4B", 2816, 25.23e9, 3.82e9, 419.7e6, 419.7e6),
-    KnownPair("31B", 5376, 30.70e9, 30.70e9, 469.5e6, 469.5e6),
+    KnownPair("E2B", 1536, 4.63e9, 2.28e9, 77.7e6, 11.7e6, 1.557e9),
+    KnownPair("E4B", 2560, 7.46e9, 4.64e9, 78.5e6, 12.5e6, 3.303e9),
+    KnownPair("12B", 3840, 11.91e9, 11.91e9, 422.9e6, 422.9e6, 8.493e9),
+    KnownPair("26B-A4B", 2816, 25.23e9, 3.82e9, 419.7e6, 419.7e6, 0.535e9),
+    KnownPair("31B", 5376, 30.70e9, 30.70e9, 469.5e6, 469.5e6, 20.809e9),
 )
 NATIVE = (
     NativePair("Qwen3.5-0.8B", 1024, 0.752e9, 0.752e9, 20.45e6, 274.7e6),
@@ -148,8 +184,13 @@ def offers() -> list[Offer]:
             drafters.append((name, "dflash", params))
         if pair.size == "31B":
             drafters.append((KNOWN[0].target, "draft_model", KNOWN[0].params))
-        for target, bits in ((pair.target, 16), (pair.quantised, 4)):
-            out += [Offer(target, name, kind, bits, pair.params, params) for name, kind, params in drafters]
+        for copy in (Copy(pair.target, pair.size, 16, 16), *pair.copies):
+            size = pair.target_bytes(copy.bits, copy.mlp_bits)
+            for name, kind, params in drafters:
+                own = find_drafter(copy.id) if kind == "mtp" else None
+                out.append(
+                    Offer(pair.size, copy.id, own or name, kind, copy.bits, copy.mlp_bits, size, params),
+                )
     return out
 
 
@@ -177,17 +218,16 @@ def whole_copy(target_name: str) -> str | None:
     return next((pair.drafter for pair in NATIVE if re.match(rf"{re.escape(pair.size.lower())}(-|$)", name)), None)
 
 
+def drafter_in(folder: Path) -> str | None:
+    """The folder of a drafter in a target's own."""
+    return next((str(folder / name) for name in DRAFTER_FOLDERS if (folder / name / "config.json").is_file()), None)
+
+
 def _beside(folder: Path) -> str | None:
     stem = re.sub(r"-(bf16|mxfp[48]|nvfp4|[2-8]bit)$", "", folder.name, flags=re.IGNORECASE)
-    places = [
-        folder.parent / f"{folder.name}-assistant",
-        folder.parent / f"{stem}-assistant",
-        folder.parent / f"{stem}-assistant-bf16",
-        folder.parent / "drafter",
-        folder.parent / "assistant",
-        folder / "assistant",
-    ]
-    return next((str(place) for place in places if (place / "config.json").is_file()), None)
+    names = (f"{folder.name}-assistant", f"{stem}-assistant", f"{stem}-assistant-bf16", "drafter", "assistant")
+    places = (folder.parent / name for name in names)
+    return next((str(place) for place in places if (place / "config.json").is_file()), drafter_in(folder))
 
 
 def check_pair(

@@ -10,16 +10,18 @@ import statistics
 from dataclasses import dataclass
 from importlib import resources
 
-from mlx_mtp.chips import Chip, find_chip, usable_bytes
+from mlx_mtp.chips import CHIPS, Chip, find_chip, usable_bytes
 from mlx_mtp.draft_length import MAX_WIDTH
-from mlx_mtp.pairs import BYTES_PER_PARAMETER
+from mlx_mtp.load import described, plan_pair
+from mlx_mtp.memory_budget import Budget, PairSize, Room, budget
+from mlx_mtp.pairs import BYTES_PER_PARAMETER, Offer
 from mlx_mtp.roofline import CEILING, MLX, Prediction, Roofline, Setting, tokens_per_round
 from mlx_mtp.rows import RequestError
-from mlx_mtp.shapes import Shape, shape
+from mlx_mtp.shapes import SIZES, Shape, shape
+from mlx_mtp.weights import bits_of, stored_dtype
 
 BITS = tuple(BYTES_PER_PARAMETER)
 PLANNED_WIDTH = 8  # the widest round that `auto` considers
-PROMPT_CHUNK = 512  # columns of a prompt chunk, for the working memory
 
 # Share of drafts kept that is assumed where nobody has measured it, each draft independently: solved from published
 # tokens a round of the 12B and 26B (prose .67 and .68, code .80 and .84); enumeration is nearly certain.
@@ -28,31 +30,36 @@ ACCEPTANCE = {"prose": 0.67, "code": 0.80, "enumeration": 0.98}
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes by part. row: keys, values and recurrent states of one sequence. working: logits, activations, MLX's own
-    buffers."""
+    """Bytes by part of so many sequences (batch), each of so many tokens. seq: caches of one, in target and drafter.
 
-    weights: int
+    fits: whether `load` takes the pair and runs them all at once. default: what runs where nothing is asked for.
+    """
+
+    target: int
     drafter: int
-    row: int
+    working: int
+    seq: int
     per_1k_tokens: int
     batch: int
-    working: int
+    fits: bool
+    default: Budget
 
     @property
     def total(self) -> int:
-        return self.weights + self.drafter + self.row * self.batch + self.working
+        return self.target + self.drafter + self.working + self.seq * self.batch
 
 
 @dataclass(frozen=True)
 class Machine:
-    """A chip with its memory."""
+    """A chip with its memory. gpu_bytes: what its system lets the GPU hold; None is Apple's default."""
 
     chip: Chip
     memory_gb: float
+    gpu_bytes: int | None = None
 
     @property
     def usable_bytes(self) -> int:
-        return usable_bytes(self.memory_gb)
+        return self.gpu_bytes or usable_bytes(self.memory_gb)
 
 
 @dataclass(frozen=True)
@@ -83,37 +90,89 @@ class Speed:
         return max(self.by_width, key=lambda p: p.tok_s)
 
 
+def check_bits(name: str, bits: int) -> None:
+    """Raise RequestError for a number of bits that nothing is packed in."""
+    if bits not in BITS:
+        raise RequestError(f"{name} is {bits}; expected {', '.join(map(str, BITS))}")
+
+
 def check_wish(wish: Wish, found: Shape) -> None:
     """Raise RequestError for what no machine can be asked."""
-    for name, bits in (("bits", wish.bits), ("drafter bits", wish.drafter_bits)):
-        if bits not in BITS:
-            raise RequestError(f"{name} is {bits}; expected {', '.join(map(str, BITS))}")
+    check_bits("bits", wish.bits)
+    check_bits("drafter bits", wish.drafter_bits)
     if not 1 <= wish.batch <= 64:
         raise RequestError(f"batch is {wish.batch}; expected 1 to 64")
     if not 1 <= wish.context <= found.target.max_positions:
         raise RequestError(f"context is {wish.context}; {found.size} takes 1 to {found.target.max_positions} tokens")
 
 
-def memory_of(wish: Wish, found: Shape) -> Memory:
-    """What a wish takes, in bytes."""
-    per_weight, per_draft = BYTES_PER_PARAMETER[wish.bits], BYTES_PER_PARAMETER[wish.drafter_bits]
-    target = found.target
-    logits = wish.batch * (PLANNED_WIDTH + 1) * target.vocab_size * 4
-    chunk = PROMPT_CHUNK * (3 * found.mlp_size + 8 * target.hidden_size) * 2
-    # Beyond every window a token costs what the full layers keep.
-    far = max(kept.window or 0 for kept in found.kept)
+@dataclass(frozen=True)
+class FilePair:
+    """A target and its drafter as their files describe them. stored_bytes: of the target, by how they are packed."""
+
+    target: str
+    drafter: str | None
+    stored_bytes: dict[str, int]
+    size: PairSize
+    notes: tuple[str, ...]
+
+
+def read_pair(model: str, drafter_bits: int = 16) -> FilePair:
+    """A folder or hub id, and the drafter that "auto" finds, by configs and headers alone.
+
+    Raises DownloadError, CheckpointError, PairingError, RequestError.
+    """
+    quantize = None if drafter_bits == 16 else drafter_bits
+    planned = plan_pair(model, "auto", None, quantize, described)
+    name = planned.opened.folder.name if planned.opened else None
+    size = planned.size(stored_dtype(planned.target.sources))
+    return FilePair(model, name, bits_of(planned.target), size, planned.notes)
+
+
+def memory_of(machine: Machine, wish: Wish, found: Shape) -> Memory:
+    """What a wish takes on a machine."""
+    drafter = found.drafter_counts.total
+    by_bits = {bits: int(drafter * size) for bits, size in BYTES_PER_PARAMETER.items()}
+    size = found.pair_size(
+        int(found.target_counts.total * BYTES_PER_PARAMETER[wish.bits]),
+        by_bits[wish.drafter_bits],
+        by_bits[wish.drafter_bits] - by_bits[4],
+    )
+    return memory_in(size, machine.usable_bytes, wish.batch, wish.context)
+
+
+def memory_in(size: PairSize, usable_bytes: int, batch: int, context: int) -> Memory:
+    """What so many sequences of so many tokens take, and whether a machine runs them."""
+    asked, default = budget(size, Room(usable_bytes, batch)), budget(size, Room(usable_bytes))
+    far = size.pass_size.window + 1000  # beyond every window a token costs what the full layers hold
     return Memory(
-        weights=int(found.target_counts.total * per_weight),
-        drafter=int(found.drafter_counts.total * per_draft),
-        row=found.kv_row_bytes(wish.context),
-        per_1k_tokens=found.kv_row_bytes(far + 1000) - found.kv_row_bytes(far),
-        batch=wish.batch,
-        working=2 * logits + chunk + 256 * 2**20,
+        target=size.target_bytes,
+        drafter=size.drafter_bytes,
+        working=size.working_bytes(asked.chunk, batch),
+        seq=size.seq_bytes(context),
+        per_1k_tokens=(size.seq_bytes(far + 256_000) - size.seq_bytes(far)) // 256,
+        batch=batch,
+        fits=asked.fits and asked.num_seqs == batch and asked.fair_share_len >= context,
+        default=default,
     )
 
 
-def fits(machine: Machine, wish: Wish, found: Shape) -> bool:
-    return memory_of(wish, found).total <= machine.usable_bytes
+def offer_budget(offer: Offer, usable_bytes: int) -> Budget:
+    """What a machine makes of a published pair; the drafter's caches are counted as those of the size's own."""
+    size = shape(offer.size).pair_size(offer.target_bytes, offer.drafter_bytes)
+    return budget(size, Room(usable_bytes))
+
+
+def what_fits(usable_bytes: int) -> list[tuple[str, str, str]]:
+    """(what, the largest sizes that fit, why those) for the sizes of Gemma 4 at 4 and at 8 bits."""
+    lines = []
+    for bits in (4, 8):
+        machine = Machine(CHIPS[-1], 0, usable_bytes)
+        budgets = {size: memory_of(machine, Wish(size, bits, 16, 1, 1), shape(size)).default for size in SIZES}
+        fitting = [f"{size} ({b.num_seqs} x {b.fair_share_len:,})" for size, b in budgets.items() if b.fits]
+        found = ", ".join(fitting) or "no size of Gemma 4"
+        lines.append((f"fits at {bits} bits", found, "sequences at once x tokens of each, with a bf16 drafter"))
+    return lines
 
 
 def speed(chip: Chip, wish: Wish, found: Shape, acceptance: float) -> Speed:

@@ -91,12 +91,18 @@ def quantize_now(plain: nn.Module, bits: int, dtype: mx.Dtype) -> nn.Module | No
 
     None where neither divides its rows, or where the module is of another kind.
     """
-    if not isinstance(plain, (nn.Linear, nn.Embedding)):
-        return None
-    group = next((g for g in (64, 32) if plain.weight.shape[-1] % g == 0), None)
+    group = group_of(plain)
     if group is None:
         return None
+    assert isinstance(plain, (nn.Linear, nn.Embedding))
     made = packed_module(plain, Packing("affine", bits, group), False, dtype)
     assert isinstance(made, (nn.QuantizedLinear, Table))
     made.weight, made.scales, made.biases = mx.quantize(plain.weight, group_size=group, bits=bits)
     return made
+
+
+def group_of(plain: nn.Module) -> int | None:
+    """The group size that `quantize_now` would take; None where it leaves a module as it is."""
+    if not isinstance(plain, (nn.Linear, nn.Embedding)):
+        return None
+    return next((g for g in (64, 32) if plain.weight.shape[-1] % g == 0), None)

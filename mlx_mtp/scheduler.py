@@ -150,12 +150,6 @@ class Scheduler:
             )
         self.waiting.append(row)
 
-    def positions_in(self, budget_bytes: int | None, most: int) -> int:
-        """How many positions, at most `most`, one row may have within a budget; 0 if it cannot begin."""
-        if budget_bytes is None:
-            return most
-        return bisect.bisect_right(range(1, most + 1), budget_bytes, key=self._row_bytes)
-
     def find(self, request: int) -> Row | None:
         """The waiting or live row of a request."""
         return next((r for r in (*self.rows, *self.waiting) if r.id == request), None)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from math import prod
 from typing import Any, cast
@@ -20,8 +20,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_mtp.cache import LayerSpec
+from mlx_mtp.cache import Cache, LayerSpec
 from mlx_mtp.draft_length import MAX_WIDTH
+from mlx_mtp.drafters import mtp, qwen_mtp
+from mlx_mtp.drafters.kinds import Kind, Parts
+from mlx_mtp.drafters.plain import PlainDrafter
+from mlx_mtp.memory_budget import PairSize, size_of
 from mlx_mtp.models.config import (
     AssistantConfig,
     LayerConfig,
@@ -86,7 +90,10 @@ class Kept:
 
 @dataclass(frozen=True)
 class Shape:
-    """A published pair: configs and counts of both networks, and what their layers keep. mlp_size: the widest."""
+    """A published pair: configs and counts of both networks, and what their layers keep. mlp_size: the widest.
+
+    seq_bytes: tokens -> bytes that the caches of one sequence take, in bfloat16, as they are allocated.
+    """
 
     size: str
     target: Any
@@ -96,7 +103,13 @@ class Shape:
     kept: tuple[Kept, ...]
     draft_kept: tuple[Kept, ...]
     mlp_size: int
+    seq_bytes: Callable[[int], int]
     moe: MoeConfig | None = None
+
+    def pair_size(self, target_bytes: int, drafter_bytes: int, drafter_saves: int = 0) -> PairSize:
+        """What the memory budget has to know on a GPU, with weights of so many bytes; caches are bfloat16."""
+        size = size_of(self.target, target_bytes, drafter_bytes, self.seq_bytes)
+        return replace(size, drafter_saves=drafter_saves)
 
     def kv_row_bytes(self, positions: int) -> int:
         """Bytes that one row of so many positions keeps, in both networks: windows end at their size."""
@@ -139,6 +152,12 @@ def _sizes(model: nn.Module) -> dict[str, int]:
     return {name: value.size for name, value in cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))}
 
 
+def _seq_bytes(target: Any, drafter: nn.Module, kind: Kind) -> Callable[[int], int]:
+    cache = Cache(target.specs, MAX_WIDTH, mx.bfloat16)
+    made = kind.make(Parts(target, cache, drafter, PlainDrafter()))
+    return lambda tokens: cache.row_bytes(tokens) + made.row_bytes(tokens)
+
+
 # Gemma 4 ----------------------------------------------------------------------------------------------------------
 
 
@@ -157,6 +176,7 @@ def _gemma(size: str, configs: dict[str, dict]) -> Shape:
         kept=tuple(_keys(layer, own=i in target.owners) for i, layer in enumerate(target.layers)),
         draft_kept=tuple(_keys(layer, own=False) for layer in read),
         mlp_size=max(layer.mlp_size for layer in target.layers),
+        seq_bytes=_seq_bytes(Gemma4(target), Assistant(drafter), mtp.KIND),
         moe=target.moe,
     )
 
@@ -204,6 +224,7 @@ def _qwen(size: str, configs: dict[str, dict]) -> Shape:
         kept=tuple(_kept(spec) for spec in target.specs),
         draft_kept=tuple(_kept(spec) for spec in head.specs),
         mlp_size=config.mlp_size,
+        seq_bytes=_seq_bytes(target, head, qwen_mtp.KIND),
     )
 
 

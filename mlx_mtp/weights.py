@@ -18,10 +18,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_mtp.models.families import Stored
-from mlx_mtp.quantized import Packable, packed_module, quantize_now, recognise
+from mlx_mtp.models.experts import QuantizedExpertLinear
+from mlx_mtp.models.families import Stored, bare
+from mlx_mtp.quantized import Packable, group_of, packed_module, quantize_now, recognise
 from mlx_mtp.rows import CheckpointError, RequestError, one_line
-from mlx_mtp.tensors import FLOATS, Tensor, read_headers
+from mlx_mtp.tensors import BITS, FLOATS, Tensor, read_headers
 
 Report = Callable[[str, int, int], None]  # (stage, done bytes, total bytes)
 
@@ -36,13 +37,21 @@ FLOAT32 = re.compile(r"\.(global_scale|A_log)$")  # in every model
 
 @dataclass(frozen=True)
 class Folder:
-    """A checkpoint whose config has been read, and nothing else. raw: config.json as it stands."""
+    """A checkpoint whose config has been read, and nothing else. raw: config.json as it stands.
+
+    headers: of its tensors, where they do not lie in `path`; such a folder can be planned and not read.
+    """
 
     name: str
     path: Path
     raw: dict[str, Any]
     config: Any
     stored: Stored
+    headers: dict[str, Tensor] | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Name -> Tensor of all that is stored. Raises CheckpointError."""
+        return read_headers(self.path) if self.headers is None else self.headers
 
 
 @dataclass(frozen=True)
@@ -123,6 +132,35 @@ def read(plan: Plan, report: Report | None) -> int:
     return total
 
 
+def planned_bytes(plan: Plan, dtype: mx.Dtype) -> int:
+    """What the weights will take in memory, in such a dtype, without reading them; `read` returns the same."""
+    groups = {f"{path}.weight": group_of(m) for path, m in plan.model.named_modules()} if plan.quantize else {}
+    total = 0
+    for name in parameters(plan.model):
+        source, group = plan.sources[name], groups.get(name)
+        count = math.prod(source.shape)
+        if plan.quantize and group:
+            total += count * plan.quantize // 8 + 2 * count // group * dtype.size
+        elif name.endswith(".token_ordering") or FLOAT32.search(name):
+            total += 4 * count
+        else:
+            floating = source.tensor.dtype in FLOATS
+            total += count * (dtype.size if floating else BITS[source.tensor.dtype] // 8)
+    return total
+
+
+def bits_of(plan: Plan) -> dict[str, int]:
+    """Stored bytes of the network by how they are packed: "4 bit", "8 bit", "BF16"; scales go with what they scale."""
+    kinds = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedExpertLinear)
+    bits = {path: m.bits for path, m in plan.model.named_modules() if isinstance(m, kinds)}
+    found: dict[str, int] = {}
+    for name in parameters(plan.model):
+        source, path = plan.sources[name], name.rpartition(".")[0]
+        how = f"{bits[path]} bit" if path in bits else source.tensor.dtype
+        found[how] = found.get(how, 0) + math.prod(source.shape) * BITS[source.tensor.dtype] // 8
+    return found
+
+
 def parameters(model: nn.Module) -> dict[str, mx.array]:
     """Name -> array of every parameter."""
     return dict(tree_flatten(model.parameters()))  # pyright: ignore[reportArgumentType, reportCallIssue]
@@ -147,12 +185,14 @@ def on_cpu() -> bool:
 
 def _sources(folder: Folder) -> dict[str, Source]:
     """Parameter name -> where it is stored, for every tensor that belongs to the network."""
-    how, sources, headers = folder.stored, {}, read_headers(folder.path)
+    how, sources, headers = folder.stored, {}, folder.tensors()
     centred = how.centred({name: tensor.shape for name, tensor in headers.items()})
     for stored, tensor in headers.items():
-        name = bare(stored) if how.nested else stored
+        if not how.holds(stored):
+            continue
+        name = (bare(stored) if how.nested else stored).removeprefix(how.prefix)
         keys = OWN_KEYS.search(name)
-        if how.skipped.search(name) or (keys and _borrows(how.layers, int(keys[1]))):
+        if keys and _borrows(how.layers, int(keys[1])):
             continue
         for parameter, half in _parameters(name):
             if parameter in sources:
@@ -160,13 +200,6 @@ def _sources(folder: Folder) -> dict[str, Source]:
                 raise CheckpointError(f"{folder.path}: {other} and {stored} are both {parameter}; use another copy")
             sources[parameter] = Source(tensor, half, 1.0 if centred and centred.search(parameter) else 0.0)
     return sources
-
-
-def bare(name: str) -> str:
-    """A stored name without the prefixes of the Hugging Face, text-only and MLX layouts."""
-    for prefix in ("model.", "language_model.", "model."):
-        name = name.removeprefix(prefix)
-    return name
 
 
 def _borrows(layers: tuple, index: int) -> bool:

@@ -166,6 +166,14 @@ def mlx_drafter(ckpt: Checkpoint) -> Checkpoint:
     return replace(ckpt, tensors=ckpt.tensors | narrow)
 
 
+def merged(target: Checkpoint, drafter: Checkpoint) -> Checkpoint:
+    """A target in MLX's layout with its drafter among its own tensors, as oMLX merges the two."""
+    own = {f"language_model.mtp.{name}": value for name, value in drafter.tensors.items()}
+    layers = text_of(drafter.config)["num_hidden_layers"]
+    config = with_text(target.config, mtp_assistant_config=drafter.config, mtp_num_hidden_layers=layers)
+    return replace(target, config=config, tensors=target.tensors | own)
+
+
 def as_unified(ckpt: Checkpoint) -> Checkpoint:
     """A dense target or its drafter under the names of the 12B family; the arithmetic is the same."""
     text = text_of(ckpt.config)

@@ -36,6 +36,7 @@ LAYERS = (
         "inside",
     ),
     ("passes",),
+    ("memory_budget",),
     (
         "scheduler",
         "pace",

@@ -17,7 +17,11 @@ from checkpoints import FIXTURES
 from passes import draft, logits
 from random_checkpoints import MISFITS, misfit_drafter, random_tensors, target_config
 
-from mlx_mtp.load import load_drafter, load_pair, load_target
+from mlx_mtp import inside
+from mlx_mtp.cache import Cache
+from mlx_mtp.draft_length import MAX_WIDTH
+from mlx_mtp.load import LoadedPair, load_drafter, load_pair, load_target
+from mlx_mtp.memory_budget import PairSize
 from mlx_mtp.rows import GREEDY, CheckpointError, MlxMtpError, PairingError, RequestError, Sampling
 from mlx_mtp.tensors import Tensor
 from mlx_mtp.weights import Source, parameters, stored_dtype
@@ -220,6 +224,38 @@ def test_auto_takes_the_drafter_beside_its_target_and_checks_it(tmp_path: Path) 
     assert load_pair(str(target), None).drafter is None
 
 
+def drafts_of(pair: LoadedPair) -> np.ndarray:
+    tokens, scores = inside.draft(pair, mx.array([[2, 7, 11, 13, 5, 9]]), 3)
+    return np.concatenate([np.array(tokens, dtype=np.float32).ravel(), np.array(scores).ravel()])
+
+
+def test_a_drafter_merged_into_its_targets_tensors_is_the_one_that_stands_alone(tmp_path: Path) -> None:
+    target, drafter = (ck.read(FIXTURES / "edge" / name) for name in ("target", "assistant"))
+    folder = ck.write(ck.merged(ck.mlx_community(target), drafter), tmp_path / "merged", shards=2)
+    pair = load_pair(str(folder), dtype=F32)
+    apart = load_pair(str(FIXTURES / "edge" / "target"), str(FIXTURES / "edge" / "assistant"), dtype=F32)
+    assert pair.notes == () and pair.drafter is not None
+    assert pair.drafter.weight_bytes == apart.drafter.weight_bytes
+    assert pair.target.weight_bytes == apart.target.weight_bytes
+    np.testing.assert_array_equal(drafts_of(pair), drafts_of(apart))
+
+
+def test_a_merged_target_that_lost_its_drafter_takes_the_one_beside_it(tmp_path: Path) -> None:
+    target, drafter = (ck.read(FIXTURES / "edge" / name) for name in ("target", "assistant"))
+    lost = replace(ck.merged(target, drafter), tensors=target.tensors)
+    folder = ck.write(lost, tmp_path / "target")
+    assert "its files hold none" in load_pair(str(folder)).notes[0]
+    shutil.copytree(FIXTURES / "edge" / "assistant", tmp_path / "target-assistant")
+    assert load_pair(str(folder)).drafter.path == (tmp_path / "target-assistant").resolve()
+
+
+@pytest.mark.parametrize("name", ["assistant", "drafter", "mtp"])
+def test_a_drafter_in_its_targets_folder_is_found(name: str, target: Path) -> None:
+    shutil.copytree(FIXTURES / "edge" / "assistant", target / name)
+    pair = load_pair(str(target))
+    assert pair.drafter is not None and pair.drafter.path == (target / name)
+
+
 @pytest.mark.parametrize("what", MISFITS)
 def test_a_drafter_of_another_model_is_refused_before_weights_are_looked_at(
     what: str, target: Path, tmp_path: Path
@@ -245,6 +281,63 @@ def test_a_base_model_is_known_by_its_missing_template_and_warned_of(tmp_path: P
 
 def test_a_drafter_is_not_taken_for_a_target() -> None:
     assert "a drafter" in refusal(CheckpointError, FIXTURES / "edge" / "assistant")
+
+
+# ---- what it takes -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("quantize", [None, 4])
+def test_a_pair_takes_what_its_headers_say_before_weights_are_read(
+    shape: str, dtype: mx.Dtype, packed: bool, quantize: int | None, tmp_path: Path
+) -> None:
+    if CPU and shape == "moe" and not packed and dtype != F32:
+        pytest.skip("MLX's CPU multiplies experts in float32 alone")
+    source, folder = FIXTURES / shape / "target", tmp_path / "t"
+    if packed:
+        mixed = {"*.mlp.*": ck.Quant(8, 64)} if shape != "moe" else ck.MIXED_4_8
+        ck.write(ck.quantised(ck.mlx_community(ck.read(source)), ck.Quant(4, 32), mixed), folder)
+    else:
+        shutil.copytree(source, folder)
+    sizes = []
+    pair = load_pair(
+        str(folder), str(FIXTURES / shape / "assistant"), dtype=dtype, quantize=quantize, admit=sizes.append
+    )
+    (size,) = sizes
+    assert (size.target_bytes, size.drafter_bytes) == (pair.target.weight_bytes, pair.drafter.weight_bytes)
+    cache = Cache(pair.target.model.specs, MAX_WIDTH, dtype)
+    drafter = pair.new_drafter(cache)
+    for tokens in (1, 100, 4096):
+        assert size.seq_bytes(tokens) == cache.row_bytes(tokens) + drafter.row_bytes(tokens)
+
+
+def test_a_drafter_that_can_be_packed_says_what_that_saves() -> None:
+    paths = (str(FIXTURES / "edge" / "target"), str(FIXTURES / "edge" / "assistant"))
+    plain, packed = (load_pair(*paths, dtype=mx.bfloat16, quantize=bits).size for bits in (None, 4))
+    assert plain.drafter_saves == plain.drafter_bytes - packed.drafter_bytes > 0
+    assert packed.drafter_saves == 0
+
+
+def test_what_is_not_admitted_is_not_read() -> None:
+    def refuse(size: PairSize) -> None:
+        raise RequestError(f"too large: {size.target_bytes}")
+
+    stages = []
+    with pytest.raises(RequestError, match="too large"):
+        load_pair(str(FIXTURES / "edge" / "target"), None, admit=refuse, report=lambda *step: stages.append(step))
+    assert stages == []
+
+
+def test_a_stale_index_beside_a_whole_file_is_ignored_with_a_warning(target: Path) -> None:
+    write_json(
+        target / "model.safetensors.index.json",
+        weight_map={"model.language_model.norm.weight": "model-00001-of-00002.safetensors"},
+    )
+    pair = load_pair(str(target), None)
+    assert len(pair.notes) == 1 and "names none of the files there and is ignored" in pair.notes[0]
+    assert load_target(str(target)).notes == pair.notes
 
 
 # ---- bad input -----------------------------------------------------------------------------------

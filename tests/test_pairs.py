@@ -151,32 +151,34 @@ def test_a_drafter_named_after_its_target_comes_before_one_that_is_merely_near(t
 def test_sizes_follow_from_parameters_and_bits() -> None:
     e2b, moe = KNOWN[0], KNOWN[3]
     assert e2b.target == "google/gemma-4-E2B-it" and e2b.drafter == "google/gemma-4-E2B-it-assistant"
-    assert moe.quantised == "mlx-community/gemma-4-26b-a4b-it-4bit"
+    assert moe.copies[0].id == "mlx-community/gemma-4-26b-a4b-it-4bit"
     assert e2b.read_bytes(16) == pytest.approx(4.56 * GB, rel=0.01)
     assert moe.read_bytes(4) == pytest.approx(2.15 * GB, rel=0.01)
     assert moe.drafter_read_bytes(8) == pytest.approx(446e6, rel=0.01)
-    assert e2b.weight_bytes(16) == pytest.approx(2 * (4.63 + 0.0777) * GB)
+    assert e2b.target_bytes(16) == pytest.approx(2 * 4.63 * GB)
 
 
 def test_every_known_target_finds_its_own_drafter() -> None:
     for pair in KNOWN:
-        assert find_drafter(pair.target) == find_drafter(pair.quantised) == pair.drafter
+        assert find_drafter(pair.target) == find_drafter(pair.copies[0].id) == pair.drafter
 
 
-def test_what_fits_leaves_a_quarter_of_the_memory() -> None:
-    fit = {(o.target, o.kind) for o in offers() if o.fits(int(16 * GB))}
-    assert {target.split("/")[1] for target, kind in fit if kind != "qwen_mtp"} == {
-        "gemma-4-E2B-it",
-        "gemma-4-e2b-it-4bit",
-        "gemma-4-e4b-it-4bit",
-        "gemma-4-12b-it-4bit",
-    }
-    assert {target for target, kind in fit if kind == "qwen_mtp"} == {
-        *(pair.target for pair in NATIVE[:3]),
-        *(pair.quantised for pair in NATIVE[:4]),
-    }
-    for o in offers():
-        assert o.fits(int(o.weight_bytes / 0.75) + 2) and not o.fits(int(o.weight_bytes / 0.75) - 2)
+def test_a_copy_is_as_large_as_its_feed_forward_layers_make_it() -> None:
+    """The towers, which both copies have alike, are in the files and not in memory."""
+    for pair in KNOWN:
+        uniform, wider = pair.copies
+        assert uniform.uniform and not wider.uniform and wider.mlp_bits == 8
+        larger = pair.target_bytes(4, 8) - pair.target_bytes(4)
+        assert larger == pytest.approx((wider.file_gb - uniform.file_gb) * GB, abs=0.02 * GB)
+        assert pair.target_bytes(4) < uniform.file_gb * GB
+
+
+def test_a_copy_that_is_larger_than_its_name_says_is_no_uniform_one() -> None:
+    sizes = {o.target: o for o in offers() if o.kind == "mtp" and o.size == "12B"}
+    true, wider = sizes["mlx-community/gemma-4-12B-it-4bit"], sizes["mlx-community/gemma-4-12B-it-qat-4bit"]
+    assert true.uniform and true.target_bytes == pytest.approx(6.70 * GB, rel=0.001)
+    assert not wider.uniform and wider.target_bytes == pytest.approx(10.95 * GB, rel=0.001)
+    assert wider.drafter == "google/gemma-4-12B-it-qat-q4_0-unquantized-assistant"
 
 
 def test_a_target_that_brings_its_drafter_along_is_one_repository_and_lends_it_to_its_small_copy() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from mlx_mtp.chips import find_chip
 from mlx_mtp.cli import main
-from mlx_mtp.plan import ACCEPTANCE, Machine, Wish, check_wish, fits, memory_of, speed
+from mlx_mtp.plan import ACCEPTANCE, Machine, Wish, check_wish, memory_of, speed
 from mlx_mtp.rows import RequestError
 from mlx_mtp.shapes import ALL_SIZES, SIZES, shape
 
@@ -30,7 +30,7 @@ MACS = [
 @pytest.mark.parametrize(("chip", "memory_gb", "largest"), MACS)
 def test_the_largest_pair_that_fits_is_the_one_people_run(chip, memory_gb, largest):
     machine = Machine(find_chip(chip), memory_gb)
-    running = [size for size in SIZES if fits(machine, Wish(size, 4, 16, 1, 2048), SHAPES[size])]
+    running = [size for size in SIZES if memory_of(machine, Wish(size, 4, 16, 1, 2048), SHAPES[size]).fits]
     assert running == list(SIZES[: SIZES.index(largest) + 1])
 
 
@@ -58,22 +58,26 @@ def test_faster_chips_of_a_generation_are_faster():
 def test_what_fits_still_fits_with_more_memory_fewer_bits_or_fewer_rows(size):
     chip = find_chip("M3 Ultra")
     for wish in [Wish(size, bits, 16, batch, 2048) for bits in (4, 16) for batch in (1, 8)]:
-        by_memory = [fits(Machine(chip, gb), wish, SHAPES[size]) for gb in (8, 16, 24, 36, 64, 96, 192, 512)]
+        machines = [Machine(chip, gb) for gb in (8, 16, 24, 36, 64, 96, 192, 512)]
+        by_memory = [memory_of(machine, wish, SHAPES[size]).fits for machine in machines]
         assert by_memory == sorted(by_memory) and by_memory[-1]
-    by_bits = [memory_of(Wish(size, bits, 16, 1, 2048), SHAPES[size]).total for bits in (4, 8, 16)]
-    by_batch = [memory_of(Wish(size, 4, 16, batch, 2048), SHAPES[size]).total for batch in (1, 2, 8, 64)]
+    large = Machine(chip, 512)
+    by_bits = [memory_of(large, Wish(size, bits, 16, 1, 2048), SHAPES[size]).total for bits in (4, 8, 16)]
+    by_batch = [memory_of(large, Wish(size, 4, 16, batch, 2048), SHAPES[size]).total for batch in (1, 2, 8, 64)]
     assert by_bits == sorted(by_bits) and by_batch == sorted(by_batch)
 
 
-def test_memory_by_part_adds_up_and_the_batch_multiplies_the_cache_alone():
-    one, eight = (memory_of(Wish("31B", 4, 4, batch, 8192), SHAPES["31B"]) for batch in (1, 8))
-    assert one.weights == pytest.approx(17.27e9, rel=0.001)
+def test_memory_by_part_adds_up_and_the_batch_multiplies_the_cache_and_the_logits():
+    machine = Machine(find_chip("M3 Ultra"), 96)
+    one, eight = (memory_of(machine, Wish("31B", 4, 4, batch, 8192), SHAPES["31B"]) for batch in (1, 8))
+    assert one.target == pytest.approx(17.27e9, rel=0.001)
     assert one.drafter == pytest.approx(0.264e9, rel=0.001)
-    assert one.row == SHAPES["31B"].kv_row_bytes(8192)
+    assert one.seq == SHAPES["31B"].seq_bytes(8192)
     assert one.per_1k_tokens == 81_920_000
-    assert (eight.weights, eight.drafter, eight.row) == (one.weights, one.drafter, one.row)
-    assert one.total == one.weights + one.drafter + one.row + one.working
-    assert eight.total == eight.weights + eight.drafter + 8 * eight.row + eight.working
+    assert (eight.target, eight.drafter, eight.seq) == (one.target, one.drafter, one.seq)
+    assert one.total == one.target + one.drafter + one.seq + one.working
+    logits = 3 * 7 * 16 * 262144 * 4
+    assert eight.total == one.total + 7 * one.seq + logits
 
 
 def test_nonsense_is_refused():
@@ -113,7 +117,7 @@ def test_the_command_prints_tables_and_the_same_as_json(capsys):
     assert pair["fits"] and found["machine"]["chip"] == "M4 Pro"
     assert main(machine) == 0
     out = capsys.readouterr().out
-    assert f"{pair['memory_bytes']['weights'] / 1e9:.2f}" in out
+    assert f"{pair['memory_bytes']['target'] / 1e9:.2f}" in out
     best = pair["speed"]["code"]["best_width"]
     assert f"{pair['speed']['code']['by_width'][best]['tok_s']:.0f}" in out
 

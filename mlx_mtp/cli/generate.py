@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,6 +16,9 @@ from mlx_mtp.cli.app import command
 from mlx_mtp.cli.choice import EMBEDDED, Choice, load_pair, measure_costs, parse_width, sampling_changes
 from mlx_mtp.cli.output import print_json, say
 from mlx_mtp.rows import Event, RequestError, Stats
+
+if TYPE_CHECKING:
+    from mlx_mtp.pair import Pair
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ def generate(options: Generate) -> None:
     """Continue a text or answer a message. The text goes to stdout, one line of statistics to stderr."""
     prompt = _read_prompt(options)
     sampling, width = sampling_changes(options), parse_width(options.width)
-    pair = load_pair(options)
+    pair = _load(options)
     as_chat = options.chat
     if as_chat is None:
         as_chat = pair.text.has_template and options.model != EMBEDDED
@@ -75,7 +78,7 @@ def generate(options: Generate) -> None:
 def chat(options: Talk) -> None:
     """Talk in turns. /reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops a reply."""
     sampling, width = sampling_changes(options), parse_width(options.width)
-    pair = load_pair(options)
+    pair = _load(options)
     if not pair.text.has_template:
         raise RequestError(f"{options.model} has no chat template (a base model?); use `mlx-mtp generate`")
     measure_costs(pair, options)
@@ -99,6 +102,13 @@ def chat(options: Talk) -> None:
         if pair.doubt and not doubted:
             doubted = True
             say(f"warning: {pair.doubt}")
+
+
+def _load(options: Choice) -> Pair:
+    """For one text at a time, which may take all the memory."""
+    from mlx_mtp.scheduler import Limits
+
+    return load_pair(options, Limits(max_rows=1))
 
 
 def _read_prompt(options: Generate) -> str:

@@ -12,7 +12,8 @@ from mlx_mtp.cli.output import print_json, print_table, say
 from mlx_mtp.rows import RequestError
 
 if TYPE_CHECKING:
-    from mlx_mtp.plan import Machine, Published, Wish
+    from mlx_mtp.memory_budget import Budget
+    from mlx_mtp.plan import Machine, Memory, Published, Wish
     from mlx_mtp.shapes import Shape
 
 CAVEAT = (
@@ -27,6 +28,14 @@ class Plan(Debug):
 
     chip: Annotated[str | None, typer.Option(help='Such as "M4 Pro"; unset = this Mac.')] = None
     memory: Annotated[float | None, typer.Option(metavar="GB", help="Of the machine; goes with --chip.")] = None
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="A folder or hub id: the memory its own files take, by config and headers. Downloads no weights.",
+        ),
+    ] = None
     size: Annotated[str | None, typer.Option(help="One size, such as 31B, with every width. Unset: all sizes.")] = None
     bits: Annotated[int | None, typer.Option(metavar="4|8|16", help="Bits a weight; unset = all that fit.")] = None
     drafter_bits: Annotated[int, typer.Option(metavar="4|8|16", help="Bits a weight of the drafter.")] = 16
@@ -42,10 +51,13 @@ def plan(options: Plan) -> None:
     if options.published:
         _show_published(options.as_json)
         return
-    from mlx_mtp.plan import BITS, Wish, check_wish
+    machine = _machine(options)
+    if options.model is not None:
+        _show_model(machine, options)
+        return
+    from mlx_mtp.plan import BITS, Wish, check_wish, memory_of
     from mlx_mtp.shapes import ALL_SIZES, shape
 
-    machine = _machine(options)
     shapes = [shape(size) for size in ([options.size] if options.size else ALL_SIZES)]
     batches = options.batch or [1, 4, 8]
     wishes = [
@@ -63,7 +75,7 @@ def plan(options: Plan) -> None:
     say(f"{machine.chip.name}, {machine.memory_gb:g} GB, of which the GPU may hold {usable:.1f} GB; {CAVEAT}")
     _show_memory(machine, [wish for wish in wishes if wish[0].batch == batches[0]])
     print()
-    running = [wish for wish in wishes if _fits(machine, *wish)]
+    running = [wish for wish in wishes if memory_of(machine, *wish).fits]
     if not running:
         say("nothing of this fits")
     elif options.size:
@@ -74,13 +86,13 @@ def plan(options: Plan) -> None:
 
 def _machine(options: Plan) -> Machine:
     from mlx_mtp.chips import check_memory, find_chip, this_chip
-    from mlx_mtp.doctor import chip_brand, ram_bytes
+    from mlx_mtp.doctor import chip_brand, memory_bytes, ram_bytes
     from mlx_mtp.plan import Machine
 
     if options.chip is None:
         if options.memory is not None:
             raise RequestError("--memory is given without --chip; name the chip too, or neither for this Mac")
-        return Machine(this_chip(chip_brand()), round(ram_bytes() / 2**30))
+        return Machine(this_chip(chip_brand()), round(ram_bytes() / 2**30), memory_bytes())
     chip = find_chip(options.chip)
     if options.memory is None:
         raise RequestError(f"--chip {chip.name!r} is given without --memory; say how many GB it has")
@@ -88,24 +100,53 @@ def _machine(options: Plan) -> Machine:
     return Machine(chip, options.memory)
 
 
-def _fits(machine: Machine, wish: Wish, found: Shape) -> bool:
-    from mlx_mtp.plan import fits
-
-    return fits(machine, wish, found)
-
-
 def _show_memory(machine: Machine, wishes: list[tuple[Wish, Shape]]) -> None:
     from mlx_mtp.plan import memory_of
 
     rows = []
     for wish, found in wishes:
-        m = memory_of(wish, found)
-        parts = (m.weights, m.drafter, m.row * m.batch, m.per_1k_tokens, m.working, m.total)
-        fits = "yes" if _fits(machine, wish, found) else "no"
-        rows.append((found.size, f"{wish.bits}", *(f"{part / 1e9:.2f}" for part in parts), fits))
+        m = memory_of(machine, wish, found)
+        rows.append((found.size, f"{wish.bits}", *_memory_row(m)))
     batch, context = wishes[0][0].batch, wishes[0][0].context
-    kept = f"cache, {batch} x {context}"
-    print_table(("size", "bits", "GB: weights", "drafter", kept, "per 1k tokens", "working", "total", "fits"), rows)
+    print_table(("size", "bits", *_memory_header(batch, context)), rows)
+
+
+def _show_model(machine: Machine, options: Plan) -> None:
+    """What a checkpoint takes on a machine, by its files."""
+    from mlx_mtp.plan import check_bits, memory_in, read_pair
+
+    assert options.model is not None
+    check_bits("drafter bits", options.drafter_bits)
+    found = read_pair(options.model, options.drafter_bits)
+    batches = options.batch or [1, 4, 8]
+    memories = [memory_in(found.size, machine.usable_bytes, batch, options.context) for batch in batches]
+    if options.as_json:
+        files = {"model": found.target, "drafter": found.drafter, "stored_bytes": found.stored_bytes}
+        found_for = [_memory_json(m) for m in memories]
+        print_json({"machine": _machine_json(machine), **files, "notes": found.notes, "memory": found_for})
+        return
+    for note in found.notes:
+        say(f"warning: {note}")
+    parts = ", ".join(f"{how} {size / 1e9:.2f} GB" for how, size in found.stored_bytes.items())
+    say(f"{machine.chip.name}, {machine.memory_gb:g} GB, of which the GPU may hold {machine.usable_bytes / 1e9:.1f} GB")
+    say(f"{found.target}, text stack: {parts}; drafter: {found.drafter or 'none'}")
+    rows = [(f"{m.batch}", *_memory_row(m)) for m in memories]
+    print_table(("batch", *_memory_header("batch", options.context)), rows)
+
+
+def _memory_header(batch: int | str, context: int) -> tuple[str, ...]:
+    parts = ("GB: target", "drafter", "passes", f"cache, {batch} x {context}", "total", "per 1k tokens", "fits")
+    return (*parts, "at once", "tokens each", "tokens alone")
+
+
+def _memory_row(m: Memory) -> tuple[str, ...]:
+    parts = (m.target, m.drafter, m.working, m.seq * m.batch, m.total, m.per_1k_tokens)
+    return (*(f"{part / 1e9:.2f}" for part in parts), "yes" if m.fits else "no", *_most(m.default))
+
+
+def _most(b: Budget) -> tuple[str, str, str]:
+    """How many sequences run at once by default, and the tokens of each, and of one alone."""
+    return (f"{b.num_seqs}", f"{b.fair_share_len:,}", f"{b.max_seq_len:,}") if b.fits else ("-", "-", "-")
 
 
 def _show_speed(machine: Machine, wishes: list[tuple[Wish, Shape]]) -> None:
@@ -143,13 +184,18 @@ def _machine_json(machine: Machine) -> dict[str, Any]:
     return {"chip": machine.chip.name, "memory_gb": machine.memory_gb, "usable_bytes": machine.usable_bytes}
 
 
+def _memory_json(memory: Memory) -> dict[str, Any]:
+    parts = asdict(memory)
+    default = {**parts.pop("default"), "fits": memory.default.fits}
+    return {"fits": parts.pop("fits"), "memory_bytes": {**parts, "total": memory.total}, "default": default}
+
+
 def _entry(machine: Machine, wish: Wish, found: Shape) -> dict[str, Any]:
     """One wish as JSON."""
     from mlx_mtp.plan import ACCEPTANCE, memory_of, speed
 
-    memory = memory_of(wish, found)
-    entry = {**asdict(wish), "fits": _fits(machine, wish, found)}
-    entry["memory_bytes"] = {**asdict(memory), "total": memory.total}
+    memory = memory_of(machine, wish, found)
+    entry: dict[str, Any] = {**asdict(wish), **_memory_json(memory)}
     entry["speed"] = {}
     for kind in ("prose", "code"):
         s = speed(machine.chip, wish, found, ACCEPTANCE[kind])

@@ -47,7 +47,8 @@ class Network:
     recognise: whether a config.json is one of its own. read: (config.json, its path) -> config; raises
     CheckpointError. build: config -> network, whose parameters are named as stored.
     check: (target, config, advice) -> warnings for the user; raises PairingError, whose line ends in the advice.
-    stored: of a config. inside: whether a target with such a config.json should hold one in its own files.
+    stored: of a config. inside: config.json of the drafter that a target with such a config.json should hold in its own
+    files; None where it holds none. prefix: what the tensors' names begin with there.
     """
 
     recognise: Callable[[dict[str, Any]], bool]
@@ -55,7 +56,8 @@ class Network:
     build: Callable[[Any], nn.Module]
     check: Callable[[TargetConfig, Any, str], list[str]]
     stored: Callable[[Any], Stored]
-    inside: Callable[[dict[str, Any]], bool] = lambda config: False
+    inside: Callable[[dict[str, Any]], dict[str, Any] | None] = lambda config: None
+    prefix: str = ""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -12,7 +12,7 @@ from mlx_mtp.buffers import put
 from mlx_mtp.cache import Cache
 from mlx_mtp.drafters.kinds import Kind, Network
 from mlx_mtp.kernels.head import head
-from mlx_mtp.models.config import DRAFTER_TYPES, AssistantConfig, LayerConfig, TextConfig, read_assistant
+from mlx_mtp.models.config import DRAFTER_TYPES, TARGET_TYPES, AssistantConfig, LayerConfig, TextConfig, read_assistant
 from mlx_mtp.models.families import Stored, TargetConfig
 from mlx_mtp.models.gemma4 import Gemma4
 from mlx_mtp.models.gemma4_assistant import Assistant
@@ -155,6 +155,13 @@ def _check_layer(index: int, layer: LayerConfig, owner: LayerConfig, advice: str
         )
 
 
+def _merged(config: dict[str, Any]) -> dict[str, Any] | None:
+    """The drafter's config.json that oMLX writes into its target's when it merges the two."""
+    text = config.get("text_config", config)
+    found = text.get("mtp_assistant_config") if config.get("model_type") in TARGET_TYPES else None
+    return found if isinstance(found, dict) else None
+
+
 KIND = Kind(
     "mtp",
     lambda parts: MtpDrafter(cast(Gemma4, parts.target), parts.network, parts.cache),
@@ -164,5 +171,7 @@ KIND = Kind(
         build=Assistant,
         check=check,
         stored=lambda config: Stored(nested=False, layers=config.text.layers),
+        inside=_merged,
+        prefix="mtp.",
     ),
 )

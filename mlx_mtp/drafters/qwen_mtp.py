@@ -124,6 +124,11 @@ def check(target: TargetConfig, config: QwenConfig, advice: str) -> list[str]:
     return []
 
 
+def _promises_head(config: dict[str, Any]) -> bool:
+    text = config.get("text_config", config)
+    return config.get("model_type") in TYPES and bool(text.get("mtp_num_hidden_layers"))
+
+
 KIND = Kind(
     "qwen_mtp",
     lambda parts: QwenMtpDrafter(parts.target, parts.network, parts.cache),
@@ -133,8 +138,6 @@ KIND = Kind(
         build=QwenMtp,
         check=check,
         stored=stored,
-        inside=lambda config: (
-            config.get("model_type") in TYPES and bool(config.get("text_config", config).get("mtp_num_hidden_layers"))
-        ),
+        inside=lambda config: config if _promises_head(config) else None,
     ),
 )

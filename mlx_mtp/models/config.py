@@ -19,6 +19,19 @@ DRAFTER_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
 
 
 @dataclass(frozen=True)
+class PassSize:
+    """What a pass of a target holds in memory at once, besides its cache.
+
+    token_numbers: activations per position, of the widest layer and those still alive around it. heads, window: of the
+    attention scores of sliding layers; window 0 where there are none.
+    """
+
+    token_numbers: int
+    heads: int
+    window: int = 0
+
+
+@dataclass(frozen=True)
 class LayerConfig:
     """Sizes of one layer. window: None sees everything. owner: the layer whose keys and values it reads."""
 
@@ -62,6 +75,16 @@ class TextConfig:
     def owners(self) -> tuple[int, ...]:
         """Layers that store keys and values, in order."""
         return tuple(i for i, layer in enumerate(self.layers) if layer.owner == i)
+
+    @property
+    def pass_size(self) -> PassSize:
+        """The factors are the peaks of prompt chunks measured at published widths (`bench/memory.py`)."""
+        numbers = 14 * self.hidden_size + 6 * max(layer.mlp_size for layer in self.layers)
+        numbers += 3 * self.ple_size * len(self.layers)
+        if self.moe:
+            numbers += self.moe.top_k * (4 * self.hidden_size + 3 * self.moe.width)
+        heads = max(layer.heads for layer in self.layers)
+        return PassSize(numbers, heads, max(layer.window or 0 for layer in self.layers))
 
     @property
     def drafter_reads(self) -> tuple[int, int]:

@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_mtp.cache import LayerSpec, Pass
-from mlx_mtp.models.config import DRAFTER_TYPES, LayerConfig, read_target
+from mlx_mtp.models.config import DRAFTER_TYPES, LayerConfig, PassSize, read_target
 from mlx_mtp.rows import CheckpointError
 from mlx_mtp.states import StateSpec
 
@@ -42,6 +42,8 @@ class TargetConfig(Protocol):
     def softcap(self) -> float | None: ...
     @property
     def layers(self) -> tuple[Any, ...]: ...
+    @property
+    def pass_size(self) -> PassSize: ...
 
 
 class Target(Protocol):
@@ -71,6 +73,13 @@ class Target(Protocol):
         ...
 
 
+def bare(name: str) -> str:
+    """A stored name without the prefixes of the Hugging Face, text-only and MLX layouts."""
+    for prefix in ("model.", "language_model.", "model."):
+        name = name.removeprefix(prefix)
+    return name
+
+
 @dataclass(frozen=True)
 class Stored:
     """How a network's tensors stand in checkpoints.
@@ -78,12 +87,20 @@ class Stored:
     nested: names may carry the prefixes of a whole model (`model.language_model.`). skipped: matches the names, without
     those, of tensors that have no use here. layers: those that may borrow another's keys and values, so that their own
     stored tensors have no use. centred: by the shapes of all tensors, which parameters are stored less 1, if any are.
+    prefix: what the network's names begin with in the file, after those of a whole model, where it is not alone there.
     """
 
     nested: bool = True
     skipped: re.Pattern[str] = SKIPPED
     layers: tuple[LayerConfig, ...] = ()
     centred: Callable[[dict[str, tuple[int, ...]]], re.Pattern[str] | None] = lambda shapes: None
+    prefix: str = ""
+
+    def holds(self, name: str) -> bool:
+        """Whether a tensor of this name is the network's."""
+        if self.nested:
+            name = bare(name)
+        return name.startswith(self.prefix) and not self.skipped.search(name.removeprefix(self.prefix))
 
 
 @dataclass(frozen=True)

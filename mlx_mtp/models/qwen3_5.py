@@ -19,7 +19,7 @@ import mlx.nn as nn
 
 from mlx_mtp.cache import LayerSpec, Pass
 from mlx_mtp.kernels.delta import Given, Span, reference
-from mlx_mtp.models.config import FULL, Reader
+from mlx_mtp.models.config import FULL, PassSize, Reader
 from mlx_mtp.models.dflash import Mlp
 from mlx_mtp.models.families import Family, Stored
 from mlx_mtp.models.fused import Fused, Traces
@@ -75,6 +75,11 @@ class QwenConfig:
     max_positions: int
     mtp_layers: int
     softcap: None = None
+
+    @property
+    def pass_size(self) -> PassSize:
+        """As in `TextConfig`; a delta net's convolved channels come on top."""
+        return PassSize(14 * self.hidden_size + 6 * self.mlp_size + 6 * self.delta.channels, self.heads)
 
 
 def read_qwen(config: dict[str, Any], where: str) -> QwenConfig:

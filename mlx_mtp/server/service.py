@@ -48,7 +48,7 @@ class Admission:
 
     async def submit(self, requests: Sequence[GenerationRequest]) -> GenerationStream:
         """Start requests, or queue them. Raises ServerError: 400, 429 if the queue is full, 503 if nothing runs."""
-        at_once, count = self.settings.max_num_seqs, sum(request.n for request in requests)
+        at_once, count = self.pair.budget.num_seqs, sum(request.n for request in requests)
         most = at_once + self.settings.max_queued
         if count > most:
             raise invalid(f"{count} outputs requested (n times the prompts); expected at most {most}", "n")
@@ -149,11 +149,10 @@ class Admission:
     def limit(self, prompt_tok: int, asked: int | None) -> int:
         """The most tokens an output may have, never more than context and memory have room for.
 
-        Memory is reserved for the limit. A request without one gets a share, so that other requests need not wait.
+        Memory is reserved for the limit. A request without one gets a fair share, so that other requests need not wait.
         """
-        pair = self.pair
-        share = max(pair.share_tok - prompt_tok, pair.share_tok // 2)
-        return max(1, min(pair.room_tok - prompt_tok, asked or self.settings.max_tokens or share))
+        default = self.settings.max_tokens or self.pair.budget.default_max_tokens(prompt_tok)
+        return max(1, min(self.pair.room_tok - prompt_tok, asked or default))
 
     def _sampling(self, changes: Mapping[str, Any]) -> Sampling:
         """The checkpoint's defaults, then the server's, then the request's. Raises ServerError."""

@@ -197,7 +197,7 @@ class EngineThread:
         auto, steps = settings.num_draft_tokens == "auto", len(settings.warm_up) + 1
         self._progress("warm-up", 0, steps)
         if auto:
-            pair.measure_costs(settings.max_num_seqs)
+            pair.measure_costs(pair.budget.num_seqs)
         width = "heuristic" if auto else settings.num_draft_tokens  # auto would learn from dummy prompts
         for done, (batch, length) in enumerate(settings.warm_up, 1):
             self._progress("warm-up", done, steps)
