@@ -5,7 +5,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; 
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
-MAX_TOKENS ?= 64
+MAX_TOKENS ?= 60
 WORKERS ?= 2
 
 # Other people's programs, for test-clients.
@@ -19,9 +19,8 @@ AIDER_PYTHON ?= $(shell for p in python3.12 python3.11 python3.10 $(PYTHON); do 
 
 # From a file of the standard library that the embedded pair was not trained on.
 define DEMO_PROMPT
-def add_extension(module, name, code):
-    """Register an extension code."""
-    code = int(code)
+class EnvBuilder:
+    def _call_new_python(self, context, *py_args, **kwargs):
 endef
 export DEMO_PROMPT
 
@@ -45,7 +44,7 @@ help:
 demo: $(VENV)/.installed
 	@if [ "$$(uname)" = Linux ]; then echo "on Linux the first run builds MLX's CPU kernels with g++: half a minute" >&2; fi
 	@printf '%s' "$$DEMO_PROMPT"
-	@HF_HUB_OFFLINE=1 $(BIN)/mlx-mtp generate --raw --max-tokens $(MAX_TOKENS) "$$DEMO_PROMPT"
+	@HF_HUB_OFFLINE=1 $(BIN)/mlx-mtp generate --raw --width 4 --max-tokens $(MAX_TOKENS) "$$DEMO_PROMPT"
 
 define BLAS_HINT
 	@if [ "$$(uname)" = Linux ] && [ -z "$$LD_PRELOAD" ]; then \

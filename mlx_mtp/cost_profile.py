@@ -10,7 +10,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from itertools import cycle
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from mlx_mtp.draft_length import CostProfile, DraftRound
@@ -54,7 +53,8 @@ def measure(engine: Engine, batch: int, max_tokens: int) -> list[float] | None:
     while not engine.idle and (done <= MIN_SWEEPS or (done <= MAX_SWEEPS and time.perf_counter() - began_s < ENOUGH_S)):
         engine.step()
         done = min(len(times) for times in sweeps.times.values()) if len(sweeps.times) > 1 else 0
-    timed = {k: median(times[1:]) for k, times in sweeps.times.items() if len(times) > 1}  # the first builds kernels
+    # The first round of a length builds kernels. The minimum, because other programs only ever add time.
+    timed = {k: min(times[1:]) for k, times in sweeps.times.items() if len(times) > 1}
     return _by_length(timed) if 0 in timed and len(timed) > 1 else None
 
 
