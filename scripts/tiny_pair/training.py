@@ -1,48 +1,56 @@
-"""What both trainings share: batches, optimizers, the learning-rate schedule, bf16 files. Knows no loss."""
+"""What the trainings share: models, optimizers, the learning-rate schedule, the target's own text, files."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.models.gemma4.configuration_gemma4 import Gemma4TextConfig
+from transformers.models.gemma4.modeling_gemma4 import Gemma4ForCausalLM
 
-BOS = 2
-ROWS, LENGTH = 8, 256  # tokens of one step
-LONGEST_GAP = 768
+from .data import Batches, config
+from .forward import region
 
-
-class Stream:
-    """Random crops of the corpus that all start with <bos>, as every prompt will."""
-
-    def __init__(self, work: Path, seed: int):
-        plain, chat = (np.load(work / "tokens" / f"{name}.npy") for name in ("train", "train_chat"))
-        self.ids = torch.from_numpy(np.concatenate([plain, chat, chat]).astype(np.int64))
-        self.rng = np.random.default_rng(seed)
-        self.starts: list[int] = []
-
-    def batch(self, rows: int, length: int) -> Tensor:
-        """[rows, length + 1]: a shuffled tiling, its phase fresh each epoch, so all tokens are seen alike."""
-        out = []
-        for _ in range(rows):
-            if not self.starts:
-                starts = np.arange(self.rng.integers(0, length), len(self.ids) - length - 1, length)
-                self.rng.shuffle(starts)
-                self.starts = starts.tolist()
-            start = self.starts.pop()
-            out.append(self.ids[start : start + length + 1].clone())
-            out[-1][0] = BOS
-        return torch.stack(out)
+LENGTH = 256  # tokens of one training sequence
+TEACHER_TEMPERATURE = 0.7
+PROMPT, PROMPTS = 96, 128  # tokens of a prompt that the target continues, and prompts of a batch
+TRIAL_STEPS, TRIAL_PROMPTS = 4, 8
 
 
-def positions_with_a_gap(rng: np.random.Generator, length: int) -> Tensor:
-    """[length]; half of the time with a hole, so that full attention meets distances near a thousand."""
-    positions = torch.arange(length)
-    if rng.random() < 0.5:
-        positions[int(rng.integers(32, length - 32)) :] += int(rng.integers(1, LONGEST_GAP))
-    return positions
+@region
+def soften(logits: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+    """The target's distribution at the training temperature, and its first choice."""
+    x = torch.tanh(logits.float() / cap) * cap
+    return torch.softmax(x / TEACHER_TEMPERATURE, -1), x.argmax(-1)
+
+
+def text_config(fields: dict) -> Gemma4TextConfig:
+    """The transformers config of a target's config.json or of a drafter's `text_config`."""
+    return Gemma4TextConfig(**{k: v for k, v in fields.items() if k not in ("model_type", "architectures", "dtype")})
+
+
+def new_target(kind: str) -> Gemma4ForCausalLM:
+    """A float32 target with transformers' initial weights."""
+    return Gemma4ForCausalLM(text_config(config(f"{kind}_target"))).float()
+
+
+def trained_target(kind: str, work: Path) -> tuple[Gemma4ForCausalLM, dict[str, Tensor]]:
+    """The trained target of --work and its weights, both float32."""
+    weights = {k: v.float() for k, v in load_file(work / f"{kind}_target.safetensors").items()}
+    model = new_target(kind).eval()
+    model.load_state_dict(weights, strict=False)  # the tied head is not in the file
+    return model, weights
+
+
+@torch.no_grad()
+def continue_prompts(target: Gemma4ForCausalLM, batches: Batches, length: int, sample: bool, trial: bool) -> Tensor:
+    """Corpus prompts that the target continued to `length` tokens, greedily or at temperature 0.6."""
+    ids = batches.next(TRIAL_PROMPTS if trial else PROMPTS, PROMPT)
+    choice = {"do_sample": True, "temperature": 0.6, "top_k": 0} if sample else {"do_sample": False}
+    new = {"max_new_tokens": length - PROMPT, "min_new_tokens": length - PROMPT}
+    return target.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **new, **choice)
 
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -50,8 +58,8 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
-def trainable_layer_scalars(layers: nn.ModuleList) -> None:
-    """transformers has layer_scalar as a buffer; here it is learned, so that leaving it out shows."""
+def make_layer_scalars_trainable(layers: nn.ModuleList) -> None:
+    """transformers has layer_scalar as a buffer. Here it is learned, so that a runtime that ignores it fails tests."""
     for layer in layers:
         del layer._buffers["layer_scalar"]
         layer.layer_scalar = nn.Parameter(torch.ones(1))
@@ -59,11 +67,11 @@ def trainable_layer_scalars(layers: nn.ModuleList) -> None:
 
 def optimizers(model: nn.Module, muon_lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices; Adam for embeddings, norms, routers, thin matrices and the stacked experts."""
-    matrices, rest = [], []
+    matrices, others = [], []
     for name, p in model.named_parameters():
         inner = p.ndim == 2 and "embed" not in name and "router" not in name and min(p.shape) >= 32
-        (matrices if inner else rest).append(p)
-    adam = torch.optim.AdamW(rest, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+        (matrices if inner else others).append(p)
+    adam = torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     muon = torch.optim.Muon(matrices, lr=muon_lr, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
     for optimizer in (adam, muon):
         for group in optimizer.param_groups:
@@ -72,7 +80,7 @@ def optimizers(model: nn.Module, muon_lr: float) -> list[torch.optim.Optimizer]:
 
 
 def update(model: nn.Module, opts: list[torch.optim.Optimizer], step: int, steps: int) -> None:
-    """One clipped step: 40 steps of warm-up, constant to 35 %, then a straight line to zero."""
+    """One clipped step: 40 steps of warm-up, constant to 35 %, then linear to zero."""
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     scale = min(1.0, (step + 1) / 40, (1 - step / steps) / 0.65)
     for optimizer in opts:
@@ -82,12 +90,16 @@ def update(model: nn.Module, opts: list[torch.optim.Optimizer], step: int, steps
         optimizer.zero_grad(set_to_none=True)
 
 
-def save_weights(model: nn.Module, folder: Path) -> None:
-    """model.safetensors in bf16 (indices stay int64); the tied head is not stored twice."""
-    folder.mkdir(parents=True, exist_ok=True)
+def save_weights(model: nn.Module, path: Path) -> None:
+    """Write a safetensors file in bf16 (indices stay int64), without the tied head."""
     state = {}
     for name, x in model.state_dict().items():
         if name != "lm_head.weight":
             state[name] = (x.detach().to(torch.bfloat16) if x.is_floating_point() else x).contiguous()
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "model.safetensors").chmod(0o644)
+    save_file(state, path, metadata={"format": "pt"})
+    path.chmod(0o644)
+
+
+def announce(name: str, model: nn.Module, steps: int) -> None:
+    """Print what is about to be trained."""
+    print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters, {steps} steps", flush=True)
