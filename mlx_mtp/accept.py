@@ -13,9 +13,8 @@ import mlx.core as mx
 
 from mlx_mtp import kernels
 from mlx_mtp.kernels import verdict as kernel
-from mlx_mtp.kernels.choice import Draw
-from mlx_mtp.rows import Candidates, Draft
-from mlx_mtp.sampling import RESIDUAL_STREAM, Sampler
+from mlx_mtp.rows import Draft
+from mlx_mtp.sampling import Sampler
 
 
 @dataclass(frozen=True)
@@ -56,28 +55,35 @@ def verdict(
     """
     if sampler.processors is not None:
         logits = sampler.processors.columns(logits, draft.tokens)
+    rejecting = sampler.rejecting and draft.width > 0
+    judged = None if rejecting else _by_kernel(draft, logits, start, sampler, hidden)
+    if judged is not None:
+        return judged
     if sampler.greedy:
-        judged = _by_kernel(draft, logits, None, hidden, None)
-        return judged or matching(draft.tokens, mx.argmax(logits, axis=-1).astype(mx.int32))
+        return matching(draft.tokens, mx.argmax(logits, axis=-1).astype(mx.int32))
     position = start[:, None] + 1 + mx.arange(logits.shape[1])
-    scaled = sampler.scaled(logits)
-    least = sampler.least(scaled)
-    z = scaled if least is None else mx.where(scaled >= least, scaled, -mx.inf)
-    judged = _by_kernel(draft, scaled, least, hidden, sampler.choosing(start + 1))
-    coupled = judged or matching(draft.tokens, sampler.choose(z, position))
-    if not sampler.rejecting or draft.width == 0:
+    z, ids = sampler.narrowed(logits, None)
+    if rejecting and not sampler.shares_noise:
+        return rejection(draft, z, position, sampler, ids)
+    chosen = sampler.choose(z, position, ids)
+    coupled = matching(draft.tokens, chosen if ids is None else sampler.certain(chosen, logits))
+    if not rejecting:
         return coupled
-    drawn = rejection(draft, z, position, sampler)
+    drawn = rejection(draft, z, position, sampler, ids)
     tokens = mx.where(sampler.coupled, coupled.tokens, drawn.tokens)
     return Verdict(tokens, mx.where(sampler.coupled[:, 0], coupled.kept, drawn.kept))
 
 
 def _by_kernel(
-    draft: Draft, logits: mx.array, least: mx.array | None, hidden: mx.array | None, draw: Draw | None
+    draft: Draft, logits: mx.array, start: mx.array, sampler: Sampler, hidden: mx.array | None
 ) -> Verdict | None:
-    """`matching` with the choices made beside it; None where the kernel cannot be used."""
+    """The verdict of choices that the kernel makes beside it; None where it cannot be used."""
     if hidden is None or not kernels.usable("verdict"):
         return None
+    least = draw = None
+    if not sampler.greedy:
+        logits = sampler.scaled(logits)
+        least, draw = sampler.least(logits), sampler.choosing(start + 1)
     judged = kernel.Round(logits, draft.tokens, hidden, None if least is None else least[..., 0], draw)
     if kernel.why_not(judged):
         return None
@@ -94,27 +100,27 @@ def matching(draft: mx.array, chosen: mx.array) -> Verdict:
     return Verdict(chosen, _leading(draft == chosen[:, :-1]) + 1)
 
 
-def rejection(draft: Draft, z: mx.array, position: mx.array, sampler: Sampler) -> Verdict:
+def rejection(draft: Draft, z: mx.array, position: mx.array, sampler: Sampler, ids: mx.array | None = None) -> Verdict:
     """Rejection sampling (Leviathan et al. 2023, algorithm 1).
 
-    z [B, K+1, V]: the target's filtered logits, p = softmax(z); position [B, K+1]. A draft x drawn from q is kept
-    with probability min(1, p(x) / q(x)); the first that is not is replaced by a draw from max(p - q, 0).
+    z [B, K+1, C]: the target's filtered logits of tokens `ids` [B, K+1, C], beside which none is possible (None:
+    column c is token c), p = softmax(z); position [B, K+1]. A draft x drawn from q is kept with probability
+    min(1, p(x) / q(x)); the first that is not is replaced by a draw from max(p - q, 0).
     A draft without `source` is a certain one: q(x) = 1.
     """
     width, columns = draft.width, mx.arange(z.shape[1])
-    log_p = mx.take_along_axis(z[:, :-1], draft.tokens[..., None], axis=-1)[..., 0]
-    log_p = log_p - mx.logsumexp(z[:, :-1], axis=-1)
-    log_q = _log_q(draft)
+    log_p = _log_chance(z[:, :-1], None if ids is None else ids[:, :-1], draft.tokens)
+    log_q = 0.0 if draft.source is None else _log_chance(draft.source.logits, draft.source.ids, draft.tokens)
     kept = _leading(mx.log(sampler.uniform(position[:, :width])) < log_p - log_q)
     at = kept[:, None, None]
-    p = mx.softmax(mx.take_along_axis(z, at, axis=1)[:, 0], axis=-1, precise=True)  # [B, V]
-    left = mx.maximum(p - _q_at(draft, kept, p.shape[-1]), 0.0)
+    p = mx.softmax(mx.take_along_axis(z, at, axis=1)[:, 0], axis=-1, precise=True)  # [B, C]
+    tokens = None if ids is None else mx.take_along_axis(ids, at, axis=1)
+    left = mx.maximum(p - _q_at(draft, kept, p.shape[-1], tokens), 0.0)
     left = mx.where(left.sum(axis=-1, keepdims=True) > 0, left, p)  # p = q up to rounding: nothing was rejected
     where = mx.take_along_axis(position, kept[:, None], axis=1)
-    noise = sampler.noise(where, None, p.shape[-1], mx.array(RESIDUAL_STREAM, mx.uint32))[:, 0]
-    last = mx.argmax(mx.log(left) + noise, axis=-1).astype(mx.int32)
-    padded = mx.concatenate([draft.tokens, last[:, None]], axis=1)
-    return Verdict(mx.where(columns < kept[:, None], padded, last[:, None]), kept + 1)
+    last = sampler.redraw(mx.log(left)[:, None], where, tokens)
+    padded = mx.concatenate([draft.tokens, last], axis=1)
+    return Verdict(mx.where(columns < kept[:, None], padded, last), kept + 1)
 
 
 def _leading(hits: mx.array) -> mx.array:
@@ -122,31 +128,29 @@ def _leading(hits: mx.array) -> mx.array:
     return mx.cumprod(hits.astype(mx.int32), axis=1).sum(axis=1)
 
 
-def _log_q(draft: Draft) -> mx.array:
-    """[B, K]: log of the probability with which every draft was drawn."""
-    if draft.source is None:
-        return mx.zeros(draft.tokens.shape)
-    z = draft.source.logits
-    return mx.take_along_axis(z, _columns(draft, draft.source), axis=-1)[..., 0] - mx.logsumexp(z, axis=-1)
+def _log_chance(z: mx.array, ids: mx.array | None, tokens: mx.array) -> mx.array:
+    """[B, K]: log of the probability of tokens [B, K] by logits z [B, K, C] of `ids`; minus infinity for others."""
+    if ids is None:
+        own = mx.take_along_axis(z, tokens[..., None], axis=-1)[..., 0]
+    else:
+        own = mx.max(mx.where(ids == tokens[..., None], z, -mx.inf), axis=-1)
+    return own - mx.logsumexp(z, axis=-1)
 
 
-def _columns(draft: Draft, source: Candidates) -> mx.array:
-    """[B, K, 1]: the column of `source` that holds each drafted token."""
-    if source.ids is None:
-        return draft.tokens[..., None]
-    return mx.argmax(source.ids == draft.tokens[..., None], axis=-1, keepdims=True)
-
-
-def _q_at(draft: Draft, column: mx.array, vocabulary: int) -> mx.array:
-    """[B, V]: the drafter's distribution at column [B]; nothing where the column lies behind the draft."""
+def _q_at(draft: Draft, column: mx.array, count: int, tokens: mx.array | None) -> mx.array:
+    """[B, C]: the drafter's distribution at column [B], for tokens [B, 1, C] (None: the first `count`); nothing where
+    the column lies behind the draft."""
     inside = (column < draft.width)[:, None]
     at = mx.minimum(column, draft.width - 1)[:, None]
     if draft.source is None:
-        token = mx.take_along_axis(draft.tokens, at, axis=1)
-        return (mx.arange(vocabulary) == token) & inside
+        drafted = mx.take_along_axis(draft.tokens, at, axis=1)
+        return ((mx.arange(count) if tokens is None else tokens[:, 0]) == drafted) & inside
     q = mx.softmax(mx.take_along_axis(draft.source.logits, at[..., None], axis=1)[:, 0], axis=-1, precise=True)
     q = mx.where(inside, q, 0.0)
-    if draft.source.ids is None:
-        return q
-    ids = mx.take_along_axis(draft.source.ids, at[..., None], axis=1)[:, 0]
-    return mx.put_along_axis(mx.zeros((q.shape[0], vocabulary)), ids, q, axis=-1)
+    ids = draft.source.ids
+    if ids is None:
+        return q if tokens is None else mx.take_along_axis(q, tokens[:, 0], axis=-1)
+    ids = mx.take_along_axis(ids, at[..., None], axis=1)  # [B, 1, C']
+    if tokens is None:
+        return mx.put_along_axis(mx.zeros((q.shape[0], count)), ids[:, 0], q, axis=-1)
+    return mx.where(tokens.swapaxes(1, 2) == ids, q[:, None], 0.0).sum(axis=-1)

@@ -9,18 +9,19 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_mtp.rows import TokenLogprob
+from mlx_mtp.top_k import top_k
 
 
 def pack(logits: mx.array, tokens: mx.array, most: int) -> mx.array:
     """logits [B, L, V] float32, tokens [B, L] int32 -> [B, L, 1 + 2 * most] int32.
 
-    The token's log-probability and the `most` greatest ones, in no order, as the bits of float32; then their ids.
+    The token's log-probability and the `most` greatest ones, by their ids, as the bits of float32; then those.
     """
     total = mx.logsumexp(logits, axis=-1, keepdims=True)
     own = mx.take_along_axis(logits, tokens[..., None], axis=-1)
     if not most:
         return (own - total).view(mx.int32)
-    ids = mx.argpartition(-logits, most - 1, axis=-1)[..., :most].astype(mx.int32)
+    ids = top_k(logits, most)
     values = mx.concatenate([own, mx.take_along_axis(logits, ids, axis=-1)], axis=-1) - total
     return mx.concatenate([values.view(mx.int32), ids], axis=-1)
 

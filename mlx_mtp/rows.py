@@ -52,7 +52,8 @@ class Sampling:
     """How the next token is chosen from the target's logits.
 
     temperature: 0 is greedy (arg-max); otherwise logits are divided by it.
-    top_k: keep the k most probable tokens; 0 keeps all.
+    top_k: keep the k most probable tokens, and those that tie with the last, as transformers does (of more than k + 64
+        ties, some). 0 keeps all.
     top_p: keep the smallest set whose probability reaches p; 1 keeps all.
     min_p: drop tokens below min_p times the most probable one; 0 drops none.
     seed: with a seed the text depends on (weights, prompt, seed) alone, at any width and in any

@@ -18,9 +18,16 @@ from mlx_mtp.kernels.choice import Draw
 from mlx_mtp.kernels.noise import gumbel
 from mlx_mtp.processors import Processors
 from mlx_mtp.rows import Candidates, Draft, Sampling
+from mlx_mtp.top_k import SORTED, falling, nucleus, top_k
 
 # Streams of noise for unseeded rows, whose draft, acceptance test and correction must be independent.
 DRAFT_STREAM, ACCEPT_STREAM, RESIDUAL_STREAM = 0x6A09E667, 0xBB67AE85, 0x3C6EF372
+
+# Tokens that tie with the last one that top_k keeps stay too, and of bfloat16 logits several do at every rank, about
+# a tenth of top_k in [16, 32). So there are columns for as many ties as top_k, and TIES more; of still more, `top_k`
+# decides which stay. (The kernel of the verdict keeps them all.)
+TIES = 64
+MOST_COLUMNS = 1024  # to match a draft's candidates with the target's takes the product of both
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,7 @@ class Sampler:
         self._rows = rows
         self.greedy = all(r.sampling.greedy for r in rows)
         self.rejecting = any(not r.coupled for r in rows)
+        self.shares_noise = any(r.coupled for r in rows)
         self.keep_logits = keep_logits or self.rejecting
         self.processors: Processors | None = None
         if self.greedy:
@@ -81,12 +89,13 @@ class Sampler:
         column = [1.0 if r.sampling.greedy else 1.0 / r.sampling.temperature for r in rows]
         self._scale = mx.array(column)[:, None, None]
         self._certain = mx.array([r.sampling.greedy for r in rows])[:, None, None]
+        self._some_certain = any(r.sampling.greedy for r in rows)
         self.coupled = mx.array([r.coupled for r in rows])[:, None]
         self._seed = mx.array([[r.seed & 0xFFFFFFFF, r.seed >> 32] for r in rows], dtype=mx.uint32)
         drawn = [r.sampling for r in rows if not r.sampling.greedy]
         self._filtered = any(s.top_k or s.top_p < 1 or s.min_p for s in drawn)
-        self._need_all = any(s.top_p < 1 and not s.top_k for s in drawn)
         self._most = max(s.top_k for s in drawn)
+        self._columns = 2 * self._most + TIES if all(s.top_k for s in drawn) else None
         if self._filtered:
             self._filters = _Filters([r.sampling for r in rows])
 
@@ -103,6 +112,16 @@ class Sampler:
         """Whether the order of the logits is all that matters, so that a soft cap may be left out."""
         return self.greedy and self.processors is None
 
+    def narrowed(self, logits: mx.array, ids: mx.array | None) -> tuple[mx.array, mx.array | None]:
+        """logits [B, L, C] float32 of tokens `ids` [B, 1, C] (None: column c is token c) -> (logits as by `filter`,
+        ids) of the fewer columns [B, L, n] that top_k may keep, in their order; of all where it leaves too many."""
+        most = self._columns
+        if most is None or most > MOST_COLUMNS or most >= logits.shape[-1]:
+            return self.filter(logits), ids
+        columns = top_k(logits, most)
+        found = columns if ids is None else mx.take_along_axis(ids, columns, axis=-1)
+        return self.filter(mx.take_along_axis(logits, columns, axis=-1)), found
+
     def filter(self, logits: mx.array) -> mx.array:
         """logits [B, L, C] float32 -> the same over temperature, with what the filters drop at -inf."""
         z = self.scaled(logits)
@@ -115,16 +134,10 @@ class Sampler:
 
     def least(self, z: mx.array) -> mx.array | None:
         """z [B, L, C], scaled -> [B, L, 1] the least value that the filters keep; None if no row filters."""
-        if not self._filtered:
-            return None
-        count = z.shape[-1]
-        take = count if self._need_all else min(max(self._most, 1), count)  # min_p alone needs only the maximum
-        top = z if take == count else mx.topk(z, take, axis=-1)
-        top = -mx.sort(-top, axis=-1)
-        return self._filters.threshold(top)
+        return self._filters.least(z) if self._filtered else None
 
     def noise(self, position: mx.array, ids: mx.array | None, count: int, stream: mx.array) -> mx.array:
-        """Gumbel noise [B, L, C] at position [B, L] for tokens `ids` [B, 1, C], or 0 .. count-1.
+        """Gumbel noise [B, L, C] at position [B, L] for tokens `ids` [B, L or 1, C], or 0 .. count-1.
 
         stream [B, 1] or scalar uint32 is mixed into the seed; rows whose token is certain get none.
         """
@@ -135,8 +148,8 @@ class Sampler:
 
     @property
     def drafts_by_kernel(self) -> bool:
-        """Whether `drafting` says all there is to know of a draft: nothing is processed or filtered (the kernel takes
-        the head's logits as they come), no logits are kept."""
+        """Whether `drafting` says all there is to know of a draft: nothing is processed or filtered (the kernel draws
+        by the head's logits as they come), no logits are kept."""
         return self.processors is None and not self.keep_logits and (self.greedy or not self._filtered)
 
     def drafting(self, position: mx.array) -> Draw | None:
@@ -173,14 +186,15 @@ class Sampler:
             logits = self.processors.step(logits, ids, drafted)
         shown = None if ids is None else ids[:, None]
         all_ = self._drawn(logits[:, None], shown, position[:, None])
-        return Drawn(all_.tokens[:, 0], None if all_.logits is None else all_.logits[:, 0], ids)
+        z, found = (None if a is None else a[:, 0] for a in (all_.logits, all_.ids))
+        return Drawn(all_.tokens[:, 0], z, found)
 
     def draw_all(self, logits: mx.array, position: mx.array) -> Draft:
         """As `draw`, for drafts that were computed together: logits [B, L, V], position [B, L]. Penalties still see
         the tokens drawn before."""
         if self.processors is None:
             drawn = self._drawn(logits, None, position)
-            source = None if drawn.logits is None else Candidates(drawn.logits, None)
+            source = None if drawn.logits is None else Candidates(drawn.logits, drawn.ids)
             return Draft(drawn.tokens, source)
         steps: list[Drawn] = []
         for i in range(logits.shape[1]):
@@ -188,15 +202,13 @@ class Sampler:
         return Drawn.draft(steps)
 
     def _drawn(self, logits: mx.array, ids: mx.array | None, position: mx.array) -> Drawn:
-        """logits [B, L, C] of tokens `ids` [B, 1, C], position [B, L] -> tokens [B, L], logits [B, L, C]."""
+        """logits [B, L, C] of tokens `ids` [B, 1, C], position [B, L] -> tokens [B, L], logits and ids [B, L, n]."""
         z = competing = logits
         if not self.greedy:
-            z = self.filter(logits)
+            z, ids = self.narrowed(logits, ids)
             competing = z + self.noise(position, ids, z.shape[-1], self._stream(DRAFT_STREAM))
-        column = mx.argmax(competing, axis=-1)
-        if ids is not None:
-            column = mx.take_along_axis(ids[:, 0], column, axis=-1)
-        return Drawn(column.astype(mx.int32), z if self.keep_logits else None)
+        token = _best(competing, ids)
+        return Drawn(token, z if self.keep_logits else None, ids)
 
     def offer(
         self, logits: mx.array, ids: mx.array | None, drafted: Sequence[mx.array]
@@ -206,15 +218,37 @@ class Sampler:
         steering = self.processors.steering if self.processors is not None else None
         return (logits, ids) if steering is None else steering.force(logits, ids, len(drafted))
 
-    def choose(self, filtered: mx.array, position: mx.array) -> mx.array:
-        """The target's own choices [B, L] int32: filtered [B, L, V] from `filter`, position [B, L]."""
-        noise = self.noise(position, None, filtered.shape[-1], self._stream(RESIDUAL_STREAM))
-        return mx.argmax(filtered + noise, axis=-1).astype(mx.int32)
+    def choose(self, filtered: mx.array, position: mx.array, ids: mx.array | None = None) -> mx.array:
+        """The target's own choices [B, L] int32: filtered [B, L, C] of tokens `ids` as `narrowed` gives them, position
+        [B, L]."""
+        noise = self.noise(position, ids, filtered.shape[-1], self._stream(RESIDUAL_STREAM))
+        return _best(filtered + noise, ids)
+
+    def redraw(self, logits: mx.array, position: mx.array, ids: mx.array | None) -> mx.array:
+        """Tokens [B, L] int32 drawn from logits [B, L, C] of `ids`, independently of drafts and tests, at position
+        [B, L]; coupled rows too."""
+        noise = self.noise(position, ids, logits.shape[-1], mx.array(RESIDUAL_STREAM, mx.uint32))
+        return _best(logits + noise, ids)
+
+    def certain(self, chosen: mx.array, logits: mx.array) -> mx.array:
+        """chosen [B, L], made from few columns, with the first of the best tokens of all, logits [B, L, V], in greedy
+        rows: of more ties than columns, `narrowed` may have left it out."""
+        if not self._some_certain:
+            return chosen
+        return mx.where(self._certain[..., 0], _best(logits, None), chosen)
 
     def uniform(self, position: mx.array) -> mx.array:
         """Numbers in (0, 1), [B, K], for the acceptance tests at position [B, K]."""
         g = self.noise(position, mx.zeros((position.shape[0], 1, 1), mx.uint32), 1, mx.array(ACCEPT_STREAM, mx.uint32))
         return mx.exp(-mx.exp(-g[..., 0]))  # the distribution function of Gumbel noise, at the noise
+
+
+def _best(competing: mx.array, ids: mx.array | None) -> mx.array:
+    """The winners' tokens, [B, L] int32: competing [B, L, C] of tokens `ids` [B, L, C] (None: column c is token c)."""
+    column = mx.argmax(competing, axis=-1)
+    if ids is not None:
+        column = mx.take_along_axis(ids, column[..., None], axis=-1)[..., 0]
+    return column.astype(mx.int32)
 
 
 class _Filters:
@@ -224,18 +258,32 @@ class _Filters:
         def column(values: list) -> mx.array:
             return mx.array(values)[:, None, None]
 
-        off = [s.greedy for s in rows]
-        self.top_k = column([2**31 - 1 if o or not s.top_k else s.top_k for o, s in zip(off, rows, strict=True)])
-        self.top_p = column([2.0 if o or s.top_p == 1 else s.top_p for o, s in zip(off, rows, strict=True)])
-        self.log_min_p = mx.log(column([0.0 if o else s.min_p for o, s in zip(off, rows, strict=True)]))
-        self.ranked = column([not o and bool(s.top_k or s.top_p < 1) for o, s in zip(off, rows, strict=True)])
+        drawn = [None if s.greedy else s for s in rows]
+        self._most = max(s.top_k for s in drawn if s)
+        self._alone = [bool(s and s.top_p < 1 and not s.top_k) for s in drawn]  # rows with top_p and without top_k
+        self.top_k = column([s.top_k if s and s.top_k else 2**31 - 1 for s in drawn])
+        self.top_p = column([s.top_p if s and s.top_p < 1 else 2.0 for s in drawn])
+        self.log_min_p = mx.log(column([s.min_p if s else 0.0 for s in drawn]))
+        self.ranked = column([bool(s and (s.top_k or s.top_p < 1)) for s in drawn])
+        self.alone = column(self._alone)
 
-    def threshold(self, top: mx.array) -> mx.array:
-        """top [B, L, n] the n greatest values, falling -> [B, L, 1] the least value that is kept.
+    def least(self, z: mx.array) -> mx.array:
+        """z [B, L, C] -> [B, L, 1] the least value that is kept.
 
         As in transformers: a token stays in top_p while the probability before it, among those top_k left, is
         below p; ties with the last one kept stay.
         """
+        count, sums = z.shape[-1], any(self._alone)
+        if sums and count <= SORTED:
+            return self._threshold(falling(z, count))
+        top = falling(z, min(max(self._most, 1), count))  # min_p alone needs only the maximum
+        least = self._threshold(top)
+        if not sums:
+            return least
+        return mx.where(self.alone, mx.maximum(nucleus(z, self.top_p), top[..., :1] + self.log_min_p), least)
+
+    def _threshold(self, top: mx.array) -> mx.array:
+        """The same from the n greatest values alone, falling, [B, L, n]."""
         rank = mx.arange(top.shape[-1])
         kept = rank < self.top_k
         share = mx.softmax(mx.where(kept, top, -mx.inf), axis=-1, precise=True)

@@ -48,6 +48,7 @@ LAYERS = (
         "processors",
         "logprobs",
         "guide",
+        "top_k",
     ),
     ("models",),
     ("cache", "states", "buffers", "kernels", "kept"),
