@@ -59,9 +59,30 @@ def by_hand(y: mx.array, clusters: Clusters, draw: Draw | None = None) -> list[i
     return tokens
 
 
+def scored_by_hand(y: mx.array, clusters: Clusters) -> list[dict[int, float]]:
+    """Token -> logit of those in the best clusters of every row, in numpy."""
+    hidden, centroids = np.array(y.astype(mx.float32)), np.array(clusters.centroids.dense())
+    embedding = np.array(clusters.embedding.dense())
+    ordering = np.array(clusters.ordering).reshape(len(centroids), -1)
+    rows = []
+    for state in hidden:
+        best = np.argsort(-(centroids @ state), kind="stable")[: clusters.top]
+        rows.append({int(token): float(embedding[token] @ state) for token in ordering[best].ravel()})
+    return rows
+
+
+def assert_scored(found: tuple[mx.array, mx.array], wanted: list[dict[int, float]]) -> None:
+    logits, tokens = found
+    assert logits.dtype == mx.float32 and tokens.dtype == mx.int32 and logits.shape == tokens.shape
+    for row, (values, ids) in enumerate(zip(logits.tolist(), tokens.tolist(), strict=True)):
+        assert sorted(ids) == sorted(wanted[row])
+        assert values == pytest.approx([wanted[row][token] for token in ids], rel=1e-4, abs=1e-4)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_reference_is_the_definition(kind):
     clusters, y = vocabulary(kind), states(9)
+    assert_scored(head.logits(y, clusters), scored_by_hand(y, clusters))
     assert head.head(y, clusters).tolist() == by_hand(y, clusters)
     assert head.head(y, clusters, draws(9)).tolist() == by_hand(y, clusters, draws(9))
 
@@ -102,6 +123,16 @@ def test_the_kernels_agree_with_the_reference(kind, sampled):
 
 
 @emulated
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_logits_of_the_best_clusters_are_the_reference_s(kind):
+    clusters, y = vocabulary(kind), states(5)
+    with emu.patched() as launches:
+        found = head.logits(y, clusters)
+    assert_scored(found, scored_by_hand(y, clusters))
+    assert [k.definition.name for k in launches] == ["head_scores", "head_select", "head_logits"]
+
+
+@emulated
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16])
 def test_every_float_type(dtype):
     clusters, y = vocabulary(), states(2, dtype=dtype)
@@ -126,6 +157,7 @@ def test_the_smallest_and_the_ragged_shapes(hidden, count, size, top):
     clusters, y = vocabulary("plain", hidden, count, size, top), states(3, hidden)
     with emu.patched():
         assert head.head(y, clusters).tolist() == by_hand(y, clusters)
+        assert_scored(head.logits(y, clusters), scored_by_hand(y, clusters))
 
 
 @emulated
@@ -176,19 +208,22 @@ def test_at_the_real_size_it_reads_two_percent_more_than_it_must():
     embedding = (halves[0, :, None] + halves[1]).reshape(count * size, hidden).astype(mx.bfloat16)
     clusters = Clusters(matrix(1, count, hidden, "plain"), mx.array(ordering), Matrix(embedding), top)
     y = states(1, hidden)
-    with emu.patched(count_fetches=True) as launches:
-        token = head.head(y, clusters)
-    assert token.tolist() == head.reference(y, clusters).tolist()
-    least = count * hidden * 2 + top * size * (hidden * 2 + 4)
-    assert emu.bytes_read(launches, "w") == (count + top * size) * hidden * 2
-    assert emu.bytes_fetched(launches) <= 1.02 * least
-    largest = max(x.size for k in launches for x in k.statistics.buffers.values() if x.written)
-    assert largest == 4 * count  # nothing of vocabulary size is written
+    for call, most in ((head.head, 4 * count), (head.logits, 4 * top * size)):
+        with emu.patched(count_fetches=True) as launches:
+            found = call(y, clusters)
+        if call is head.head:
+            assert found.tolist() == head.reference(y, clusters).tolist()
+        least = count * hidden * 2 + top * size * (hidden * 2 + 4)
+        assert emu.bytes_read(launches, "w") == (count + top * size) * hidden * 2
+        assert emu.bytes_fetched(launches) <= 1.02 * least
+        largest = max(x.size for k in launches for x in k.statistics.buffers.values() if x.written)
+        assert largest == most  # nothing of vocabulary size is written
 
 
 def launches_of(m: int, clusters: Clusters, draw: Draw | None = None):
     with emu.patched(dry=True) as launches:
         head.head(states(m, clusters.centroids.columns), clusters, draw)
+        head.logits(states(m, clusters.centroids.columns), clusters)
     return launches
 
 
@@ -266,6 +301,29 @@ MUTANTS = [  # what is wrong, kernel, part, old, new
     ("only half the slots are compared", "head_final", "source", "i < top; i += 32", "i < top / 2; i += 32"),
     ("noise forgets the token", "head_clusters", "header", "noise_mix(token ^ key)", "noise_mix(key)"),
 ]
+
+
+LOGITS_MUTANTS = [
+    (
+        "every row writes the first",
+        "(size_t(m) * TOP + slot) * SIZE + r] = logit",
+        "slot * SIZE + r] = logit",
+    ),
+    ("tokens are places", "= int(token)", "= int(members + r)"),
+    ("one simdgroup of four", "r = simdgroup; r < SIZE; r += 4", "r = simdgroup; r < SIZE / 4; r += 4"),
+]
+
+
+@emulated
+@pytest.mark.parametrize("mutant", LOGITS_MUTANTS, ids=lambda m: m[0].replace(" ", "-"))
+def test_mutants_of_the_logits_are_caught(mutant):
+    _, old, new = mutant
+    clusters, y = vocabulary("affine4"), states(3)
+    with (
+        pytest.raises((AssertionError, emu.EmulationError)),
+        emu.patched(edit=checks.planted("head_logits", "source", old, new)),
+    ):
+        assert_scored(head.logits(y, clusters), scored_by_hand(y, clusters))
 
 
 def hard():

@@ -141,9 +141,17 @@ def test_texts_and_kept_drafts_are_those_of_the_plain_path(kind, bits, sampling,
         assert outcomes(models, 3, wanted) == plain
     used = {launch.definition.name.split("_")[0] for launch in launches[checked:]}
     expected = {"rows", "attend", "verdict"} | ({"experts"} if kind == "moe" else set())
-    expected |= {"head"} if kind == "edge" and sampling not in (FILTERED, STEERED) else set()
+    expected |= {"head"} if kind == "edge" else set()
     assert used >= expected, used
-    assert sampling is not STEERED or "head" not in used, "it cannot be steered"
+
+
+@emulated
+def test_without_a_seed_drafts_come_from_the_clustered_head_s_kernel():
+    wanted = requests(Sampling(top_k=64, top_p=0.95), 1)
+    with kernels_on() as launches:
+        ((text, kept),) = outcomes(load("edge", 4, mx.float32), 3, wanted)
+    assert len(text) == 6 and kept
+    assert "head_logits" in {launch.definition.name for launch in launches}
 
 
 # rows that are computed alone -------------------------------------------------------------------------------

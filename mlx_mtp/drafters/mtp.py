@@ -11,7 +11,7 @@ from mlx_mtp import kernels
 from mlx_mtp.buffers import put
 from mlx_mtp.cache import Cache
 from mlx_mtp.drafters.kinds import Kind, Network
-from mlx_mtp.kernels.head import head
+from mlx_mtp.kernels import head
 from mlx_mtp.models.config import DRAFTER_TYPES, TARGET_TYPES, AssistantConfig, LayerConfig, TextConfig, read_assistant
 from mlx_mtp.models.families import Stored, TargetConfig
 from mlx_mtp.models.gemma4 import Gemma4
@@ -61,9 +61,10 @@ class MtpDrafter:
     def _drawn(self, y: mx.array, sampler: Sampler, position: mx.array, before: list[Drawn]) -> Drawn:
         """A step's token from its hidden state y [B, h]."""
         if self._clusters is not None and sampler.drafts_by_kernel:
-            return Drawn(head(y, self._clusters, sampler.drafting(position)))
+            return Drawn(head.head(y, self._clusters, sampler.drafting(position)))
         drafted = [step.tokens for step in before]
-        scores, which = sampler.offer(*self._assistant.logits(y), drafted)
+        found = self._assistant.logits(y) if self._clusters is None else head.logits(y, self._clusters)
+        scores, which = sampler.offer(*found, drafted)
         return sampler.draw(scores, which, position, drafted)
 
     def _views(self, rows: slice):

@@ -5,9 +5,11 @@ only their rows of the embedding are read, and the winner leaves as a token. No 
 Ports the ordered embedding of transformers' gemma4_assistant, without its filler for tokens that are not candidates.
 
 Four dispatches: scores of the centroids (each centroid read once for as many rows of y as fit into threadgroup memory),
-the top clusters, the best token of each of them, the best of those.
+the top clusters, the best token of each of them, the best of those. Or three, the last of which gives the logits of all
+tokens in the top clusters, for whoever filters or steers them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -155,26 +157,33 @@ SELECT = Definition(
 )
 
 
-def _clusters_source(noisy: bool) -> str:
-    """Grid: slots of clusters, rows of y. A simdgroup takes a token at a time."""
-    return f"""
+# Grid: slots of clusters, rows of y. A simdgroup takes a token at a time.
+BEGIN_CLUSTER = """
     const uint lane = thread_index_in_simdgroup, simdgroup = simdgroup_index_in_threadgroup;
     const uint index = thread_index_in_threadgroup;
     const uint slot = threadgroup_position_in_grid.x, m = threadgroup_position_in_grid.y;
     const uint words = w_shape[1];
     threadgroup float hidden[H];
-    threadgroup Best part[4];
     for (uint i = index; i < H; i += 128) hidden[i] = float(y[size_t(m) * H + i]);
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    {choice.draw_text(noisy, "m", "0u")}
     const size_t members = size_t(cluster[m * TOP + slot]) * SIZE;
-    Best best = nobody();
-    for (uint r = simdgroup; r < SIZE; r += 4) {{
-      Best next;
-      next.token = uint(ordering[members + r]);
-      const float mine = lane_dot<FORMAT, BITS, GROUP>(w, scales, biases, next.token, words, H, hidden, lane);
+"""
+NEXT_TOKEN = """
+      const uint token = uint(ordering[members + r]);
+      const float mine = lane_dot<FORMAT, BITS, GROUP>(w, scales, biases, token, words, H, hidden, lane);
       const float logit = simd_sum(mine);
-      next.value = choice_value(logit, inverse, key, next.token);
+"""
+
+
+def _clusters_source(noisy: bool) -> str:
+    return f"""{BEGIN_CLUSTER}
+    threadgroup Best part[4];
+    {choice.draw_text(noisy, "m", "0u")}
+    Best best = nobody();
+    for (uint r = simdgroup; r < SIZE; r += 4) {{{NEXT_TOKEN}
+      Best next;
+      next.token = token;
+      next.value = choice_value(logit, inverse, key, token);
       best = better(best, next);
     }}
     best = group_best(best, part, lane, simdgroup, 4);
@@ -195,6 +204,21 @@ CLUSTERS = {
     )
     for noisy in (False, True)
 }
+
+LOGITS = Definition(
+    "head_logits",
+    ("y", "cluster", "ordering", "w", "scales", "biases"),
+    ("logits", "tokens"),
+    f"""{BEGIN_CLUSTER}
+    for (uint r = simdgroup; r < SIZE; r += 4) {{{NEXT_TOKEN}
+      if (lane == 0) {{
+        logits[(size_t(m) * TOP + slot) * SIZE + r] = logit;
+        tokens[(size_t(m) * TOP + slot) * SIZE + r] = int(token);
+      }}
+    }}
+""",
+    HEADER,
+)
 
 FINAL = Definition(
     "head_final",
@@ -256,9 +280,17 @@ def head(y: mx.array, clusters: Clusters, draw: choice.Draw | None = None) -> mx
     if why_not(y, clusters):
         return reference(y, clusters, draw)
     chosen = _select(_scores(y, clusters.centroids), clusters.top)
-    value, token = _best_of_clusters(y, clusters, chosen, draw)
+    value, token = _in_clusters(CLUSTERS[draw is not None], y, clusters, chosen, choice.draw_inputs(draw))
     launch = Launch((32 * y.shape[0], 1, 1), (32, 1, 1), [(y.shape[0],)], [mx.int32], [])
     return run(FINAL, [value, token], launch)[0]
+
+
+def logits(y: mx.array, clusters: Clusters) -> tuple[mx.array, mx.array]:
+    """y [M, h] float -> logits [M, top * size] float32 of the tokens [M, top * size] int32 in its best clusters."""
+    if why_not(y, clusters):
+        return reference_logits(y, clusters)
+    chosen = _select(_scores(y, clusters.centroids), clusters.top)
+    return _in_clusters(LOGITS, y, clusters, chosen)
 
 
 def _scores(y: mx.array, centroids: Matrix) -> mx.array:
@@ -289,31 +321,34 @@ def _select(scores: mx.array, top: int) -> mx.array:
     return run(SELECT, [scores], launch)[0]
 
 
-def _best_of_clusters(
-    y: mx.array, clusters: Clusters, chosen: mx.array, draw: choice.Draw | None
+def _in_clusters(
+    definition: Definition, y: mx.array, clusters: Clusters, chosen: mx.array, more: Sequence[mx.array] = ()
 ) -> tuple[mx.array, mx.array]:
-    """The best value [M, top] float32 and token [M, top] uint32 of each chosen cluster."""
+    """A kernel's value, float32, and token, [M, n], of each chosen cluster [M, top], or of each token in one."""
     m, top = chosen.shape
-    embedding = clusters.embedding
-    shape = [("H", embedding.columns), ("SIZE", clusters.size), ("TOP", top)]
+    embedding, shape = clusters.embedding, (m, top * clusters.size if definition is LOGITS else top)
     launch = Launch(
         grid=(128 * top, m, 1),
         threadgroup=(128, 1, 1),
-        shapes=[(m, top), (m, top)],
-        dtypes=[mx.float32, mx.uint32],
-        template=[*shape, *embedding.template()],
+        shapes=[shape] * 2,
+        dtypes=[mx.float32, mx.int32 if definition is LOGITS else mx.uint32],
+        template=[("H", embedding.columns), ("SIZE", clusters.size), ("TOP", top), *embedding.template()],
     )
-    inputs = [y, chosen, clusters.ordering, *embedding.kernel_inputs(), *choice.draw_inputs(draw)]
-    value, token = run(CLUSTERS[draw is not None], inputs, launch)
+    value, token = run(definition, [y, chosen, clusters.ordering, *embedding.kernel_inputs(), *more], launch)
     return value, token
 
 
 def reference(y: mx.array, clusters: Clusters, draw: choice.Draw | None = None) -> mx.array:
     """`head` in plain mlx."""
+    logits, tokens = reference_logits(y, clusters)
+    competing = logits if draw is None else choice.values(logits, draw, draw.position, tokens)
+    return choice.lowest_best(competing, tokens)
+
+
+def reference_logits(y: mx.array, clusters: Clusters) -> tuple[mx.array, mx.array]:
+    """`logits` in plain mlx."""
     scores = rows_qmv.reference(y.astype(mx.float32), clusters.centroids)
     chosen = mx.argsort(-scores, axis=-1)[:, : clusters.top]
     tokens = clusters.ordering.reshape(clusters.centroids.rows, -1)[chosen].reshape(y.shape[0], -1)
     rows = clusters.embedding.take(tokens).dense()
-    logits = (rows @ y.astype(mx.float32)[:, :, None])[..., 0]
-    competing = logits if draw is None else choice.values(logits, draw, draw.position, tokens)
-    return choice.lowest_best(competing, tokens)
+    return (rows @ y.astype(mx.float32)[:, :, None])[..., 0], tokens.astype(mx.int32)

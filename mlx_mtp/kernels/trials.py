@@ -209,7 +209,14 @@ def _head() -> str | None:
         for draw in (None, _draw(3)):
             what = f"{'plain' if layout is None else 'affine'}, {'greedy' if draw is None else 'drawn'}"
             found.append(_tokens(head.head(y, clusters, draw), head.reference(y, clusters, draw), what))
+        got, want = (_in_order(*scored(y, clusters)) for scored in (head.logits, head.reference_logits))
+        found.append(_differs(got, want, "logits"))
     return _first(*found)
+
+
+def _in_order(logits: mx.array, tokens: mx.array) -> mx.array:
+    """Logits by their tokens, which stand in any order."""
+    return mx.take_along_axis(logits, mx.argsort(tokens, axis=-1), axis=-1)
 
 
 def _verdict() -> str | None:
