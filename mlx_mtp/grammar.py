@@ -103,15 +103,19 @@ class Follower:
 
 
 class Grammars:
-    """Compiles grammars for one tokenizer. Making it takes about a second for a vocabulary of 262,144 (not measured
-    on a Mac); a grammar takes milliseconds, and the last ones are kept."""
+    """Compiles grammars for one tokenizer. Making it takes about two seconds for a vocabulary of 262,144, in which no
+    other thread runs (not measured on a Mac); a grammar takes milliseconds, and the last ones are kept."""
 
     KEPT = 64
 
     def __init__(self, text: Text, vocabulary: int, eos: frozenset[int]) -> None:
-        """vocabulary: how many logits the model gives, which may be more than there are tokens."""
+        """vocabulary: how many logits the model gives, which may be more than there are tokens. Raises RequestError
+        for a tokenizer that llguidance does not take."""
         self._text = text
-        self._tokenizer = LLTokenizer(text.tokenizer_json(), n_vocab=vocabulary, eos_token=sorted(eos))
+        try:
+            self._tokenizer = LLTokenizer(text.tokenizer_json(), n_vocab=vocabulary, eos_token=sorted(eos))
+        except ValueError as error:
+            raise RequestError(f"this tokenizer cannot be used for grammars: {one_line(error, 200)}") from None
         self._made: dict[str, Grammar] = {}
 
     def json(self, schema: Any = None, thought: Thought = "none") -> Grammar:

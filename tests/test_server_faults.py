@@ -174,7 +174,7 @@ def post(url: str, **body) -> tuple[int, bytes]:
 def test_running_requests_finish_after_sigterm_and_the_exit_code_is_0():
     server = Process("--rows", "2")
     url, answers = server.ready(), []
-    assert any("warm-up 1/" in line for line in server.lines)
+    assert all(any(stage in line for line in server.lines) for stage in ("grammar tokenizer", "warm-up 1/"))
     body = {"prompt": "hello", "max_tokens": 120, "ignore_eos": True}
     thread = threading.Thread(target=lambda: answers.append(post(url, **body)))
     thread.start()

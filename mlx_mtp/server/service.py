@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from mlx_mtp.grammar import Grammars, Thought
+from mlx_mtp.grammar import Thought
 from mlx_mtp.pair import Pair
 from mlx_mtp.rows import Constraint, Request, RequestError, Sampling
 from mlx_mtp.server.asking import GenerationRequest, ResponseFormat
@@ -28,7 +28,6 @@ class Admission:
         self.settings, self.engine_thread, self.metrics = settings, engine_thread, metrics
         self.created = int(time.time())
         self.draining = False
-        self._grammars: Grammars | None = None  # made when the first request needs it
         self._compiling = threading.Lock()
 
     @property
@@ -139,10 +138,11 @@ class Admission:
             raise invalid(str(error), "tools" if "tool" in str(error) else "response_format") from None
 
     def _compile(self, wanted: ResponseFormat, thought: Thought) -> Constraint:
+        grammars = self.engine_thread.grammars
+        if grammars is None:
+            raise RequestError("this checkpoint's tokenizer cannot be used with schemas or strict tools")
         with self._compiling:
-            if self._grammars is None:
-                self._grammars = Grammars(self.pair.text, self.pair.vocab_size, self.pair.eos)
-            return wanted.compile(self._grammars, thought)
+            return wanted.compile(grammars, thought)
 
     # limits and sampling ----------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
 
 from mlx_mtp.cost_profile import dummy_prompts
+from mlx_mtp.grammar import Grammars
 from mlx_mtp.pair import Pair, leave_thread
 from mlx_mtp.rows import GREEDY, Event, Request, RequestError, one_line
 from mlx_mtp.server.decoding import OutputDecoder
@@ -121,6 +122,7 @@ class EngineThread:
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
         self.state: State = "loading"
         self.pair: Pair | None = None
+        self.grammars: Grammars | None = None  # of a pair whose tokenizer can be used for them
         self.error: Exception | None = None  # why the engine failed, or the last fault
         self.faults = 0
         self.open = 0  # choices whose end has not been delivered
@@ -178,6 +180,7 @@ class EngineThread:
     def _run(self) -> None:
         try:
             pair = self._load()
+            self.grammars = self._build_grammars(pair)
             self._warm_up(pair)
         except Exception as error:
             self._end("failed", error)
@@ -191,6 +194,16 @@ class EngineThread:
             except Exception as error:
                 if not self._recover(pair, error):
                     return
+
+    def _build_grammars(self, pair: Pair) -> Grammars | None:
+        """Build the grammar tokenizer before the first request, since no other thread runs for the two seconds that
+        262,144 tokens take; None if it cannot be built."""
+        self._progress("grammar tokenizer", 0, 1)
+        try:
+            return Grammars(pair.text, pair.vocab_size, pair.eos)
+        except RequestError as error:
+            print(f"warning: {error}; requests with a schema or strict tools are refused", file=sys.stderr)
+            return None
 
     def _warm_up(self, pair: Pair) -> None:
         settings = self._settings
