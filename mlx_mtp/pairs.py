@@ -90,14 +90,6 @@ class KnownPair:
         wider = BYTES_PER_PARAMETER[mlp_bits or bits] - BYTES_PER_PARAMETER[bits]
         return int(self.params * BYTES_PER_PARAMETER[bits] + self.mlp_params * wider)
 
-    def read_bytes(self, bits: int) -> int:
-        """Bytes of the target's weights that one pass over one token reads, at 16, 8 or 4 bits."""
-        return int(self.read * BYTES_PER_PARAMETER[bits])
-
-    def drafter_read_bytes(self, bits: int) -> int:
-        """Bytes of the drafter's weights that one step reads, at 16, 8 or 4 bits."""
-        return int(self.drafter_read * BYTES_PER_PARAMETER[bits])
-
 
 class NativePair(KnownPair):
     """A published target whose own files hold its drafter. Copies in MLX's format leave it out, so that they take it

@@ -152,9 +152,6 @@ def test_sizes_follow_from_parameters_and_bits() -> None:
     e2b, moe = KNOWN[0], KNOWN[3]
     assert e2b.target == "google/gemma-4-E2B-it" and e2b.drafter == "google/gemma-4-E2B-it-assistant"
     assert moe.copies[0].id == "mlx-community/gemma-4-26b-a4b-it-4bit"
-    assert e2b.read_bytes(16) == pytest.approx(4.56 * GB, rel=0.01)
-    assert moe.read_bytes(4) == pytest.approx(2.15 * GB, rel=0.01)
-    assert moe.drafter_read_bytes(8) == pytest.approx(446e6, rel=0.01)
     assert e2b.target_bytes(16) == pytest.approx(2 * 4.63 * GB)
 
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,8 +15,6 @@ from mlx_mtp.compare.cases import Case, Prompt
 from mlx_mtp.compare.runs import Run
 from mlx_mtp.compare.worker import Load
 from mlx_mtp.rows import MlxMtpError
-
-Note = Callable[[str], None]
 
 
 class CompareError(MlxMtpError):

@@ -19,7 +19,6 @@ from mlx_mtp.compare.runs import Mode, run
 from mlx_mtp.rows import MlxMtpError, RequestError, one_line
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
-RUNTIMES = ("mlx-mtp", "mlx-lm", "mlx-vlm")
 MOST_SAID = 160  # characters of an error that is no line of ours
 
 

@@ -299,9 +299,3 @@ def _overrides(r: Reader, i: int, kind: str, k_eq_v: bool) -> Reader:
     base["num_key_value_heads"] = r.integer("num_key_value_heads", base["num_attention_heads"])
     base["intermediate_size"] = r.integer("intermediate_size")
     return Reader(base | own, f"{r.where}: layer {i}")
-
-
-def _table_row(table: Any, i: int) -> Any:
-    if not isinstance(table, dict) or not all(str(key).isdigit() for key in table):
-        return None
-    return next((row for key, row in table.items() if int(key) == i), {})
