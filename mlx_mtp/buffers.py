@@ -3,6 +3,18 @@
 from __future__ import annotations
 
 import mlx.core as mx
+import numpy as np
+
+
+class Slot:
+    """An array whose values the host writes after the graph that reads it has been built, and before it is sent.
+
+    host: the array's own memory as numpy sees it, which MLX documents to be writable.
+    """
+
+    def __init__(self, values: np.ndarray) -> None:
+        self.array = mx.array(values)
+        self.host = np.array(self.array, copy=False)
 
 
 def put(x: mx.array, where, value) -> mx.array:

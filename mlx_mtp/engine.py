@@ -13,7 +13,8 @@ On a CPU a dispatch takes as long as its pass, so there the caller has the event
 Nothing is built ahead of the end of a pass with prompt chunks: it takes long beside what that would hide, and a request
 that comes meanwhile is in the very next pass.
 
-A round with a constrained row is built ahead like any other; what its constraints say is filled in when it is sent.
+A round with a constrained row is built ahead like any other; what its constraints say, and what prompt lookup copies,
+is filled in when the round before it has been read.
 They must know what is drafted, so its draft is read beside its verdict, while the target's pass runs. Where constraints
 force so much that another round is called for, the one built is undone and the other built in its place, with a draft
 that is known without a drafter and without a read.
@@ -31,7 +32,7 @@ from mlx_mtp import logprobs
 from mlx_mtp.cache import Cache
 from mlx_mtp.draft_length import MAX_WIDTH, DraftLengthPolicy, DraftRound
 from mlx_mtp.drafters import Drafter
-from mlx_mtp.drafters.lookup import NgramIndex
+from mlx_mtp.drafters.lookup import LookupDraft, PromptLookup
 from mlx_mtp.guide import Guide, Plan
 from mlx_mtp.model_runner import ModelRunner, scores_of
 from mlx_mtp.models.families import Target
@@ -110,16 +111,19 @@ class Engine:
         """Finish the pass under way, start the next, and return what the finished one brought."""
         self.timer.enter()
         if self._running is None:
-            built = self._held or self._build()
-            if built is None:
-                return []
-            self._dispatch(built)
+            if self._held is None:
+                self._held = self._build()
+                if self._held is None:
+                    return []
+                self._held.fill()
+            self._dispatch(self._held)
         running, undo = self._running, self.runner.state()
         assert running is not None
         ahead = None if running.chunks else self._build()
         events, kept, time = self._read(running)
         if ahead is not None and ahead.wanted():
             del undo  # MLX copies a buffer that is still referred to instead of writing into it
+            ahead.fill()  # before rows leave, whose prefixes are computed through it
             if self.hands_over_first:
                 self._running, self._held = None, ahead
             else:
@@ -137,7 +141,8 @@ class Engine:
         """The graph of the next pass, on top of whatever has been dispatched; nothing runs yet."""
         for row in self.scheduler.admit():
             row.started_s = self.timer.clock()
-            row.ngrams = NgramIndex(row.request.prompt, self._match_tokens) if self._match_tokens else None
+            if self._match_tokens:
+                row.lookup = PromptLookup(row.request.prompt, row.request.max_tokens, self._match_tokens)
             self.runner.join(row)
         decoded = self.scheduler.decoding()
         if not any(r.room > 0 for r in decoded if r.decoding):
@@ -151,11 +156,13 @@ class Engine:
         most = max((r.request.logprobs or 0 for r in (*active, *ends)), default=0)
         most = min(most, self.target.config.vocab_size)
         parts: dict[str, mx.array] = {}
-        draft, guide, width = None, None, 0
+        draft, guide, copied, width = None, None, None, 0
         if decoded:
             planned = self._width(active, matched)
             guide = self._guide(decoded, active, planned)
-            draft, parts = self.runner.round(decoded, active, planned, guide, most)
+            texts = [r.lookup for r in decoded if r.lookup is not None]
+            copied = LookupDraft(texts, planned) if texts and planned else None
+            draft, parts = self.runner.round(decoded, active, planned, guide, copied, most)
             width = parts["tokens"].shape[1] - 1
         firsts = []
         for group in groups:
@@ -165,7 +172,8 @@ class Engine:
         if firsts:
             parts["first_tokens"] = mx.concatenate(firsts)
         prefixes = [self._marked(c) for c in chunks if c.row.stops and c.row.stops[0] == c.row.prefilled]
-        return Pass(decoded, active, width, chunks, prefixes, draft, guide, PackedOutput.of(parts), matched)
+        packed = PackedOutput.of(parts)
+        return Pass(decoded, active, width, chunks, prefixes, draft, guide, copied, packed, matched)
 
     def _width(self, active: list[Row], matched: list[bool]) -> int:
         """The policy's draft length, but no longer than the longest row can still use."""
@@ -194,8 +202,6 @@ class Engine:
     # running ----------------------------------------------------------------------------------------------------
 
     def _dispatch(self, built: Pass) -> None:
-        if built.guide is not None:
-            built.guide.hint()
         self._running, self._held, drafted_s = built, None, 0.0
         waited_s = self.timer.send()
         if built.draft is not None:
@@ -273,7 +279,8 @@ class Engine:
         if end is not None:
             tokens = tokens[: end + 1]
         row.tokens += tokens
-        row.matched = row.ngrams is not None and row.ngrams.extend(tokens)
+        if row.lookup is not None:
+            row.lookup.extend(tokens)
         if row.follower is not None:
             row.follower.advance(tokens)
         stats, reason, scores = row.stats, None, ()

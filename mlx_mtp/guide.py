@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 import numpy as np
 
+from mlx_mtp.buffers import Slot
 from mlx_mtp.drafters.lookup import certain
 from mlx_mtp.processors import Processors, Steering
 from mlx_mtp.rows import Candidates, Draft, Follower
@@ -22,17 +23,6 @@ from mlx_mtp.scheduler import Row
 
 NOTHING = Processors(None, None, None, None, None, None)
 ALL_BITS = 0xFFFFFFFF
-
-
-class Slot:
-    """An array whose values the host writes after the graph that reads it has been built, and before it is sent.
-
-    host: the array's own memory as numpy sees it, which MLX documents to be writable.
-    """
-
-    def __init__(self, values: np.ndarray) -> None:
-        self.array = mx.array(values)
-        self.host = np.array(self.array, copy=False)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ def draft(pair: LoadedPair, ids: mx.array, width: int) -> tuple[mx.array, mx.arr
     logits [B, K, V] float32); what a clustered head does not score gets the least of its row's scores minus 1."""
     model = pair.target.model
     cache, rows = _fresh(pair.target, ids)
-    pass_, drafter = cache.open(rows, ids.shape[1]), pair.network_drafter(cache)
+    pass_, drafter = cache.open(rows, ids.shape[1]), pair.new_drafter(cache)
     hidden, taps = model.forward(ids, pass_, drafter.taps)
     kept = mx.full((ids.shape[0],), ids.shape[1], mx.int32)
     cache.commit(rows, kept, ids.shape[1])

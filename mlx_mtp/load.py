@@ -17,8 +17,9 @@ import mlx.nn as nn
 from mlx_mtp import hub
 from mlx_mtp.cache import Cache
 from mlx_mtp.draft_length import MAX_WIDTH, DraftLengthPolicy
-from mlx_mtp.drafters import Drafter, lookup
+from mlx_mtp.drafters import Drafter
 from mlx_mtp.drafters.kinds import Kind, Network, Parts, kind_of, kinds, split_name
+from mlx_mtp.drafters.lookup import ALONE, NAME, OVER_NETWORK
 from mlx_mtp.drafters.plain import PlainDrafter
 from mlx_mtp.engine import Engine
 from mlx_mtp.few_rows import use_kernels
@@ -86,27 +87,25 @@ class LoadedDrafter:
 class LoadedPair:
     """A target and its drafter, None if it has no network. notes: of both, and why there is no drafter.
 
-    over: kinds without a network that draft where they can, and leave the rest to the drafter; innermost first.
-    size: what it takes.
+    lookup: prompt lookup drafts where it finds a match, and leaves the rest to the drafter. size: what it takes.
     """
 
     target: LoadedTarget
     drafter: LoadedDrafter | None
     notes: tuple[str, ...]
-    over: tuple[Kind, ...]
+    lookup: bool
     size: PairSize
 
     @property
     def drafter_name(self) -> str | None:
         """As --drafter takes it; None decodes plainly."""
         names = [self.drafter.name] if self.drafter else []
-        return "+".join([*names, *(kind.name for kind in self.over)]) or None
+        return "+".join([*names, NAME] if self.lookup else names) or None
 
     @property
     def match_tokens(self) -> int:
-        """The least match that prompt lookup drafts from; 0 without it."""
-        over = any(kind.name == lookup.KIND.name for kind in self.over)
-        return lookup.match_tokens(alone=self.drafter is None) if over else 0
+        """The least match that prompt lookup looks for; 0 without it."""
+        return 0 if not self.lookup else OVER_NETWORK if self.drafter else ALONE
 
     @property
     def catch_up(self) -> float:
@@ -118,17 +117,10 @@ class LoadedPair:
         cache = Cache(self.target.model.specs, MAX_WIDTH, self.target.dtype)
         return Engine(self.target.model, cache, self.new_drafter(cache), policy, limits, self.match_tokens)
 
-    def network_drafter(self, cache: Cache) -> Drafter:
-        """What drafts with the network over a cache of the target; plain decoding if there is none."""
-        return make_drafter(self.target.model, cache, self._network, ())
-
     def new_drafter(self, cache: Cache) -> Drafter:
-        """All that drafts, over a cache of the target."""
-        return make_drafter(self.target.model, cache, self._network, self.over)
-
-    @property
-    def _network(self) -> tuple[Kind, Any] | None:
-        return (self.drafter.kind, self.drafter.model) if self.drafter else None
+        """What drafts over a cache of the target."""
+        network = (self.drafter.kind, self.drafter.model) if self.drafter else None
+        return make_drafter(self.target.model, cache, network)
 
 
 def load_pair(
@@ -155,7 +147,7 @@ def load_pair(
     loaded = _finish_target(planned.target, planned.family, report)
     opened, draft_plan = planned.opened, planned.drafter
     finished = _finish_drafter(opened, draft_plan, report) if opened and draft_plan else None
-    return LoadedPair(loaded, finished, (*planned.notes, *loaded.notes), planned.over, size)
+    return LoadedPair(loaded, finished, (*planned.notes, *loaded.notes), planned.lookup, size)
 
 
 def load_target(name: str, *, dtype: mx.Dtype | None = None, report: Report | None = None) -> LoadedTarget:
@@ -226,14 +218,14 @@ class Opened:
 class PlannedPair:
     """A target and its drafter of which configs and headers have been checked, and no weight read.
 
-    opened, drafter: None where it has no network. over: as in LoadedPair. notes: for the user.
+    opened, drafter: None where it has no network. lookup: as in LoadedPair. notes: for the user.
     """
 
     family: Family
     target: Plan
     opened: Opened | None
     drafter: Plan | None
-    over: tuple[Kind, ...]
+    lookup: bool
     notes: tuple[str, ...]
 
     def size(self, dtype: mx.Dtype) -> PairSize:
@@ -241,7 +233,7 @@ class PlannedPair:
         model, drafter = cast(Target, self.target.model), self.drafter
         cache = Cache(model.specs, MAX_WIDTH, dtype)
         network = (self.opened.kind, drafter.model) if self.opened and drafter else None
-        made = make_drafter(model, cache, network, self.over)
+        made = make_drafter(model, cache, network)
         size = size_of(
             self.target.folder.config,
             planned_bytes(self.target, dtype),
@@ -259,7 +251,7 @@ def plan_pair(
 ) -> PlannedPair:
     """Check a target and its drafter against their configs, headers and each other; arguments as in load_pair."""
     family, folder, notes = _open_target(target, open_)
-    base, over = split_name(drafter or "none")
+    base, looks_up = split_name(drafter or "none")
     if base is None and quantize is not None:
         raise RequestError(f"quantize is {quantize!r}, but there is no drafter to quantise; name one, or leave it out")
     opened, found = _find_drafter(base, folder, open_)
@@ -273,17 +265,12 @@ def plan_pair(
     draft_plan = _plan_drafter(opened, dtype or target_plan.dtype, quantize) if opened else None
     if draft_plan:
         notes += _compare_sizes(draft_plan, target_plan)
-    return PlannedPair(family, target_plan, opened, draft_plan, over, tuple(notes))
+    return PlannedPair(family, target_plan, opened, draft_plan, looks_up, tuple(notes))
 
 
-def make_drafter(target: Target, cache: Cache, network: tuple[Kind, Any] | None, over: tuple[Kind, ...]) -> Drafter:
-    """What drafts over a cache of the target: (kind, its network), and the kinds without one over it."""
-    drafter: Drafter = PlainDrafter()
-    if network:
-        drafter = network[0].make(Parts(target, cache, network[1], drafter))
-    for kind in over:
-        drafter = kind.make(Parts(target, cache, None, drafter))
-    return drafter
+def make_drafter(target: Target, cache: Cache, network: tuple[Kind, Any] | None) -> Drafter:
+    """What drafts over a cache of the target: (kind, its network); plain decoding if there is none."""
+    return network[0].make(Parts(target, cache, network[1])) if network else PlainDrafter()
 
 
 def _open_target(name: str, open_: Open) -> tuple[Family, Folder, list[str]]:
@@ -317,9 +304,8 @@ def own_drafter(target: str) -> str | None:
 def _inside(target: Folder) -> tuple[Opened | None, str | None]:
     """The drafter among a target's own tensors, if there is one; what to say where there should be one and is none."""
     for kind in kinds():
-        network = kind.network
-        raw = network.inside(target.raw) if network else None
-        if network is None or raw is None:
+        network, raw = kind.network, kind.network.inside(target.raw)
+        if raw is None:
             continue
         config = network.read(raw, str(target.path / "config.json"))
         stored = network.stored(config)

@@ -15,6 +15,7 @@ from mlx_mtp.accept import Judge, verdict
 from mlx_mtp.buffers import put
 from mlx_mtp.cache import Cache
 from mlx_mtp.drafters import Drafter
+from mlx_mtp.drafters.lookup import LookupDraft
 from mlx_mtp.guide import Guide, beginning
 from mlx_mtp.models.experts import distinct_experts
 from mlx_mtp.models.families import Target
@@ -35,7 +36,13 @@ class ModelRunner:
         self._samplers: dict[tuple, Sampler] = {}
 
     def round(
-        self, decoded: list[Row], active: list[Row], width: int, guide: Guide | None, most: int
+        self,
+        decoded: list[Row],
+        active: list[Row],
+        width: int,
+        guide: Guide | None,
+        copied: LookupDraft | None,
+        most: int,
     ) -> tuple[mx.array | None, dict[str, mx.array]]:
         """Draft, verify, commit. Returns the draft [B, K], None where nothing was drafted (K may be less than width),
         and what the host will read, as of `Pass.output`.
@@ -45,7 +52,7 @@ class ModelRunner:
         rows, bonus = slice(0, len(decoded)), self._bonus[: len(decoded)]
         asking = {i: r for i, r in enumerate(decoded) if r in active and r.request.logprobs is not None}
         sampler = self._sampler(decoded, rows)
-        draft = self._draft(rows, bonus, sampler, width, guide)
+        draft = self._draft(rows, bonus, sampler, width, guide, copied)
         width = draft.width
         tokens = mx.concatenate([bonus[:, None], draft.tokens], axis=1)
         still = frozenset() if active == decoded else frozenset(i for i, r in enumerate(decoded) if r not in active)
@@ -71,14 +78,23 @@ class ModelRunner:
             parts["experts"] = distinct_experts(pass_.routed)
         return draft.tokens if width else None, parts
 
-    def _draft(self, rows: slice, bonus: mx.array, sampler: Sampler, width: int, guide: Guide | None) -> Draft:
+    def _draft(
+        self,
+        rows: slice,
+        bonus: mx.array,
+        sampler: Sampler,
+        width: int,
+        guide: Guide | None,
+        copied: LookupDraft | None,
+    ) -> Draft:
         if guide is not None and guide.certain:
             return Draft(mx.array(guide.known(), mx.int32).reshape(bonus.shape[0], guide.width))
         if not width:
             return Draft(mx.zeros((bonus.shape[0], 0), mx.int32))
-        if guide is None:
-            return self._drafter.propose(rows, bonus, sampler, width)
-        return guide.completed(self._drafter.propose(rows, bonus, guide.hinting(sampler), width))
+        draft = self._drafter.propose(rows, bonus, sampler if guide is None else guide.hinting(sampler), width)
+        if copied is not None:
+            draft = copied.over(draft)
+        return draft if guide is None else guide.completed(draft)
 
     def prefill(self, chunks: list[Chunk], most: int) -> tuple[mx.array, dict[str, mx.array]]:
         """One pass over the prompt chunks of neighbouring rows, B of them. Returns the token after each, [B] int32,

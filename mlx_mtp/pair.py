@@ -477,7 +477,7 @@ def _limits(found: Budget, limits: Limits, prefix_bytes: int | None) -> Limits:
 def profiler_of(loaded: LoadedPair) -> CostProfiler:
     """Of a pair with these kernels, on this machine and version of MLX."""
     parts = [loaded.target, *([loaded.drafter] if loaded.drafter else [])]
-    how = [str(loaded.target.dtype), *(part.weight_bytes for part in parts), *(kind.name for kind in loaded.over)]
+    how = [str(loaded.target.dtype), *(part.weight_bytes for part in parts), loaded.lookup]
     usable = [name for name, reason in kernels.check().items() if reason is None]
     file = file_of(own_cache(), [part.path for part in parts], how, chip(), metadata.version("mlx"), usable)
     return CostProfiler(file, loaded.catch_up)

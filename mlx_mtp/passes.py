@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from mlx_mtp.drafters.lookup import LookupDraft
 from mlx_mtp.guide import Guide
 from mlx_mtp.prefixes import Prefix
 from mlx_mtp.scheduler import Chunk, Row
@@ -45,6 +46,7 @@ class Pass:
     decoded: the rows of the round, in cache order; `active` are those of them whose verdict counts.
     width: draft tokens of the round. chunks: prompt chunks next to it. draft: evaluated first, so that the device
     starts on it while the rest is still being dispatched. guide: what constrains the round, None where nothing does.
+    copied: draft tokens from prompt lookup, None without it.
     prefixes: to be kept when this has been dispatched.
     output: of the round, "tokens" [B, width + 1], "kept" [B], and "experts" [], distinct ones summed over layers, where
     there are any; "first_tokens", one for every chunk, which counts where its prompt ends; and the log-probabilities of
@@ -58,8 +60,16 @@ class Pass:
     prefixes: list[Prefix]
     draft: mx.array | None
     guide: Guide | None
+    copied: LookupDraft | None
     output: PackedOutput
     matched: list[bool]
+
+    def fill(self) -> None:
+        """Write what the graph reads from the host, now that all before it has been read."""
+        if self.copied is not None:
+            self.copied.fill()
+        if self.guide is not None:
+            self.guide.hint()
 
     def wanted(self) -> bool:
         """Whether it is still to run, now that what came before it has been read: constraints force nothing else, and

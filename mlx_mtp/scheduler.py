@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mlx_mtp.drafters.lookup import NgramIndex
+from mlx_mtp.drafters.lookup import PromptLookup
 from mlx_mtp.pace import Pace
 from mlx_mtp.prefixes import Prefix, Prefixes, Spacing, shared
 from mlx_mtp.rows import Follower, Request, RequestError, Stats
@@ -54,8 +54,8 @@ class Row:
     begin: the kept beginning of its prompt, if any, until it joins. stops: lengths of the prompt at which a prefix
     will be kept, ascending; no chunk runs past the next. tail: how many last tokens of its prompt no chunk has with
     others before them. marked: the last length at which a prefix was kept. awaits: while it waits, how much of its
-    prompt another row is about to compute. ngrams: for prompt lookup; matched: whether its last tokens stand before
-    as well. lag: rounds since the drafter was last asked for a draft.
+    prompt another row is about to compute. lookup: its text, where prompt lookup drafts.
+    lag: rounds since the drafter was last asked for a draft.
     follower: where its text stands in the request's constraint, as far as the host has read it. arrived: passes that
     the engine had read when the request came, and the columns in them.
     """
@@ -74,8 +74,7 @@ class Row:
     tail: int = 0
     marked: int = 0
     awaits: int = 0
-    ngrams: NgramIndex | None = None
-    matched: bool = False
+    lookup: PromptLookup | None = None
     lag: int = 0
     follower: Follower | None = None
     arrived: tuple[int, int] = (0, 0)
@@ -105,6 +104,11 @@ class Row:
     def committed(self) -> int:
         """Positions in the cache that are part of the prompt or the text, once what is under way has ended."""
         return self.prefilled + max(0, len(self.tokens) - 1)
+
+    @property
+    def matched(self) -> bool:
+        """Whether prompt lookup has found the last tokens that the host has read somewhere before."""
+        return self.lookup is not None and self.lookup.matched
 
     @property
     def room(self) -> int:

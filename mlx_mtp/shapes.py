@@ -24,7 +24,6 @@ from mlx_mtp.cache import Cache, LayerSpec
 from mlx_mtp.draft_length import MAX_WIDTH
 from mlx_mtp.drafters import mtp, qwen_mtp
 from mlx_mtp.drafters.kinds import Kind, Parts
-from mlx_mtp.drafters.plain import PlainDrafter
 from mlx_mtp.memory_budget import PairSize, size_of
 from mlx_mtp.models.config import (
     AssistantConfig,
@@ -154,7 +153,7 @@ def _sizes(model: nn.Module) -> dict[str, int]:
 
 def _seq_bytes(target: Any, drafter: nn.Module, kind: Kind) -> Callable[[int], int]:
     cache = Cache(target.specs, MAX_WIDTH, mx.bfloat16)
-    made = kind.make(Parts(target, cache, drafter, PlainDrafter()))
+    made = kind.make(Parts(target, cache, drafter))
     return lambda tokens: cache.row_bytes(tokens) + made.row_bytes(tokens)
 
 

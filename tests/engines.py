@@ -23,7 +23,8 @@ from mlx_mtp.draft_length import MAX_WIDTH, ConstantPolicy, DraftLengthPolicy, D
 from mlx_mtp.drafters import Drafter
 from mlx_mtp.drafters.dflash import DFlashDrafter
 from mlx_mtp.drafters.draft_model import DraftModel
-from mlx_mtp.drafters.lookup import LookupDrafter
+from mlx_mtp.drafters.kinds import split_name
+from mlx_mtp.drafters.lookup import ALONE, OVER_NETWORK
 from mlx_mtp.drafters.mtp import Convention, MtpDrafter
 from mlx_mtp.drafters.plain import PlainDrafter
 from mlx_mtp.drafters.qwen_mtp import QwenMtpDrafter
@@ -215,10 +216,8 @@ def random_dflash(models: Models) -> DFlash:
 
 
 def drafter_of(models: Models, kind: str, rows: Cache, convention: Convention | None = None) -> Drafter:
-    """A drafter by name: one of DRAFTERS; "rand" and "fit" are MTP drafters, "near" and "self" whole models,
-    "dflash" has random weights, and "head" is the target's own."""
-    if kind.endswith("lookup"):
-        return LookupDrafter(drafter_of(models, kind.rpartition("+")[0] or "plain", rows, convention), rows)
+    """A drafter by name, one of DRAFTERS without lookup; "rand" and "fit" are MTP drafters, "near" and "self" whole
+    models, "dflash" has random weights, and "head" is the target's own."""
     if kind == "plain":
         return PlainDrafter()
     if kind == "head":
@@ -234,7 +233,9 @@ def engine_of(models: Models, kind: str, depth: int | DraftLengthPolicy, limits:
     """An engine with nothing in it. depth: an integer is a constant width."""
     rows = Cache(models.target.specs, MAX_WIDTH, mx.float32)
     depth = ConstantPolicy(depth) if isinstance(depth, int) else depth
-    engine = Engine(models.target, rows, drafter_of(models, kind, rows), depth, limits or Limits())
+    base, looks_up = split_name(kind)
+    least = 0 if not looks_up else OVER_NETWORK if base else ALONE
+    engine = Engine(models.target, rows, drafter_of(models, base or "plain", rows), depth, limits or Limits(), least)
     engine.hands_over_first = False  # as on a GPU
     return engine
 

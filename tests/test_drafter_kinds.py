@@ -36,8 +36,8 @@ def test_a_config_of_no_kind_is_refused_with_those_there_are():
 @pytest.mark.parametrize(
     ("name", "base"), [("none", None), ("auto", "auto"), ("./a+b", "./a+b"), ("owner/name", "owner/name")]
 )
-def test_a_name_without_a_kind_in_it_is_a_checkpoint(name, base):
-    assert split_name(name) == (base, ())
+def test_a_name_without_lookup_in_it_is_a_checkpoint(name, base):
+    assert split_name(name) == (base, False)
 
 
 @pytest.mark.parametrize(
@@ -50,16 +50,15 @@ def test_a_name_without_a_kind_in_it_is_a_checkpoint(name, base):
         ("o/n+lookup", "o/n"),
     ],
 )
-def test_a_kind_without_a_network_is_named_alone_or_over_a_checkpoint(name, base):
-    found, over = split_name(name)
-    assert found == base and [kind.name for kind in over] == ["lookup"]
+def test_lookup_is_named_alone_or_over_a_checkpoint(name, base):
+    assert split_name(name) == (base, True)
 
 
 LONG = Limits(alone_tok=200, kv_bytes=2**40)
 LAZY_AND_WIDE = (*[0] * 20, 15, 15, 3)
 
 
-@pytest.mark.parametrize("kind", ["plain", "rand", "dflash", "near", "lookup", "near+lookup"])
+@pytest.mark.parametrize("kind", ["plain", "rand", "dflash", "near"])
 def test_a_row_takes_as_much_at_its_drafter_as_admission_counts_and_no_more(kind):
     models, taken = smallest(), 0
     engine = engine_of(models, kind, Listed(LAZY_AND_WIDE), LONG)
@@ -84,7 +83,7 @@ def test_a_draft_models_cache_leaves_room_for_fewer_rows():
         assert len(engine.scheduler.rows) == rows, kind
 
 
-@pytest.mark.parametrize("kind", ["rand", "near", "dflash", "lookup", "rand+lookup", "near+lookup", "head"])
+@pytest.mark.parametrize("kind", ["rand", "near", "dflash", "head"])
 def test_a_dispatch_leaves_nothing_of_a_drafter_to_be_evaluated(kind):
     models, left = qwen() if kind == "head" else smallest(), []
     engine = engine_of(models, kind, Listed([*[0] * 20, 2, 0, 3, 0, 0]))

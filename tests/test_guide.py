@@ -22,11 +22,11 @@ from engines import (
 )
 
 import mlx_mtp
+from mlx_mtp.buffers import Slot
 from mlx_mtp.cache import Cache
 from mlx_mtp.draft_length import MAX_WIDTH, ConstantPolicy, DraftLengthPolicy
 from mlx_mtp.engine import Engine, Pass
 from mlx_mtp.grammar import Grammars, Tool
-from mlx_mtp.guide import Slot
 from mlx_mtp.pair import Pair
 from mlx_mtp.rows import GREEDY, Request, Sampling
 from mlx_mtp.scheduler import Limits

@@ -14,6 +14,7 @@ import mlx.nn as nn
 
 from mlx_mtp.cache import Cache
 from mlx_mtp.drafters import Drafter
+from mlx_mtp.drafters.lookup import NAME
 from mlx_mtp.models.families import Stored, Target, TargetConfig
 from mlx_mtp.rows import CheckpointError
 
@@ -22,7 +23,6 @@ KINDS = (
     "dflash",
     "draft_model",
     "qwen_mtp",
-    "lookup",
 )
 
 
@@ -30,14 +30,12 @@ KINDS = (
 class Parts:
     """What a drafter is made of.
 
-    cache: the target's, which drafters read and never write. network: the drafter's own, None if it has none.
-    under: the drafter that drafts where this one has nothing to say.
+    cache: the target's, which drafters read and never write. network: the drafter's own.
     """
 
     target: Target
     cache: Cache
     network: Any
-    under: Drafter
 
 
 @dataclass(frozen=True)
@@ -62,14 +60,11 @@ class Network:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of drafter.
-
-    network: None where it has none, so that it is chosen by name and no checkpoint. catch_up: as of `CostProfile`.
-    """
+    """A kind of drafter. catch_up: as of `CostProfile`."""
 
     name: str
     make: Callable[[Parts], Drafter]
-    network: Network | None = None
+    network: Network
     catch_up: float = 0.0
 
 
@@ -81,22 +76,16 @@ def kinds() -> tuple[Kind, ...]:
 def kind_of(config: dict[str, Any], where: str) -> tuple[Kind, Network]:
     """The kind whose checkpoints have such a config.json, found at `where`. Raises CheckpointError."""
     for kind in kinds():
-        if kind.network is not None and kind.network.recognise(config):
+        if kind.network.recognise(config):
             return kind, kind.network
-    known = ", ".join(kind.name for kind in kinds() if kind.network is not None)
+    known = ", ".join(KINDS)
     raise CheckpointError(
         f"{where}: model_type is {config.get('model_type')!r}, no drafter of a known kind; expected one of: {known}"
     )
 
 
-def split_name(drafter: str) -> tuple[str | None, tuple[Kind, ...]]:
-    """What --drafter says: (a checkpoint, "auto" or None; the kinds without a network over it, innermost first).
-
-    "none" is neither; "auto+lookup" is both.
-    """
-    named = {kind.name: kind for kind in kinds() if kind.network is None}
-    over: list[Kind] = []
-    while drafter in named or drafter.rpartition("+")[2] in named:
-        drafter, _, name = drafter.rpartition("+")
-        over.insert(0, named[name])
-    return None if drafter in ("", "none") else drafter, tuple(over)
+def split_name(drafter: str) -> tuple[str | None, bool]:
+    """What --drafter says: (a checkpoint, "auto" or None; whether prompt lookup goes before it)."""
+    before, _, last = drafter.rpartition("+")
+    name = before if last == NAME else drafter
+    return None if name in ("", "none") else name, last == NAME

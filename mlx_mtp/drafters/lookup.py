@@ -1,126 +1,109 @@
-"""Prompt lookup: where the text repeats something said before, what followed there is the draft. No network.
+"""Prompt lookup: where a text repeats itself, what followed there is the draft. No network; the host finds matches.
 
-Knows tokens alone. It stands over another drafter, which drafts for the rows that repeat nothing; over plain decoding
-it has nothing for them. The device looks for matches when a draft is asked for, with what the host has not read yet;
-whether one should be asked for is found on the host (`NgramIndex`).
-After Saxena, "Prompt Lookup Decoding" (2023) and transformers'
-`PromptLookupCandidateGenerator`, with the longest match instead of the first of a fixed length.
+After Saxena, "Prompt Lookup Decoding" (2023), transformers' `PromptLookupCandidateGenerator` and vLLM's
+`NgramProposer`, with the longest match instead of the first of a fixed length.
+A round's graph is built before the host knows the text, so it reads the copied tokens from a `Slot`, which is filled
+when the round before it has been read.
+Shapes: B rows of the round, K draft tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
-from mlx_mtp.cache import Cache
-from mlx_mtp.drafters import Drafter
-from mlx_mtp.drafters.kinds import Kind
-from mlx_mtp.drafters.plain import PlainDrafter
-from mlx_mtp.drafters.texts import Texts
-from mlx_mtp.rows import Candidates, Draft, Forward
-from mlx_mtp.sampling import Sampler
+from mlx_mtp.buffers import Slot
+from mlx_mtp.rows import Candidates, Draft
 
-LONGEST = 16  # tokens of a match that are counted
-GATE = 3  # the least match that drafts where nothing else would
-# Matches from here on go before a network's drafts: on the embedded pair's code a
-# draft of 8 kept 7.4 from such a match, and 4.9 by MTP at the same places; from one of 3 to 9, 3.0 against 3.4.
-SURE = 10
+NAME = "lookup"  # as --drafter takes it
+LONGEST = 10  # tokens of a match that are counted
+ALONE = 3  # the least match that is worth a round with draft tokens, where nothing else drafts
+# The least match that goes before a network's draft: on the embedded pair's code a draft of 8 kept 7.4 from one of 10
+# or more, and 4.9 by MTP at the same places; from one of 3 to 9, 3.0 against 3.4.
+OVER_NETWORK = 10
 
 
-class LookupDrafter:
-    """Drafts the continuation of the longest match of a row's last tokens with any place before; of several the
-    latest. A draft that would reach the text's end goes around, as the text of a loop does."""
+class PromptLookup:
+    """One text, and where its last tokens stand before: 4 bytes a token."""
 
-    def __init__(self, under: Drafter, cache: Cache, gate: int | None = None) -> None:
-        """under: drafts for rows whose match is shorter than `gate`. cache: the target's."""
-        self._under, self.taps = under, under.taps
-        self._gate = gate or match_tokens(alone=isinstance(under, PlainDrafter))
-        self._texts = Texts(cache)
+    def __init__(self, prompt: Sequence[int], max_tokens: int, least: int) -> None:
+        """max_tokens: by how much the text may grow. least: how long a match must be, in tokens."""
+        self._tokens = np.empty(len(prompt) + max_tokens, np.int32)
+        self._tokens[: len(prompt)] = prompt
+        self._length, self._least = len(prompt), least
+        self._match: tuple[int, int] | None = None  # as `longest_match` says; None: not searched for yet
 
-    def propose(self, rows: slice, bonus: mx.array, sampler: Sampler, width: int) -> Draft:
-        other = self._under.propose(rows, bonus, sampler, width)
-        width, newest = other.width or width, self._texts.lengths(rows)
-        match = longest_match(self._texts.written()[rows], newest)
-        length, at = match[:, 0], match[:, 1:]
-        period = mx.maximum(newest[:, None] - at, 1)
-        tokens = self._texts.at(rows, at + 1 + mx.arange(width) % period)
-        if not other.width:
-            return Draft(tokens)
-        looked = (length >= self._gate)[:, None]
-        source = other.source and certain(other.source, tokens, looked)
-        return Draft(mx.where(looked, tokens, other.tokens), source)
+    def extend(self, tokens: Sequence[int]) -> None:
+        """The text has grown by these."""
+        old, count = self._length, len(tokens)
+        self._tokens[old : old + count] = tokens
+        self._length += count
+        matched, end = self._match or (0, 0)
+        if matched == LONGEST and np.array_equal(self._tokens[end + 1 : end + 1 + count], tokens):
+            self._match = matched, end + count  # the text goes on as it did there
+        else:
+            self._match = None
 
-    def observe(self, fwd: Forward, kept: mx.array) -> None:
-        self._under.observe(fwd, kept)
-        self._texts.observe(fwd, kept)
+    @property
+    def matched(self) -> bool:
+        """Whether as many of its last tokens as are asked for stand before."""
+        return self._found()[0] >= self._least
 
-    def begin(self, row: int, length: int, state: Any) -> None:
-        under, tokens = state or (None, None)
-        self._under.begin(row, length, under)
-        self._texts.begin(row, length, tokens)
+    def draft(self, count: int) -> np.ndarray:
+        """[count] int32: what followed the longest match, -1 where no token matches. Past the text's end it goes
+        around, as the text of a loop does."""
+        matched, end = self._found()
+        if not matched:
+            return np.full(count, -1, np.int32)
+        following = self._tokens[end + 1 : self._length]
+        return np.resize(following, count)
 
-    def snapshot(self, row: int, length: int) -> Any:
-        return self._under.snapshot(row, length), self._texts.snapshot(row, length)
-
-    def row_bytes(self, positions: int) -> int:
-        return self._under.row_bytes(positions) + self._texts.row_bytes(positions)
-
-    def leave(self, row: int, last: int) -> None:
-        self._under.leave(row, last)
-        self._texts.leave(row, last)
-
-    def state(self) -> Any:
-        return self._under.state(), self._texts.state()
-
-    def restore(self, state: Any) -> None:
-        under, texts = state
-        self._under.restore(under)
-        self._texts.restore(texts)
+    def _found(self) -> tuple[int, int]:
+        if self._match is None:
+            self._match = longest_match(self._tokens[: self._length])
+        return self._match
 
 
-def match_tokens(alone: bool) -> int:
-    """The least match that drafts, alone or before a network."""
-    return GATE if alone else SURE
+def longest_match(tokens: np.ndarray) -> tuple[int, int]:
+    """tokens [N] -> how many of the last ones, at most LONGEST, another place before them has as well, and where that
+    place ends; of equals the latest. (0, 0) if none."""
+    ends = np.flatnonzero(tokens[:-1] == tokens[-1])
+    if not len(ends):
+        return 0, 0
+    for length in range(1, LONGEST):
+        longer = ends[ends >= length]
+        longer = longer[tokens[longer - length] == tokens[-1 - length]]
+        if not len(longer):
+            return length, int(ends[-1])
+        ends = longer
+    return LONGEST, int(ends[-1])
 
 
-class NgramIndex:
-    """Which runs of n tokens a text has had, on the host; so that no round without a draft needs the device for it."""
+class LookupDraft:
+    """The draft tokens of a round that are copied from its texts."""
 
-    def __init__(self, prompt: Sequence[int], n: int) -> None:
-        self._n, self._last = n, tuple(prompt[-n:])
-        self._seen = {hash(tuple(prompt[i : i + n])) for i in range(len(prompt) - n + 1)}
+    def __init__(self, texts: Sequence[PromptLookup], count: int) -> None:
+        """texts: of the B rows. count: draft tokens, K at most."""
+        self._texts, self._slot, self._alone = texts, Slot(np.full((len(texts), count), -1, np.int32)), False
 
-    def extend(self, tokens: Sequence[int]) -> bool:
-        """The text has grown by these; whether its last n tokens are found before."""
-        found = False
-        for token in tokens:
-            self._last = (*self._last, token)[-self._n :]
-            run = hash(self._last)
-            found = run in self._seen
-            if len(self._last) == self._n:
-                self._seen.add(run)
-        return found
+    def over(self, draft: Draft) -> Draft:
+        """Copied tokens [B, K] for rows with a match, and a drafter's for the others. Without a drafter (K = 0) a row
+        copies from any match, and one without gets token 0."""
+        copied, self._alone = self._slot.array, not draft.width
+        if self._alone:
+            return Draft(mx.maximum(copied, 0))
+        copied = copied[:, : draft.width]
+        found = copied >= 0
+        source = draft.source and certain(draft.source, copied, found[:, :1])
+        return Draft(mx.where(found, copied, draft.tokens), source)
 
-
-def longest_match(tokens: mx.array, length: mx.array) -> mx.array:
-    """tokens [B, T] int32 with the newest at position length [B] -> [B, 2] int32: how many of the last tokens, at most
-    LONGEST, another place before them has as well, and where that place ends; of equals the latest. (0, 0) if none."""
-    rows, room = tokens.shape
-    padded = mx.concatenate([mx.full((rows, LONGEST - 1), -1, mx.int32), tokens], axis=1)
-    ends = mx.arange(room)
-    back = mx.arange(LONGEST)
-    # Every place's last tokens beside the text's, newest first: the first that differs says how long the match is.
-    windows = mx.as_strided(padded, (rows, room, LONGEST), (room + LONGEST - 1, 1, 1), 0)
-    last = mx.take_along_axis(padded, (length[:, None] + LONGEST - 1) - back, axis=1)
-    last = mx.where(back <= length[:, None], last, -2)
-    agrees = windows[:, :, ::-1] == last[:, None]
-    most = mx.array(LONGEST, mx.uint8)
-    matched = mx.min(mx.where(agrees, most, back.astype(mx.uint8)), axis=2).astype(mx.int32)
-    matched = mx.where(ends < length[:, None], matched, 0)
-    best = mx.max(matched * room + ends * (matched > 0), axis=1)
-    return mx.stack([best // room, best % room], axis=1)
+    def fill(self) -> None:
+        """Find what `over` reads, before the round is sent."""
+        for row, text in zip(self._slot.host, self._texts, strict=True):
+            if self._alone or text.matched:
+                row[:] = text.draft(len(row))
 
 
 def certain(source: Candidates, tokens: mx.array, rows: mx.array) -> Candidates:
@@ -134,6 +117,3 @@ def certain(source: Candidates, tokens: mx.array, rows: mx.array) -> Candidates:
         ids = mx.where(rows[..., None] & first, chosen, ids)
     logits = mx.where(rows[..., None], mx.where(hit, 0.0, -mx.inf), source.logits)
     return Candidates(logits, None if source.ids is None else ids)
-
-
-KIND = Kind("lookup", lambda parts: LookupDrafter(parts.under, parts.cache))

@@ -1,11 +1,6 @@
-"""Every row's tokens where the device can read them, for drafters that look back. Knows nothing of what it is for.
-
-Rounds without drafts leave their tokens to be written together: to write one costs as many operations as to write 16.
-"""
+"""Every row's tokens where the device can read them, for drafters that look back. Knows nothing of what it is for."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import mlx.core as mx
 
@@ -14,7 +9,6 @@ from mlx_mtp.cache import Cache
 from mlx_mtp.rows import Forward
 
 STEP_TOK = 256  # grows in multiples of this many positions
-UNWRITTEN = 16  # rounds that may wait to be written
 
 
 class Texts:
@@ -25,9 +19,6 @@ class Texts:
         """cache: the target's, which knows how long every row is."""
         self._cache = cache
         self._tokens = mx.zeros((0, STEP_TOK), mx.int32)
-        # Columns [B, 1] of the first B rows, oldest first, all of them true, and what follows the last of them [B].
-        self._waiting: list[mx.array] = []
-        self._newest: mx.array | None = None
 
     def lengths(self, rows: slice) -> mx.array:
         """[B] int32: the position of every row's newest token."""
@@ -35,52 +26,21 @@ class Texts:
 
     def observe(self, fwd: Forward, kept: mx.array) -> None:
         """Take over a pass that has been committed; rows that stood still get what is behind their length anyhow."""
-        rows, waits = fwd.rows, fwd.tokens.shape[1] == 1 and fwd.rows.start == 0 and not fwd.still
-        if self._waiting:
-            before = self._waiting[0].shape[0]
-            if waits and rows.stop == before and len(self._waiting) < UNWRITTEN:
-                self._waiting.append(fwd.tokens)
-                self._newest = fwd.newest
-                return
-            if rows.start < before:  # else it is a prompt of its own
-                self._write(self.lengths(slice(0, before)) - kept[:before])
-        if waits:
-            self._waiting, self._newest = [fwd.tokens], fwd.newest
-        else:
-            self._put(rows, self.lengths(rows) - kept, kept, fwd.tokens, fwd.newest)
-
-    def _write(self, end: mx.array) -> None:
-        """Write down what waits; end [B] is where the newest of it stands."""
-        columns = len(self._waiting)
-        tokens = mx.concatenate(self._waiting, axis=1)
-        waited, newest, self._waiting, self._newest = slice(0, tokens.shape[0]), self._newest, [], None
-        self._put(waited, end - columns, None, tokens, newest)
-
-    def _put(
-        self, rows: slice, start: mx.array, kept: mx.array | None, tokens: mx.array, newest: mx.array | None
-    ) -> None:
-        """Write columns [B, L] from position start [B] on, and behind the kept [B] of them, or all, the newest [B]."""
-        if newest is not None:
-            tokens = mx.concatenate([tokens, newest[:, None]], axis=1)
-        ahead = mx.arange(tokens.shape[1])
-        if newest is not None and kept is not None:  # one write a place, for the order of several is not defined
-            tokens = mx.where(ahead == kept[:, None], newest[:, None], tokens)
+        assert fwd.newest is not None
+        rows, newest = fwd.rows, fwd.newest[:, None]
+        ahead = mx.arange(fwd.tokens.shape[1] + 1)
+        # One write a place, for the order of several is not defined.
+        tokens = mx.where(ahead == kept[:, None], newest, mx.concatenate([fwd.tokens, newest], axis=1))
         self._fit(max(self._cache.bounds[rows]) + 1)
-        at = start[:, None] + ahead
+        at = (self.lengths(rows) - kept)[:, None] + ahead
         if rows == slice(0, self._tokens.shape[0]):  # one operation, where indexing rows too takes MLX eight
             self._tokens = mx.put_along_axis(self._tokens, at, tokens, axis=1)
         else:
             self._tokens = put(self._tokens, (mx.arange(rows.start, rows.stop)[:, None], at), tokens)
 
-    def written(self) -> mx.array:
-        """All rows' tokens [R, T]. Not to be asked for between a pass's commit and its `observe`."""
-        if self._waiting:
-            self._write(self.lengths(slice(0, self._waiting[0].shape[0])))
-        return self._tokens
-
     def at(self, rows: slice, positions: mx.array) -> mx.array:
         """Tokens at positions [B, L] -> [B, L]."""
-        return mx.take_along_axis(self.written()[rows], positions, axis=1)
+        return mx.take_along_axis(self._tokens[rows], positions, axis=1)
 
     def begin(self, row: int, length: int, state: mx.array | None) -> None:
         """A row joined as the last; state: what `snapshot` returned, or None."""
@@ -92,28 +52,26 @@ class Texts:
 
     def snapshot(self, row: int, length: int) -> mx.array:
         """[1, length] int32: a row's first tokens, copied."""
-        return self.written()[row : row + 1, :length] + 0  # mx.contiguous may be a view, which would hold the buffer
+        return self._tokens[row : row + 1, :length] + 0  # mx.contiguous may be a view, which would hold the buffer
 
     def row_bytes(self, positions: int) -> int:
         """The most that a row which ends at `positions` takes; the longest row's length is every row's."""
         most = self._cache.capacity(positions)
-        return 4 * (most + most // 4 + STEP_TOK + UNWRITTEN + 1)
+        return 4 * (most + most // 4 + STEP_TOK)
 
     def leave(self, row: int, last: int) -> None:
         """Row `row` is about to leave the cache."""
-        tokens = self.written()
         if row < last:
-            tokens = put(tokens, row, tokens[last])
+            self._tokens = put(self._tokens, row, self._tokens[last])
         # A cut of an array holds the whole of it.
-        self._tokens = tokens[:last] if last else mx.zeros((0, STEP_TOK), mx.int32)
+        self._tokens = self._tokens[:last] if last else mx.zeros((0, STEP_TOK), mx.int32)
 
-    def state(self) -> Any:
+    def state(self) -> mx.array:
         """As of a drafter."""
-        return self._tokens, list(self._waiting), self._newest
+        return self._tokens
 
-    def restore(self, state: Any) -> None:
-        self._tokens, waiting, self._newest = state
-        self._waiting = list(waiting)
+    def restore(self, state: mx.array) -> None:
+        self._tokens = state
 
     def _fit(self, positions: int) -> None:
         have = self._tokens.shape[1]
