@@ -18,7 +18,7 @@ from mlx_mtp.kept import write_whole
 from mlx_mtp.rows import Request
 
 LENGTHS, BATCHES = (0, 1, 2, 4, 8), (1, 4, 8)
-MIN_SWEEPS, MAX_SWEEPS, ENOUGH_S = 3, 9, 0.5  # sweeps over the lengths: at least so many, more while they are quick
+MIN_SWEEPS, MAX_SWEEPS, ENOUGH_S = 3, 9, 1.0  # sweeps over the lengths: at least so many, more while they are quick
 PROMPT_TOK, OUTPUT_TOK = 8, 400  # as many as all sweeps can bring
 VERSION = 1  # of the file's format
 
@@ -59,13 +59,14 @@ def measure(engine: Engine, batch: int, max_tokens: int) -> list[float] | None:
 
 
 def _by_length(seconds: dict[int, float]) -> list[float]:
-    """Costs of all lengths: between those measured on a line, and never less than of a shorter one."""
-    known, costs = sorted(seconds), [1.0]
-    for k in range(1, max(LENGTHS) + 1):
-        low, high = max(n for n in known if n <= k), min((n for n in known if n >= k), default=known[-1])
+    """Costs of all lengths, on a line between those measured. A round never takes longer than one that drafts more:
+    where it seemed to, something else had the machine."""
+    took = {k: min(s for longer, s in seconds.items() if longer >= k) for k in seconds}
+    costs = []
+    for k in range(max(LENGTHS) + 1):
+        low, high = max(n for n in took if n <= k), min((n for n in took if n >= k), default=max(took))
         part = (k - low) / (high - low) if high > low else 0.0
-        between = seconds[low] + part * (seconds[high] - seconds[low])
-        costs.append(max(costs[-1], between / seconds[0]))
+        costs.append((took[low] + part * (took[high] - took[low])) / took[0])
     return costs
 
 

@@ -151,7 +151,10 @@ class GoodputPolicy:
     SWITCH = 1.03  # how much better another k must be
     FIRST_PROBE, LAST_PROBE = 32, 512  # plain rounds before one that drafts a token, doubled while that does not pay
     CHECK_EVERY, CHECK_ROUNDS = 16, 3  # drafted rounds between checks, at goodput 1; plain rounds of a check
-    CORRECTION = 0.5  # share of a measured error that is believed
+    CORRECTION, WRONG = (
+        0.5,
+        1.25,
+    )  # share of a measured error that is believed; an error that another probe must confirm
     MAX_CATCH_UP = 1.0  # plain rounds that a drafter's catching up may cost
     drafts = True
 
@@ -176,8 +179,8 @@ class GoodputPolicy:
         late = lag * self.profile.catch_up > self.MAX_CATCH_UP
         if self._k and not late:
             return self._k if not self._is_check(goodput[self._k]) else 0
-        could_pay = any(1 + k > cost for k, cost in enumerate(costs) if k)
-        return int(self._is_probe(could_pay and not late))
+        hopeless = all(1 + k <= cost for k, cost in enumerate(costs) if k)  # unless the profile is quite wrong
+        return int(self._is_probe(self.LAST_PROBE if hopeless else self._wait, late))
 
     def _is_check(self, goodput: float) -> bool:
         """Whether this round is one of a check. The more drafting gains, the less errors of the profile matter."""
@@ -188,9 +191,9 @@ class GoodputPolicy:
             return True
         return self._drafted_rounds > due
 
-    def _is_probe(self, allowed: bool) -> bool:
+    def _is_probe(self, wait: int, late: bool) -> bool:
         self._plain_rounds, self._drafted_rounds = self._plain_rounds + 1, 0
-        if self._plain_rounds < self._wait or not allowed:
+        if self._plain_rounds < wait or late:
             return False
         self._plain_rounds, self._wait = 0, min(max(2 * self._wait, self.FIRST_PROBE), self.LAST_PROBE)
         return True
@@ -202,7 +205,7 @@ class GoodputPolicy:
             if done.k and own:
                 acceptance.record(done.k, own)
         if done.k and not self._k and batch + sum(done.num_accepted) > batch * self._costs(batch)[1]:
-            self._plain_rounds = self._wait  # a probe that has paid: the next follows at once
+            self._plain_rounds = self.LAST_PROBE  # a probe that has paid: the next follows at once
         if done.seconds is not None:
             cost = self.profile.of(batch)[min(done.k, self._max_k)]
             self._compare((batch, done.k > 0), done.seconds / cost)
@@ -219,6 +222,8 @@ class GoodputPolicy:
         weight = self.CORRECTION * len(self._before) / self.CHECK_ROUNDS
         self._scale *= min(max(error, 0.5), 2.0) ** weight
         self._before = []
+        if not 1 / self.WRONG < error < self.WRONG:
+            self._plain_rounds = self.LAST_PROBE  # while it does not draft, the next probe follows at once
 
     def _costs(self, batch: int) -> list[float]:
         first, *rest = self.profile.of(batch)

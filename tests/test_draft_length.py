@@ -92,13 +92,13 @@ def profiled(cost: Cost, wrong: float = 1.0, seed: int = 0, catch_up: float = 0.
     """What measuring some lengths three times on a noisy machine gives. wrong: a factor on all drafted rounds."""
     rng, costs, lengths = random.Random(seed), {}, (0, 1, 2, 4, 8)
     for batch in (1, 4, 8):
-        took = {k: sorted(cost(batch, k) * (1 + 0.05 * abs(rng.gauss(0, 1))) for _ in range(3))[1] for k in lengths}
-        row = [1.0]
+        took = {k: min(cost(batch, k) * (1 + 0.05 * abs(rng.gauss(0, 1))) for _ in range(3)) for k in lengths}
+        took = {k: min(took[longer] for longer in lengths if longer >= k) for k in lengths}
+        costs[batch] = [1.0]
         for k in LENGTHS[1:]:
             low, high = max(n for n in lengths if n <= k), min(n for n in lengths if n >= k)
             between = took[low] + (took[high] - took[low]) * (k - low) / max(high - low, 1)
-            row.append(max(row[-1], wrong * between / took[0]))
-        costs[batch] = row
+            costs[batch].append(max(1.0, wrong * between / took[0]))
     return CostProfile(costs, catch_up)
 
 
@@ -283,6 +283,13 @@ def test_prompt_lookup_gains_where_outputs_repeat_and_costs_little_where_they_do
             known = matched > 1
         assert tokens / seconds > 0.95, (machine, name)
         assert tokens / seconds > 1.4 or (machine, name) != ("memory-bound", "code, again")
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_a_profile_by_which_no_draft_could_pay_is_found_out_too(batch):
+    """It was measured while something else had the machine."""
+    policy = GoodputPolicy(CostProfile({1: [1.0, *[20.0] * 8]}))
+    assert in_turns(policy, [(0.9, 4000), (0.9, 400)], 0.2, batch)[1] < 0.6
 
 
 def test_without_any_times_it_still_chooses():
