@@ -1,6 +1,7 @@
 """The noise is one function of (seed, position, token id), and good enough to sample with."""
 
 import math
+import shutil
 
 import mlx.core as mx
 import numpy as np
@@ -153,3 +154,16 @@ def test_the_winner_of_logits_plus_noise_is_distributed_as_the_softmax():
 def test_keys_of_a_seed_never_repeat_within_it():
     keys = np.array(noise.noise_key(SEED, mx.arange(1 << 19)))
     assert np.unique(keys).size == keys.size
+
+
+@pytest.mark.slow  # MLX has g++ compile it
+@pytest.mark.skipif(shutil.which("g++") is None, reason="MLX compiles for the CPU by calling g++")
+def test_fused_for_a_gpu_it_is_the_same_numbers_in_every_shape():
+    for rows, columns, count in [(1, 1, 128), (4, 5, 192), (1, 5, 1), (3, 1, 5000)]:
+        low, high = (mx.arange(rows, dtype=mx.uint32)[:, None] * factor + 3 for factor in (77777777, 123456789))
+        position = (mx.arange(columns) + 1000 * mx.arange(rows)[:, None]).astype(mx.uint32)
+        own = mx.random.randint(0, 262144, (rows, columns, count), key=mx.random.key(count)).astype(mx.uint32)
+        for token in (mx.arange(count, dtype=mx.uint32), own[:, :1], own):
+            plain = noise._gumbel(low, high, position, token)
+            assert plain.shape == (rows, columns, count)
+            assert mx.array_equal(noise._fused_gumbel(low, high, position, token), plain)
