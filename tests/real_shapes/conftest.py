@@ -1,7 +1,10 @@
 """Fixtures of the tests at published widths. They run with `make test-real-shapes` alone."""
 
+import gc
+from collections.abc import Iterator
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 from shelf import CUTS, Shelf
 
@@ -23,6 +26,15 @@ def shelf(tmp_path_factory):
     shelf = Shelf(tmp_path_factory.mktemp("real-shapes"))
     yield shelf
     shelf.clear()
+
+
+@pytest.fixture(autouse=True)
+def memory() -> Iterator[None]:
+    """What a test has loaded is gone before the next one loads."""
+    yield
+    mx.synchronize()
+    gc.collect()
+    mx.clear_cache()
 
 
 @pytest.fixture
