@@ -23,14 +23,14 @@ from mlx_mtp.drafters.lookup import ALONE, NAME, OVER_NETWORK
 from mlx_mtp.drafters.plain import PlainDrafter
 from mlx_mtp.engine import Engine
 from mlx_mtp.few_rows import use_kernels
-from mlx_mtp.memory_budget import PairSize, size_of
+from mlx_mtp.memory_budget import CPU, GPU, PairSize, size_of
 from mlx_mtp.models.families import Family, Target, family_of
 from mlx_mtp.models.gemma4_assistant import Assistant
 from mlx_mtp.pairs import check_pair, drafter_in, find_drafter, whole_copy
 from mlx_mtp.rows import CheckpointError, DownloadError, PairingError, RequestError, Sampling
 from mlx_mtp.scheduler import Limits
 from mlx_mtp.tensors import Tensor, read_headers, read_json, stale_index
-from mlx_mtp.weights import Folder, Plan, Report, plan, planned_bytes, read
+from mlx_mtp.weights import Folder, Plan, Report, on_cpu, plan, planned_bytes, read
 
 __all__ = [
     "LoadedDrafter",
@@ -141,7 +141,7 @@ def load_pair(
     RequestError.
     """
     planned = plan_pair(target, drafter, dtype, quantize, lambda name: _on_disk(name, report))
-    size = planned.size(planned.target.dtype)
+    size = planned.size(planned.target.dtype, on_cpu())
     if admit:
         admit(size)
     loaded = _finish_target(planned.target, planned.family, report)
@@ -228,7 +228,7 @@ class PlannedPair:
     lookup: bool
     notes: tuple[str, ...]
 
-    def size(self, dtype: mx.Dtype) -> PairSize:
+    def size(self, dtype: mx.Dtype, on_cpu: bool = False) -> PairSize:
         """What it takes with weights, activations and caches in such a dtype."""
         model, drafter = cast(Target, self.target.model), self.drafter
         cache = Cache(model.specs, MAX_WIDTH, dtype)
@@ -243,7 +243,8 @@ class PlannedPair:
         saves = 0
         if drafter and not drafter.quantize and "U32" not in {s.tensor.dtype for s in drafter.sources.values()}:
             saves = size.drafter_bytes - planned_bytes(replace(drafter, quantize=4), dtype)
-        return replace(size, number_bytes=dtype.size, num_aux_layers=len(made.taps), drafter_saves=saves)
+        device = replace(CPU if on_cpu else GPU, number_bytes=dtype.size)
+        return replace(size, device=device, num_aux_layers=len(made.taps), drafter_saves=saves)
 
 
 def plan_pair(

@@ -5,7 +5,7 @@ the machine lets a process use; what is left is for keys and values.
 
 Working memory follows from the model's widths and is no share of the machine: what a prompt chunk's widest layer holds,
 attention scores, the logits of the widest round, and MLX's own buffers. The factors are peaks measured on a CPU
-(`bench/memory.py`). A GPU's peak has not been measured.
+(`bench/memory.py`). A GPU's peak has not been measured; there scores count twice, and buffers in flight on top.
 """
 
 from __future__ import annotations
@@ -24,10 +24,23 @@ USEFUL_CONTEXT = 8192  # tokens of prompt and output that a sequence has to hold
 MAX_NUM_SEQS = 8
 GPU_CHUNK, LEAST_CHUNK = 2048, 512  # tokens of a prompt chunk on a GPU
 CHUNK_SHARE = 0.2  # of what the weights leave: chunks are halved until their pass takes no more
-RUNTIME_BYTES = 256 * 2**20  # command buffers, heaps, and freed buffers that MLX holds back
+MIXED_CHUNK = 512  # the longest that runs beside a round
 SCORE_BYTES = 256 * 2**20  # attention scores of a full layer; no chunk may need more (see `score_chunk`)
-SCORE_COPIES = 2  # scores and their softmax
 LOGIT_COPIES = 3  # as the output head gives them, capped, and what the sampler makes of them
+
+
+@dataclass(frozen=True)
+class Device:
+    """What passes take on one. number_bytes: of an activation. score_copies: of attention scores that are there at
+    once. runtime_bytes: MLX's command buffers and heaps, and freed buffers that it holds back."""
+
+    number_bytes: int
+    score_copies: int
+    runtime_bytes: int
+
+
+GPU = Device(2, 2, 256 * 2**20)
+CPU = Device(4, 1, 0)
 
 
 @dataclass(frozen=True)
@@ -35,8 +48,8 @@ class PairSize:
     """What a target and its drafter take, known before a weight is read.
 
     target_bytes, drafter_bytes: of weights in memory. seq_bytes: tokens -> bytes of a sequence's cache in both.
-    pass_size, hidden_size, vocab_size, context_len: of the target. number_bytes: of an activation. num_aux_layers:
-    layers whose outputs the drafter reads. drafter_saves: bytes that packing the drafter into 4 bits would save.
+    pass_size, hidden_size, vocab_size, context_len: of the target. num_aux_layers: layers whose outputs the drafter
+    reads. drafter_saves: bytes that packing the drafter into 4 bits would save.
     """
 
     target_bytes: int
@@ -46,7 +59,7 @@ class PairSize:
     hidden_size: int
     vocab_size: int
     context_len: int
-    number_bytes: int = 2
+    device: Device = GPU
     num_aux_layers: int = 0
     drafter_saves: int = 0
 
@@ -55,17 +68,20 @@ class PairSize:
         """The shortest context worth a sequence."""
         return min(USEFUL_CONTEXT, self.context_len)
 
-    def chunk_bytes(self, chunk: int) -> int:
-        """Activations and attention scores of a prompt chunk of so many tokens."""
-        p, size = self.pass_size, self.number_bytes
+    def chunk_bytes(self, chunk: int, context: int | None = None) -> int:
+        """Activations and attention scores of a prompt chunk of so many tokens, after no more than `context` in all."""
+        p, size = self.pass_size, self.device.number_bytes
         activations = chunk * (p.token_numbers + self.num_aux_layers * self.hidden_size) * size
-        sliding = SCORE_COPIES * p.heads * chunk * (p.window + chunk) * size if p.window else 0
-        return activations + max(sliding, SCORE_BYTES)
+        per_key = self.device.score_copies * p.heads * chunk * size
+        full = SCORE_BYTES if context is None else min(SCORE_BYTES, per_key * context)
+        return activations + max(full, per_key * (p.window + chunk) if p.window else 0)
 
-    def working_bytes(self, chunk: int, num_seqs: int) -> int:
-        """What passes hold besides weights and caches: prompt chunks of so many tokens, rounds of so many sequences."""
+    def working_bytes(self, chunk: int, num_seqs: int, context: int | None = None) -> int:
+        """What passes hold besides weights and caches: a prompt chunk alone, or a round of so many sequences with a
+        short one. context: of the longest sequence; None is any."""
         logits = LOGIT_COPIES * num_seqs * (MAX_WIDTH + 1) * self.vocab_size * 4
-        return self.chunk_bytes(chunk) + logits + RUNTIME_BYTES
+        mixed = self.chunk_bytes(min(chunk, MIXED_CHUNK), context) + logits
+        return max(self.chunk_bytes(chunk, context), mixed) + self.device.runtime_bytes
 
     def tokens_in(self, budget_bytes: int) -> int:
         """The most tokens a sequence may have within so many bytes; 0 if it cannot begin."""
@@ -74,7 +90,8 @@ class PairSize:
     def score_chunk(self, start: int) -> int:
         """The longest prompt chunk after `start` tokens whose scores in a full layer stay within SCORE_BYTES, where MLX
         has no fused attention for it."""
-        pairs = SCORE_BYTES // (SCORE_COPIES * self.pass_size.heads * self.number_bytes)  # of a query and a key
+        d = self.device
+        pairs = SCORE_BYTES // (d.score_copies * self.pass_size.heads * d.number_bytes)  # of a query and a key
         return max(1, (math.isqrt(start * start + 4 * pairs) - start) // 2)
 
 

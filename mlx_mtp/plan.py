@@ -148,7 +148,7 @@ def memory_in(size: PairSize, usable_bytes: int, batch: int, context: int) -> Me
     return Memory(
         target=size.target_bytes,
         drafter=size.drafter_bytes,
-        working=size.working_bytes(asked.chunk, batch),
+        working=size.working_bytes(asked.chunk, batch, context),
         seq=size.seq_bytes(context),
         per_1k_tokens=(size.seq_bytes(far + 256_000) - size.seq_bytes(far)) // 256,
         batch=batch,
