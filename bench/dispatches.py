@@ -20,10 +20,11 @@ import mlx.core as mx
 from made_up import MadeUp, Size, hollow, hollow_fill, make
 from mlx.utils import tree_map
 
-from mlx_mtp.accept import verdict
+from mlx_mtp import few_rows
+from mlx_mtp.accept import verdict, verdict_by_kernel
 from mlx_mtp.cache import Cache
 from mlx_mtp.drafters.mtp import MtpDrafter
-from mlx_mtp.kernels import trials
+from mlx_mtp.kernels.self_test import Outcome
 from mlx_mtp.models.gemma4 import Gemma4
 from mlx_mtp.rows import GREEDY, Draft, Forward
 from mlx_mtp.sampling import RowSampler, Sampler
@@ -59,14 +60,16 @@ def as_on_metal(kernels: bool) -> Iterator[None]:
         given = [w, scales] if biases is None else [w, scales, biases]
         return mx.depends([_hollow(shape, how.get("dtype", scales.dtype))], given)[0]
 
-    outcome = dict.fromkeys(trials.KERNELS, None if kernels else "not counted")
+    def tried(cases, choice, record) -> tuple[Outcome, ...]:
+        return tuple(Outcome(case.kernel, case.shape, None if kernels else "not counted") for case in cases)
+
     with graph.as_on_metal(), contextlib.ExitStack() as stack:
         for owner, name, value in (
             (mx, "dequantize", dequantize),
             (mx.fast, "metal_kernel", kernel),
             (mx.metal, "is_available", lambda: True),
             (mx, "default_device", lambda: mx.Device(mx.gpu)),
-            (trials, "_outcomes", lambda factory: outcome),
+            (few_rows, "self_test", tried),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
         yield
@@ -103,9 +106,10 @@ def round_of(made: MadeUp, width: int, rows: int = 1, drafts: bool = True) -> Co
     if width and drafts:
         draft = drafter.propose(everyone, bonus, sampler, width)
     tokens = mx.concatenate([bonus[:, None], draft.tokens], axis=1)
-    pass_ = cache.open(everyone, width + 1)
+    pass_ = cache.open(everyone, width + 1, frozenset())
     hidden, taps = made.target.forward(tokens, pass_)
-    judged = verdict(draft, made.target.logits(hidden, capped=False), pass_.start, sampler, hidden)
+    judge = verdict_by_kernel if isinstance(made.target, few_rows.KernelTarget) else verdict
+    judged = judge(draft, made.target.logits(hidden, capped=False), pass_.start, sampler, hidden)
     cache.commit(everyone, judged.kept, width + 1)
     drafter.observe(Forward(everyone, tokens, hidden, taps, width, judged.picked), judged.kept)
     return primitives(judged.tokens, judged.kept, judged.bonus, cache.state(), drafter.state())

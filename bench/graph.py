@@ -23,7 +23,7 @@ VIEWS = frozenset(
     + ("Squeeze", "StopGradient", "Transpose", "Unflatten", "View")
 )
 FUSED = "Fused"  # the stand-in of one fused Metal operation
-VECTOR_DIMS, VECTOR_QUERIES, VECTOR_HEADS = (64, 96, 128, 192, 256), 8, 32  # of MLX's fused attention, see below
+VECTOR_DIMS, VECTOR_QUERIES, VECTOR_HEADS = (64, 96, 128, 192, 256, 512), 8, 32  # of MLX's fused attention, see below
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ def as_on_metal() -> Iterator[None]:
     """Let graphs hold one primitive where Metal has one fused operation and the CPU several.
 
     RMSNorm and RoPE always; attention where MLX 0.32's vector kernel takes it (up to 8 queries, at most 32 of them
-    with their grouped heads, and a head size it knows, which 512 is not). The graphs cannot be evaluated. Nothing
-    changes where the default device is a GPU.
+    with their grouped heads, and a head size it knows; 512 is one with MLX_SDPA_D512_MIN_KL=0). The graphs cannot be
+    evaluated. Nothing changes where the default device is a GPU.
     """
     if mx.default_device() == mx.gpu:
         yield

@@ -233,15 +233,20 @@ def clustered(found: Shape, clusters: tuple[int, int], layout: Layout) -> Case:
         return Work(
             normal(seed, MOST, hidden),
             lambda y: head.why_not(y, clusters),
-            lambda y: [head.head(y, clusters)],
-            lambda y: [head.reference(y, clusters)],
-            lambda y: [head.reference(y, clusters)],
+            lambda y: [in_order(*head.logits(y, clusters))],
+            lambda y: [in_order(*head.reference(y, clusters))],
+            lambda y: [in_order(*head.reference(y, clusters))],
         )
 
     one, scores = top * size * (4 + weight_bytes(1, hidden, layout)), weight_bytes(count, hidden, layout)
     held = weight_bytes(count * size, hidden, layout) + scores + 4 * count * size
     what = f"{top} of {count} clusters, {hidden} hidden"
     return Case("head", what, lambda n: scores + n * one, held, make)
+
+
+def in_order(logits: mx.array, tokens: mx.array) -> mx.array:
+    """Logits by their tokens, which stand in any order."""
+    return mx.take_along_axis(logits, mx.argsort(tokens, axis=-1), axis=-1)
 
 
 def judged(found: Shape, noisy: bool) -> Case:

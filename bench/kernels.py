@@ -33,7 +33,8 @@ import mlx.core as mx  # noqa: E402
 from kernel_cases import LAYOUTS, MOST, Arrays, Case, Work, attempt, cases, difference  # noqa: E402
 
 from mlx_mtp import __version__  # noqa: E402
-from mlx_mtp.kernels.trials import KERNELS, TOLERANCE  # noqa: E402
+from mlx_mtp.kernels.self_test import KERNELS  # noqa: E402
+from mlx_mtp.kernels.self_test_cases import TOLERANCE  # noqa: E402
 from mlx_mtp.provenance import provenance  # noqa: E402
 from mlx_mtp.shapes import ALL_SIZES, shape  # noqa: E402
 

@@ -16,9 +16,10 @@ from mlx.utils import tree_map, tree_map_with_path, tree_unflatten
 from mlx_mtp.cache import Cache
 from mlx_mtp.doctor import on_gpu
 from mlx_mtp.draft_length import MAX_WIDTH
-from mlx_mtp.few_rows import use_kernels
+from mlx_mtp.few_rows import Trial, with_head_kernel, with_kernels
 from mlx_mtp.models.config import TextConfig
 from mlx_mtp.models.experts import ExpertLinear
+from mlx_mtp.models.families import Target
 from mlx_mtp.models.gemma4 import Gemma4
 from mlx_mtp.models.gemma4_assistant import Assistant
 from mlx_mtp.pairs import BYTES_PER_PARAMETER
@@ -43,7 +44,7 @@ class Size:
 class MadeUp:
     """A pair ready to run. layers: of the target, of so many."""
 
-    target: Gemma4
+    target: Target
     drafter: Assistant
     dtype: mx.Dtype
     layers: int
@@ -57,8 +58,10 @@ def make(found: Shape, size: Size, fill: Fill | None = None) -> MadeUp:
     target, drafter = Gemma4(config), Assistant(found.drafter)
     for model in (target, drafter):
         _finish(model, size.bits, dtype, fill or random_fill)
-        use_kernels(model)
-    return MadeUp(target, drafter, dtype, len(config.layers), len(found.target.layers))
+    trial = Trial.of()
+    with_head_kernel(drafter, trial)
+    model, _ = with_kernels(target, dtype, trial)
+    return MadeUp(model, drafter, dtype, len(config.layers), len(found.target.layers))
 
 
 def bytes_of(size: Size, batch: int, context: int) -> int:

@@ -11,7 +11,6 @@ from typing import Protocol
 
 import mlx.core as mx
 
-from mlx_mtp import kernels
 from mlx_mtp.kernels import verdict as kernel
 from mlx_mtp.rows import Draft
 from mlx_mtp.sampling import Sampler
@@ -42,8 +41,20 @@ class Judge(Protocol):
     ) -> Verdict: ...
 
 
-def verdict(
+def verdict_by_kernel(
     draft: Draft, logits: mx.array, start: mx.array, sampler: Sampler, hidden: mx.array | None = None
+) -> Verdict:
+    """The same verdict, as far as it goes by the kernel."""
+    return verdict(draft, logits, start, sampler, hidden, by_kernel=True)
+
+
+def verdict(
+    draft: Draft,
+    logits: mx.array,
+    start: mx.array,
+    sampler: Sampler,
+    hidden: mx.array | None = None,
+    by_kernel: bool = False,
 ) -> Verdict:
     """Judge a draft.
 
@@ -56,7 +67,7 @@ def verdict(
     if sampler.processors is not None:
         logits = sampler.processors.columns(logits, draft.tokens)
     rejecting = sampler.rejecting and draft.width > 0
-    judged = None if rejecting else _by_kernel(draft, logits, start, sampler, hidden)
+    judged = _by_kernel(draft, logits, start, sampler, hidden) if by_kernel and not rejecting else None
     if judged is not None:
         return judged
     if sampler.greedy:
@@ -78,7 +89,7 @@ def _by_kernel(
     draft: Draft, logits: mx.array, start: mx.array, sampler: Sampler, hidden: mx.array | None
 ) -> Verdict | None:
     """The verdict of choices that the kernel makes beside it; None where it cannot be used."""
-    if hidden is None or not kernels.usable("verdict"):
+    if hidden is None:
         return None
     least = draw = None
     if not sampler.greedy:

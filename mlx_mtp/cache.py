@@ -24,11 +24,11 @@ from weakref import WeakSet
 
 import mlx.core as mx
 
-from mlx_mtp import kernels
 from mlx_mtp.buffers import copy, fit_rows, fit_tokens, put, round_up
-from mlx_mtp.kernels import attend
-from mlx_mtp.kernels.attend import EVERYTHING, Attention
+from mlx_mtp.kernels.attend import EVERYTHING
+from mlx_mtp.kernels.backend import not_small
 from mlx_mtp.states import Held, Replay, Scan, States, StateSpec, Still
+from mlx_mtp.views import Part, View, Whole
 
 GROW_TOK = 256  # full buffers grow in multiples of this many positions
 VIEW_TOK = 64  # views are cut to a multiple of this, so that few different shapes occur
@@ -36,47 +36,13 @@ VIEW_TOK = 64  # views are cut to a multiple of this, so that few different shap
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One layer that owns keys and values. window: positions a query sees, itself included; None = all."""
+    """One layer that owns keys and values. window: positions a query sees, itself included; None = all. by_kernel:
+    rounds attend to it with the kernel."""
 
     window: int | None
     kv_heads: int
     head_dim: int
-
-
-@dataclass(frozen=True)
-class Whole:
-    """A part as the kernel takes it: whole buffers [B', H, T, D] with position p in slot p mod T, not cut, since a cut
-    would be copied. start [B'] int32: position of the first query; a query at p sees p - window + 1 .. p."""
-
-    keys: mx.array
-    values: mx.array
-    start: mx.array
-    window: int
-
-
-@dataclass(frozen=True)
-class Part:
-    """Keys and values [B', H, T, D] of a slice of the pass's rows, and who may see what: mask [B', 1, L, T] bool.
-
-    whole: the same for the kernel; None where it is not usable, or where the slots do not follow from positions.
-    """
-
-    keys: mx.array
-    values: mx.array
-    mask: mx.array
-    whole: Whole | None = None
-
-    def attend(self, queries: mx.array, column: mx.array | None) -> mx.array:
-        """queries [B', heads, L, D] -> the same shape. column [B']: which of the mask's L it is, if it is one."""
-        if self.whole is not None:
-            w = self.whole
-            given = Attention(queries, w.keys, w.values, w.start if column is None else w.start + column, w.window)
-            if not attend.why_not(given):
-                return attend.attend(given)
-        mask = self.mask
-        if column is not None:
-            mask = mx.take_along_axis(mask, column[:, None, None, None], axis=2)
-        return mx.fast.scaled_dot_product_attention(queries, self.keys, self.values, scale=1.0, mask=mask)
+    by_kernel: bool = False
 
 
 class Trunk:
@@ -130,28 +96,6 @@ class Snapshot:
         trunk.snapshots.add(self)
 
 
-@dataclass(frozen=True)
-class View:
-    """What the queries of a pass may see in one layer: one part for all rows, or one part a row."""
-
-    parts: tuple[Part, ...]
-
-    def attend(self, queries: mx.array, last: mx.array | None = None) -> mx.array:
-        """Attention with scale 1 (Gemma 4 scales inside q_norm): [B, heads, L, D] -> [B * L, heads * D].
-
-        last [B]: the queries' columns in the pass, where there is one a row.
-        """
-        b, heads, columns, dim = queries.shape
-        outs, row = [], 0
-        last = last if columns == 1 else None
-        for part in self.parts:
-            here = slice(row, row + part.keys.shape[0])
-            outs.append(part.attend(queries[here], None if last is None else last[here]))
-            row = here.stop
-        out = outs[0] if len(outs) == 1 else mx.concatenate(outs)
-        return out.transpose(0, 2, 1, 3).reshape(b * columns, heads * dim)
-
-
 class Cache:
     """Keys and values of all rows. Rows 0 .. len(bounds)-1 are live and dense."""
 
@@ -163,7 +107,7 @@ class Cache:
         self.states = States(tuple(s for s in specs if isinstance(s, StateSpec)), max_width, dtype)
         self.lengths = mx.zeros((0,), dtype=mx.int32)  # [R], R >= live rows
         self.bounds: list[int] = []  # per live row: no position at or past this has been written
-        self._whole = kernels.usable("attend")  # whether parts carry what the kernel needs
+        self._unsettled: list[int] = []  # per live row: passes of which its bound counts all columns as kept so far
         self._trunks: list[Trunk] = []  # per live row
         self._most: list[int] = []  # per live row: a full buffer grows no further unless it has to
         self._ring: dict[int, tuple[mx.array, mx.array]] = {}
@@ -220,6 +164,7 @@ class Cache:
         start = 0 if snapshot is None else snapshot.length if length is None else length
         self.lengths = put(self.lengths, row, start)
         self.bounds.append(start)
+        self._unsettled.append(0)
         self._most.append(2**31 if most is None else self.capacity(most))
         self.states.join(None if snapshot is None else snapshot.held)
         room = min(round_up(max(reserve, start, 1), GROW_TOK), self._most[row])
@@ -272,7 +217,7 @@ class Cache:
             self.lengths = put(self.lengths, row, self.lengths[last])
             for i, (k, v) in self._ring.items():
                 self._ring[i] = (put(k, row, k[last]), put(v, row, v[last]))
-        tables: list[list[Any]] = [self.bounds, self._most, self._trunks, *self._full.values()]
+        tables: list[list[Any]] = [self.bounds, self._unsettled, self._most, self._trunks, *self._full.values()]
         for per_row in tables:
             per_row[row] = per_row[last]
             per_row.pop()
@@ -293,15 +238,18 @@ class Cache:
 
     # passes -----------------------------------------------------------------------------------------------------
 
-    def open(self, rows: slice, columns: int, still: Still = None) -> Pass:
-        """Begin a pass of `columns` new columns over a dense slice of live rows. still: given for a round."""
-        return Pass(self, rows, columns, still)
+    def open(self, rows: slice, columns: int, still: Still = None, settles: bool = False) -> Pass:
+        """Begin a pass of `columns` new columns over a dense slice of live rows. still: given for a round. settles:
+        whether whoever asks settles every pass that is committed, so that bounds can be known to be lengths."""
+        exact = settles and not any(self._unsettled[rows])
+        return Pass(self, rows, columns, still, exact)
 
     def commit(self, rows: slice, kept: mx.array, columns: int) -> None:
         """Advance the rows by kept [B] int32 of the `columns` columns just written."""
         self.lengths = put(self.lengths, rows, self.lengths[rows] + kept)
         for row in range(rows.start, rows.stop):
             self.bounds[row] += columns
+            self._unsettled[row] += 1
 
     def spare(self, row: int, columns: int) -> bool:
         """Whether a row may be given so many columns and keep any number of them: none would overwrite what it has,
@@ -314,6 +262,7 @@ class Cache:
     def settle(self, row: int, rejected: int) -> None:
         """The host has read a verdict: `rejected` columns of that pass did not count."""
         self.bounds[row] -= rejected
+        self._unsettled[row] -= 1
 
     def committed(self, layer: int, rows: slice, window: int | None) -> View:
         """What a drafter may read: all committed positions of a layer, or the last `window` of them."""
@@ -323,13 +272,17 @@ class Cache:
             seen = at >= 0
             if window is not None:
                 seen = seen & (at >= length - window)
-            whole = self.whole_ring(layer, rows, length[:, 0] - 1, EVERYTHING if window is None else window)
+            whole = None
+            if self.specs[layer].by_kernel:
+                first = not_small(length[:, 0] - 1)
+                whole = self.whole_ring(layer, rows, first, EVERYTHING if window is None else window)
             return View((Part(keys, values, seen[:, None, None], whole),))
         parts = []
         for row in range(rows.start, rows.stop):
             keys, values = self._full_view(layer, row, 0)
             seen = mx.arange(keys.shape[2]) < self.lengths[row]
-            whole = self.whole_full(layer, row, self.lengths[row : row + 1] - 1)
+            by_kernel = self.specs[layer].by_kernel
+            whole = self.whole_full(layer, row, self.lengths[row : row + 1] - 1) if by_kernel else None
             parts.append(Part(keys, values, seen[None, None, None], whole))
         return View(tuple(parts))
 
@@ -345,16 +298,14 @@ class Cache:
         self.lengths, self._ring, self._full, states = state
         self.states.restore(states)
 
-    def whole_ring(self, layer: int, rows: slice, start: mx.array, window: int) -> Whole | None:
-        """A sliding layer for the kernel, with the first query at start [B]."""
-        if not self._whole:
-            return None
+    def whole_ring(self, layer: int, rows: slice, start: mx.array, window: int) -> Whole:
+        """A sliding layer for the kernel, with the first query at start [B or more]."""
         keys, values = self._ring[layer]
         return Whole(keys[rows], values[rows], start, window)
 
-    def whole_full(self, layer: int, row: int, start: mx.array) -> Whole | None:
+    def whole_full(self, layer: int, row: int, start: mx.array) -> Whole:
         """A full layer's row for the kernel, with the first query at start [1]."""
-        return Whole(*self._full[layer][row], start, EVERYTHING) if self._whole else None
+        return Whole(*self._full[layer][row], start, EVERYTHING)
 
     def _ring_view(self, layer: int, rows: slice, columns: int, last: mx.array):
         """(keys, values, positions [B, S']) of the ring where `last` [B, 1] is the newest position stored."""
@@ -365,20 +316,25 @@ class Cache:
         at = last - (last - slots) % size
         return keys[rows, :, :used], values[rows, :, :used], at
 
-    def _full_view(self, layer: int, row: int, columns: int) -> tuple[mx.array, mx.array]:
+    def _full_view(self, layer: int, row: int, columns: int, exactly: bool = False) -> tuple[mx.array, mx.array]:
+        """exactly: cut behind the pass's last column."""
         keys, values = self._full[layer][row]
-        used = min(keys.shape[2], round_up(max(1, self.bounds[row] + columns), VIEW_TOK))
+        end = max(1, self.bounds[row] + columns)
+        used = end if exactly else min(keys.shape[2], round_up(end, VIEW_TOK))
         return keys[:, :, :used], values[:, :, :used]
 
 
 class Pass:
     """One forward over a slice of rows: where its columns go, and what its queries see."""
 
-    def __init__(self, cache: Cache, rows: slice, columns: int, still: Still) -> None:
+    def __init__(self, cache: Cache, rows: slice, columns: int, still: Still, exact: bool) -> None:
+        """exact: no row's bound is above its length."""
         self.cache, self.rows, self.columns = cache, rows, columns
+        self._causal = exact and columns > 1 and still is None  # a prompt's keys can be cut where its columns end
         self.start = cache.lengths[rows]  # [B] int32, position of column 0
         self._at = self.start[:, None] + mx.arange(columns)  # [B, L] positions of the new columns
         self._chunk = columns > cache.max_width + 1  # too wide for the ring's slack: a prompt chunk
+        self.is_round = still is not None  # kernels are for rounds only
         self.routed: list[mx.array] = []  # the model leaves its expert choices here, [N, k] a layer, to be counted
         self._masks: dict[tuple, mx.array] = {}
         self._slots: dict[int | tuple, tuple] = {}
@@ -403,8 +359,12 @@ class Pass:
         self._write_ring(layer, keys, values)
         last = self.start[:, None] + (self.columns - 1)
         k, v, at = self.cache._ring_view(layer, self.rows, self.columns, last)
-        whole = self.cache.whole_ring(layer, self.rows, self.start, window) if causal else None
+        by_kernel = causal and self._by_kernel(layer)
+        whole = self.cache.whole_ring(layer, self.rows, self._first, window) if by_kernel else None
         return View((Part(k, v, self._mask(("ring", window), at, window, causal), whole),))
+
+    def _by_kernel(self, layer: int) -> bool:
+        return self.is_round and self.cache.specs[layer].by_kernel
 
     def write(self, layer: int, keys: mx.array, values: mx.array) -> None:
         """`store` for a pass that asks nothing: no view is built."""
@@ -413,14 +373,15 @@ class Pass:
 
     def _store_chunk(self, layer: int, keys: mx.array, values: mx.array, window: int) -> View:
         """A chunk wider than the ring's slack attends over the ring and itself, and leaves its last columns there."""
-        if max(self.cache.bounds[self.rows]) == 0:
+        fresh = max(self.cache.bounds[self.rows]) == 0
+        if fresh:
             seen, k, v = self._mask(("chunk", window), self._at, window), keys, values
         else:
             ring_k, ring_v, at = self.cache._ring_view(layer, self.rows, 0, self.start[:, None] - 1)
             k, v = mx.concatenate([ring_k, keys], axis=2), mx.concatenate([ring_v, values], axis=2)
             seen = self._mask(("ring+chunk", window), mx.concatenate([at, self._at], axis=1), window)
         self._write_ring(layer, keys, values)
-        return View((Part(k, v, seen),))
+        return View((Part(k, v, seen, causal=fresh and self.columns <= window),))
 
     def _write_ring(self, layer: int, keys: mx.array, values: mx.array) -> None:
         k, v = self.cache._ring[layer]
@@ -448,6 +409,11 @@ class Pass:
         return mx.put_along_axis(ring, self._slots[key][0], new, axis=2)
 
     @cached_property
+    def _first(self) -> mx.array:
+        """Positions of column 0 as the kernel takes them."""
+        return not_small(self.start)
+
+    @cached_property
     def _starts(self) -> list[mx.array]:
         """Position of column 0 of every row, [1] int32."""
         return [self.start[b : b + 1] for b in range(self.rows.stop - self.rows.start)]
@@ -468,14 +434,15 @@ class Pass:
     def _view_full(self, layer: int, causal: bool) -> View:
         parts, upto = [], self._at if causal else self._at[:, -1:]  # [B, L or 1]
         for b, row in enumerate(range(self.rows.start, self.rows.stop)):
-            k, v = self.cache._full_view(layer, row, self.columns)
+            k, v = self.cache._full_view(layer, row, self.columns, exactly=causal and self._causal)
             used = k.shape[2]
             key = row, used, causal
             if key not in self._masks:
                 seen = mx.arange(used) <= upto[b][:, None]
                 self._masks[key] = mx.broadcast_to(seen, (self.columns, used))[None, None]
-            whole = self.cache.whole_full(layer, row, self._starts[b]) if causal and not self._chunk else None
-            parts.append(Part(k, v, self._masks[key], whole))
+            by_kernel = causal and self._by_kernel(layer)
+            whole = self.cache.whole_full(layer, row, self._starts[b]) if by_kernel else None
+            parts.append(Part(k, v, self._masks[key], whole, causal and self._causal))
         return View(tuple(parts))
 
     def _mask(self, key: tuple, at: mx.array, window: int, causal: bool = True) -> mx.array:

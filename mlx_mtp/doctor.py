@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 import mlx.core as mx
+
+from mlx_mtp import mlx_setup
 
 GB = 1e9
 CPU_SHARE = 0.85  # of the RAM; the system and other programs have the rest
@@ -28,7 +29,8 @@ class Fact:
 
 def facts(kernels: tuple[tuple[str, str, str], ...] = ()) -> list[Fact]:
     """Everything worth knowing about this machine. kernels: (kernel, state, reason) rows to append."""
-    found = [_platform(), _python(), _mlx(), _device(), _memory(), _dtype(), _compiler(), _blas(), _wired()]
+    found = [_platform(), _python(), _mlx(), _device(), _memory(), _dtype(), _compiler(), _blas()]
+    found += [Fact(*line) for line in mlx_setup.facts()]
     found += [_hub_cache(), _hub_network()]
     found += [Fact(f"kernel {name}", state, reason) for name, state, reason in kernels]
     return [fact for fact in found if fact is not None]
@@ -42,11 +44,6 @@ def memory_bytes() -> int:
         if isinstance(value, int) and value > 0:
             return value
     return int(CPU_SHARE * ram_bytes())
-
-
-def chip_brand() -> str | None:
-    """What macOS calls its processor, such as "Apple M4 Pro"; None elsewhere."""
-    return _sysctl("machdep.cpu.brand_string")
 
 
 def ram_bytes() -> int:
@@ -64,7 +61,7 @@ def _device_info() -> dict[str, str | int]:
 
 
 def _platform() -> Fact:
-    if sys.platform == "darwin":
+    if platform.system() == "Darwin":
         return Fact("system", f"macOS {platform.mac_ver()[0]} {platform.machine()}", "Metal kernels can run")
     return Fact("system", f"{platform.system()} {platform.release()} {platform.machine()}", "no Metal here")
 
@@ -133,28 +130,6 @@ def _blas() -> Fact | None:
         f"reference ({names[0]})" if names else "unknown",
         "several times slower than OpenBLAS: install libopenblas0, run with LD_PRELOAD=libopenblas.so.0",
     )
-
-
-def _wired() -> Fact | None:
-    if not mx.metal.is_available():
-        return None
-    info = _device_info()
-    limit = info.get("max_recommended_working_set_size", 0)
-    setting = _sysctl("iogpu.wired_limit_mb")
-    chosen = "the system's default" if setting in (None, "0") else f"iogpu.wired_limit_mb is {setting}"
-    return Fact(
-        "wired memory",
-        f"{int(limit) / GB:.1f} GB",
-        f"{chosen}; for a model near it: sudo sysctl iogpu.wired_limit_mb=<MB>",
-    )
-
-
-def _sysctl(name: str) -> str | None:
-    try:
-        done = subprocess.run(["sysctl", "-n", name], capture_output=True, text=True, timeout=5, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() or None
 
 
 def _hub_cache() -> Fact:

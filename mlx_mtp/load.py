@@ -16,19 +16,15 @@ import mlx.nn as nn
 
 from mlx_mtp import hub
 from mlx_mtp.cache import Cache
-from mlx_mtp.draft_length import MAX_WIDTH, DraftLengthPolicy
-from mlx_mtp.drafters import Drafter
-from mlx_mtp.drafters.kinds import Kind, Network, Parts, kind_of, kinds, split_name
-from mlx_mtp.drafters.lookup import ALONE, NAME, OVER_NETWORK
-from mlx_mtp.drafters.plain import PlainDrafter
-from mlx_mtp.engine import Engine
-from mlx_mtp.few_rows import use_kernels
+from mlx_mtp.draft_length import MAX_WIDTH
+from mlx_mtp.drafters.kinds import Kind, Network, kind_of, kinds, split_name
+from mlx_mtp.few_rows import Trial, with_head_kernel, with_kernels
+from mlx_mtp.loaded import LoadedDrafter, LoadedPair, LoadedTarget, make_drafter
 from mlx_mtp.memory_budget import CPU, GPU, PairSize, size_of
 from mlx_mtp.models.families import Family, Target, family_of
 from mlx_mtp.models.gemma4_assistant import Assistant
 from mlx_mtp.pairs import check_pair, drafter_in, find_drafter, whole_copy
 from mlx_mtp.rows import CheckpointError, DownloadError, PairingError, RequestError, Sampling
-from mlx_mtp.scheduler import Limits
 from mlx_mtp.tensors import Tensor, read_headers, read_json, stale_index
 from mlx_mtp.weights import Folder, Plan, Report, on_cpu, plan, planned_bytes, read
 
@@ -51,78 +47,6 @@ __all__ = [
 UNSUPPORTED = {"num_beams": 1, "typical_p": 1.0, "no_repeat_ngram_size": 0}
 
 
-@dataclass(frozen=True)
-class LoadedTarget:
-    """A target ready to run.
-
-    name: as the user wrote it. sampling: defaults from its generation_config.json. eos: its end tokens.
-    base_model: it has no chat template, so it was not tuned for instructions. family: its name. notes: for the user.
-    """
-
-    model: Target
-    path: Path
-    name: str
-    sampling: Sampling
-    eos: frozenset[int]
-    dtype: mx.Dtype
-    weight_bytes: int
-    base_model: bool
-    family: str
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class LoadedDrafter:
-    """A drafter ready to run, by default in its target's dtype. model: its network. notes: for the user."""
-
-    kind: Kind
-    model: Any
-    path: Path
-    name: str
-    weight_bytes: int
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class LoadedPair:
-    """A target and its drafter, None if it has no network. notes: of both, and why there is no drafter.
-
-    lookup: prompt lookup drafts where it finds a match, and leaves the rest to the drafter. size: what it takes.
-    """
-
-    target: LoadedTarget
-    drafter: LoadedDrafter | None
-    notes: tuple[str, ...]
-    lookup: bool
-    size: PairSize
-
-    @property
-    def drafter_name(self) -> str | None:
-        """As --drafter takes it; None decodes plainly."""
-        names = [self.drafter.name] if self.drafter else []
-        return "+".join([*names, NAME] if self.lookup else names) or None
-
-    @property
-    def match_tokens(self) -> int:
-        """The least match that prompt lookup looks for; 0 without it."""
-        return 0 if not self.lookup else OVER_NETWORK if self.drafter else ALONE
-
-    @property
-    def catch_up(self) -> float:
-        """As of `CostProfile`."""
-        return self.drafter.kind.catch_up if self.drafter else 0.0
-
-    def new_engine(self, policy: DraftLengthPolicy, limits: Limits) -> Engine:
-        """An engine with a cache of its own."""
-        cache = Cache(self.target.model.specs, MAX_WIDTH, self.target.dtype)
-        return Engine(self.target.model, cache, self.new_drafter(cache), policy, limits, self.match_tokens)
-
-    def new_drafter(self, cache: Cache) -> Drafter:
-        """What drafts over a cache of the target."""
-        network = (self.drafter.kind, self.drafter.model) if self.drafter else None
-        return make_drafter(self.target.model, cache, network)
-
-
 def load_pair(
     target: str,
     drafter: str | None = "auto",
@@ -131,22 +55,24 @@ def load_pair(
     quantize: int | None = None,
     admit: Callable[[PairSize], None] | None = None,
     report: Report | None = None,
+    trial: Trial | None = None,
 ) -> LoadedPair:
     """Load a target and its drafter, checking both before a weight of either is read.
 
     drafter: a folder or hub id of any kind; "auto" looks for the one made for the target and decodes plainly, with
     a note, where none is known or it cannot be fetched; None or "none" decodes plainly; "lookup" needs no checkpoint,
     alone or over another ("auto+lookup"). Others as in load_drafter.
-    admit: called before weights are read; it may raise. Raises DownloadError, CheckpointError, PairingError,
-    RequestError.
+    admit: called before weights are read; it may raise. trial: how kernels are chosen; None: those that win.
+    Raises DownloadError, CheckpointError, PairingError, RequestError.
     """
     planned = plan_pair(target, drafter, dtype, quantize, lambda name: _on_disk(name, report))
     size = planned.size(planned.target.dtype, on_cpu())
     if admit:
         admit(size)
-    loaded = _finish_target(planned.target, planned.family, report)
+    trial = trial or Trial.of()
+    loaded = _finish_target(planned.target, planned.family, trial, report)
     opened, draft_plan = planned.opened, planned.drafter
-    finished = _finish_drafter(opened, draft_plan, report) if opened and draft_plan else None
+    finished = _finish_drafter(opened, draft_plan, trial, report) if opened and draft_plan else None
     return LoadedPair(loaded, finished, (*planned.notes, *loaded.notes), planned.lookup, size)
 
 
@@ -158,7 +84,7 @@ def load_target(name: str, *, dtype: mx.Dtype | None = None, report: Report | No
     report: called with (stage, done bytes, total bytes). Raises DownloadError, CheckpointError, RequestError.
     """
     family, folder, notes = _open_target(name, lambda name: _on_disk(name, report))
-    loaded = _finish_target(plan(folder, family.build, dtype), family, report)
+    loaded = _finish_target(plan(folder, family.build, dtype), family, Trial.of(), report)
     return replace(loaded, notes=(*notes, *loaded.notes))
 
 
@@ -180,7 +106,7 @@ def load_drafter(
     notes = check_pair(opened.network, target.model.config, opened.folder.config, names, target.base_model)
     notes += opened.notes
     made = _plan_drafter(opened, dtype or target.dtype, quantize)
-    return replace(_finish_drafter(opened, made, report), notes=tuple(notes))
+    return replace(_finish_drafter(opened, made, Trial.of(), report), notes=tuple(notes))
 
 
 # before weights -------------------------------------------------------------------------------------------
@@ -267,11 +193,6 @@ def plan_pair(
     if draft_plan:
         notes += _compare_sizes(draft_plan, target_plan)
     return PlannedPair(family, target_plan, opened, draft_plan, looks_up, tuple(notes))
-
-
-def make_drafter(target: Target, cache: Cache, network: tuple[Kind, Any] | None) -> Drafter:
-    """What drafts over a cache of the target: (kind, its network); plain decoding if there is none."""
-    return network[0].make(Parts(target, cache, network[1])) if network else PlainDrafter()
 
 
 def _open_target(name: str, open_: Open) -> tuple[Family, Folder, list[str]]:
@@ -412,14 +333,14 @@ def _compare_sizes(drafter: Plan, target: Plan) -> list[str]:
 # weights --------------------------------------------------------------------------------------------------
 
 
-def _finish_target(made: Plan, family: Family, report: Report | None) -> LoadedTarget:
+def _finish_target(made: Plan, family: Family, trial: Trial, report: Report | None) -> LoadedTarget:
     folder = made.folder
     sampling, eos, notes = _defaults(folder)
     base_model = not _has_chat_template(folder.path)
     weight_bytes = read(made, report)
-    use_kernels(made.model)
+    model, kernels = with_kernels(cast(Target, made.model), made.dtype, trial)
     return LoadedTarget(
-        model=cast(Target, made.model),
+        model=model,
         path=folder.path,
         name=folder.name,
         sampling=sampling,
@@ -429,19 +350,20 @@ def _finish_target(made: Plan, family: Family, report: Report | None) -> LoadedT
         base_model=base_model,
         family=family.name,
         notes=notes,
+        kernels=kernels,
     )
 
 
-def _finish_drafter(opened: Opened, made: Plan, report: Report | None) -> LoadedDrafter:
+def _finish_drafter(opened: Opened, made: Plan, trial: Trial, report: Report | None) -> LoadedDrafter:
     weight_bytes, model, folder = read(made, report), made.model, made.folder
-    use_kernels(model)
     if isinstance(model, Assistant) and model.config.clusters:
         ordering = model.masked_embedding.token_ordering
         if not mx.array_equal(mx.sort(ordering), mx.arange(ordering.size, dtype=ordering.dtype)).item():
             raise CheckpointError(
                 f"{folder.path}: token_ordering is no ordering of {ordering.size} tokens; download it again"
             )
-    return LoadedDrafter(opened.kind, model, folder.path, folder.name, weight_bytes)
+    kernels = with_head_kernel(model, trial) if isinstance(model, Assistant) else ()
+    return LoadedDrafter(opened.kind, model, folder.path, folder.name, weight_bytes, kernels=kernels)
 
 
 # what comes with a target ---------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ class ModelRunner:
         members, counts = [c.row for c in chunks], [c.count for c in chunks]
         rows, columns = slice(members[0].index, members[-1].index + 1), max(counts)
         tokens, newest, kept = *map(mx.array, feed(chunks)), mx.array(counts, mx.int32)
-        pass_, taps = self._cache.open(rows, columns), self._drafter.taps
+        pass_, taps = self._cache.open(rows, columns, settles=True), self._drafter.taps
         hidden, tapped = self._target.forward(tokens, pass_, taps, None if taps else kept - 1)
         self._cache.commit(rows, kept, columns)
         for row, count in zip(members, counts, strict=True):

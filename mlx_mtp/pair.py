@@ -18,15 +18,20 @@ from typing import cast
 import mlx.core as mx
 import numpy as np
 
-from mlx_mtp import inside, kernels
+from mlx_mtp import inside, mlx_setup
+from mlx_mtp.chat import Chat
 from mlx_mtp.cost_profile import BATCHES, CostProfiler, file_of
 from mlx_mtp.doctor import memory_bytes, on_gpu
 from mlx_mtp.draft_length import MAX_WIDTH, PRIOR_PROFILE, DraftLengthPolicy, GoodputPolicy, make_policy
+from mlx_mtp.few_rows import Trial
 from mlx_mtp.kept import own_cache
+from mlx_mtp.kernels.self_test import summary
 from mlx_mtp.load import LoadedPair, load_pair
 from mlx_mtp.memory_budget import Budget, Room, budget, check
+from mlx_mtp.mlx_setup import Setup, Tuned
 from mlx_mtp.pairs import poor_acceptance
 from mlx_mtp.processors import check_ids
+from mlx_mtp.prompt_chunks import fitted
 from mlx_mtp.provenance import chip
 from mlx_mtp.rows import Completion, Event, FinishReason, Request, RequestError, Sampling, Stats, TokenLogprob
 from mlx_mtp.scheduler import Limits
@@ -49,6 +54,7 @@ def load(
     limits: Limits | None = None,
     prefix_bytes: int | None = None,
     report: Callable[[str, int, int], None] | None = None,
+    setup: Setup | None = None,
 ) -> Pair:
     """Load a target and its drafter.
 
@@ -61,7 +67,8 @@ def load(
     each would not hold a useful context (8,192 tokens, or the model's own).
     prefix_bytes: memory for what has been computed of earlier prompts and replies, so that a later prompt that begins
     the same costs only the rest; None is half of that for all keys and values, which running requests take back as they
-    need it; 0 keeps nothing. report: called with (stage, done bytes, total bytes) while weights are read.
+    need it; 0 keeps nothing. report: called with (stage, done bytes, total bytes) while weights are read. setup: how
+    a Mac's GPU is used.
     Raises CheckpointError, DownloadError, PairingError or RequestError, before weights are read where possible; a pair
     that does not fit into the memory is refused before.
     """
@@ -69,6 +76,10 @@ def load(
         raise RequestError(f"dtype is {dtype!r}; expected {', '.join(DTYPES)}")
     if prefix_bytes is not None and (type(prefix_bytes) is not int or prefix_bytes < 0):
         raise RequestError(f"prefix_bytes is {prefix_bytes!r}; expected a number of bytes, 0 to keep nothing")
+    setup = setup or Setup()
+    trial = Trial.of(setup.kernels)
+    if setup.tuning:
+        mlx_setup.prepare()
     if target == TINY:
         target = str(resources.files("mlx_mtp") / "data" / "tiny" / "target")
     room = _room(limits or Limits())
@@ -79,8 +90,11 @@ def load(
         quantize=quantize_drafter,
         admit=lambda size: check(size, budget(size, room), target),
         report=report,
+        trial=trial,
     )
-    return Pair(loaded, Text.from_dir(loaded.target.path), limits, prefix_bytes)
+    pair = Pair(loaded, Text.from_dir(loaded.target.path), limits, prefix_bytes)
+    pair._tuned = Tuned() if setup.tuning else None
+    return pair
 
 
 class Pair:
@@ -98,7 +112,8 @@ class Pair:
         self.context_tok = target.model.config.max_positions
         self._model, self._eos = target.model, target.eos
         self._loaded = loaded
-        self._limits, self._profile = _limits(self.budget, asked, prefix_bytes), False
+        self._limits, self._profile = limits_of(loaded, self.budget, asked, prefix_bytes), False
+        self._tuned: Tuned | None = None
         self._costs = PRIOR_PROFILE
         self._profiler = profiler_of(loaded)
         self.restart()
@@ -109,6 +124,17 @@ class Pair:
         self._engine = self._loaded.new_engine(make_policy(0), self._limits)
         self._engine.profile = self._profile
         self._inbox: dict[int, deque[Event]] = {}
+
+    def close(self) -> None:
+        """Undo what loading has set of MLX. The pair can still be used."""
+        if self._tuned:
+            self._tuned.close()
+        self._tuned = None
+
+    @property
+    def kernels(self) -> str | None:
+        """Which kernels run, by how much they win, and which do not and why, in a line; None without Metal."""
+        return summary(self._loaded.kernels) if self._loaded.kernels else None
 
     def profile(self) -> None:
         """From now on `Stats.draft_s` tells drafting from verifying, at the cost of a wait a round."""
@@ -212,6 +238,8 @@ class Pair:
     def _close(self, *runs: _Run) -> None:
         for run in runs:
             run.close()
+        if self.idle:
+            self.free_buffers()
 
     def _pump(self) -> None:
         """One step of the engine; events wait for whoever reads their request."""
@@ -273,6 +301,11 @@ class Pair:
     def cancel(self, request: int) -> Stats | None:
         """Forget a request; its row is free before the next pass. Returns what it had cost, None if it had ended."""
         return self._engine.cancel(request)
+
+    def free_buffers(self) -> None:
+        """Give back the memory of buffers that no array uses; for a moment when nothing runs."""
+        if self._tuned:
+            self._tuned.idle()
 
     def _policy(self, width: int | str) -> DraftLengthPolicy:
         """The policy for a width, each made once. Raises RequestError."""
@@ -402,55 +435,6 @@ class _Run:
         self._pair._inbox.pop(self._id, None)
 
 
-class Chat:
-    """A conversation. Each turn continues the very tokens of the one before, so that the engine finds them computed.
-
-    messages: the conversation so far, as the chat template takes it.
-    """
-
-    def __init__(self, pair: Pair, system: str | None) -> None:
-        self._pair, self._system = pair, system
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget the conversation, except for its system message."""
-        self.messages = [{"role": "system", "content": self._system}] if self._system else []
-        self._said: tuple[int, ...] = ()  # token ids of prompt and reply so far
-        self._shown = ""  # and the text they render as
-
-    def send(
-        self,
-        text: str,
-        sampling: Sampling | None = None,
-        width: int | str = "auto",
-        max_tokens: int | None = None,
-    ) -> Generator[Event, None, None]:
-        """Say something; the reply comes as events. Closing the iterator ends the reply and keeps what was said."""
-        if not text.strip():
-            raise RequestError("the message is empty; expected some text")
-        messages = [*self.messages, {"role": "user", "content": text}]
-        rendered = self._pair.text.render(messages)
-        ids = self._continue(rendered)
-        run = _Run(self._pair, ids, sampling, width, max_tokens, ())
-        return self._reply(run, messages, rendered, ids)
-
-    def _continue(self, rendered: str) -> list[int]:
-        """Token ids of the conversation: those it already has and the new text's, or all anew if the template
-        renders earlier turns otherwise than they were said."""
-        if self._said and rendered.startswith(self._shown):
-            return [*self._said, *self._pair.text.encode_rest(rendered[len(self._shown) :])]
-        return self._pair.text.encode(rendered)
-
-    def _reply(self, run: _Run, messages: list[dict], rendered: str, ids: list[int]) -> Generator[Event, None, None]:
-        try:
-            yield from self._pair._events(run)
-        finally:
-            reply = "".join(run.pieces)
-            self.messages = [*messages, {"role": "assistant", "content": reply}]
-            spoken = [t for t in run.tokens if t not in self._pair._eos]
-            self._said, self._shown = (*ids, *spoken), rendered + reply
-
-
 def leave_thread() -> None:
     """End this thread's MLX streams; a thread that ran a pair must, or MLX 0.32 aborts the process at its exit."""
     mx.clear_streams()
@@ -464,10 +448,10 @@ def _room(limits: Limits) -> Room:
     return Room(memory_bytes(), limits.max_rows, chunk, chunk, limits.kv_bytes)
 
 
-def _limits(found: Budget, limits: Limits, prefix_bytes: int | None) -> Limits:
+def limits_of(loaded: LoadedPair, found: Budget, limits: Limits, prefix_bytes: int | None = None) -> Limits:
     """The engine's limits within a budget; of the memory for keys and values a share is for prefixes."""
     return replace(
-        limits,
+        fitted(limits, found.chunk, loaded),
         max_rows=found.num_seqs,
         kv_bytes=found.kv_bytes,
         prefix_bytes=int(PREFIX_SHARE * found.kv_bytes) if prefix_bytes is None else prefix_bytes,
@@ -478,7 +462,7 @@ def profiler_of(loaded: LoadedPair) -> CostProfiler:
     """Of a pair with these kernels, on this machine and version of MLX."""
     parts = [loaded.target, *([loaded.drafter] if loaded.drafter else [])]
     how = [str(loaded.target.dtype), *(part.weight_bytes for part in parts), loaded.lookup]
-    usable = [name for name, reason in kernels.check().items() if reason is None]
+    usable = [(o.kernel, o.shape) for o in loaded.kernels if o.reason is None]
     file = file_of(own_cache(), [part.path for part in parts], how, chip(), metadata.version("mlx"), usable)
     return CostProfiler(file, loaded.catch_up)
 

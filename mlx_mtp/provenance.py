@@ -12,7 +12,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_mtp.doctor import chip_brand, facts, ram_bytes
+from mlx_mtp.doctor import facts, ram_bytes
+from mlx_mtp.mlx_setup import chip_brand
 
 PACKAGES = ("mlx", "mlx-metal", "mlx-cpu", "mlx-cuda-12", "mlx-cuda-13", "mlx-lm", "mlx-vlm", "numpy")
 

@@ -146,19 +146,6 @@ class Sampler:
         tokens = mx.arange(count, dtype=mx.uint32) if ids is None else ids
         return mx.where(self._certain, 0.0, gumbel(seed, position, tokens))
 
-    @property
-    def drafts_by_kernel(self) -> bool:
-        """Whether `drafting` says all there is to know of a draft: nothing is processed or filtered (the kernel draws
-        by the head's logits as they come), no logits are kept."""
-        return self.processors is None and not self.keep_logits and (self.greedy or not self._filtered)
-
-    def drafting(self, position: mx.array) -> Draw | None:
-        """`draw`'s noise as kernels take it, with logits as they come, at position [B]; None: all rows are greedy."""
-        if self.greedy:
-            return None
-        inverse = mx.where(self._certain, 0.0, self._scale)[:, 0, 0]
-        return Draw(inverse, self._stream_seed(DRAFT_STREAM), position)
-
     def choosing(self, position: mx.array) -> Draw | None:
         """`choose`'s noise as kernels take it, with scaled logits; position [B] is that of the first column."""
         if self.greedy:

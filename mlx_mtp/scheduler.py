@@ -27,9 +27,10 @@ class Limits:
     """max_rows: requests that run at once.
     stall_s: how much longer than a round alone a round may take because a prompt chunk runs beside it.
     alone_tok: the prompt chunk while no row decodes; a request that comes then waits for the end of one. Fixed, so
-    that a prompt alone is always computed in the same pieces; 128 tokens took no longer a token than 512. Prompts with
-    no more than that left go together, as many as the machine computes in `stall_s`.
+    that a prompt alone is always computed in the same pieces; on a CPU 128 tokens took no longer a token than 512.
+    Prompts with no more than that left go together, as many as the machine computes in `stall_s`.
     chunk_tok: the widest prompt chunk beside running rows. first_chunk_tok: there, until the machine's speed is known.
+    score_chunk: how long a chunk after so many tokens may be by the memory for its attention scores; None is no limit.
     kv_bytes: what all keys and values may take, the rows' with their drafter's own and those of kept prefixes; None is
     no limit. prefix_bytes: of these, what prefixes may take while no row needs them. Less than a row's windows take
     keeps nothing.
@@ -40,6 +41,7 @@ class Limits:
     alone_tok: int = 128
     chunk_tok: int = 512
     first_chunk_tok: int = 64
+    score_chunk: Callable[[int], int] | None = None
     kv_bytes: int | None = None
     prefix_bytes: int = 0
     spacing: Spacing = Spacing()
@@ -255,15 +257,15 @@ class Scheduler:
         first, out = feeding[0], []
         budget = self._budget(first.prefilled)
         short, together = self._short(budget)
-        share = first.reach if first.left <= short else min(first.reach, -(-budget // 2))
+        share = self._reach(first) if first.left <= short else min(self._reach(first), -(-budget // 2))
         used = share
         for row in sorted(feeding[1:], key=lambda r: (-r.request.priority, r.left, r.id)):
-            count = min(row.reach, (together if row.left <= short else budget) - used)
+            count = min(self._reach(row), (together if row.left <= short else budget) - used)
             if count > 0:
                 out.append(Chunk.of(row, count))
                 used += count
         if not any(c.last for c in out):  # nobody's first token waits for this pass
-            share = max(share, min(first.reach, budget - used + share))
+            share = max(share, min(self._reach(first), budget - used + share))
         elif share < first.left:
             share = min(share, max(CHUNK_STEP, used - share))
         return [Chunk.of(first, share), *out]
@@ -278,6 +280,13 @@ class Scheduler:
             return
         extra = seconds - self._round_s if beside and self._round_s else seconds
         self._pace.learn(max(extra, 0.05 * seconds), [(c.start, c.count) for c in chunks])
+
+    def _reach(self, row: Row) -> int:
+        """How many prompt tokens of a row the next chunk may have; always some."""
+        if self.limits.score_chunk is None:
+            return row.reach
+        fits = self.limits.score_chunk(row.prefilled)
+        return min(row.reach, max(CHUNK_STEP, fits // CHUNK_STEP * CHUNK_STEP))
 
     @property
     def _alone(self) -> bool:

@@ -33,7 +33,7 @@ def logits(target: LoadedTarget, ids: np.ndarray) -> np.ndarray:
 def draft(target: LoadedTarget, drafter: LoadedDrafter, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Logits of the first draft step after a prompt, and the token ids of its columns."""
     cache, hidden = prefilled(target, ids)
-    sliding, full = target.model.drafter_slots
+    sliding, full = target.model.config.drafter_slots
     views = cache.committed(sliding, ROW, 17), cache.committed(full, ROW, None)
     embedded = target.model.embed(mx.array(ids)[None, -1:])
     y, _ = drafter.model.step(embedded, hidden[:, -1:], cache.lengths[ROW], views)
@@ -45,7 +45,7 @@ def shared_with_drafter(target: LoadedTarget, cache: Cache) -> dict[str, np.ndar
     """Keys and values [heads, positions, D] that the drafter reads: a window and one of the sliding layer, all of the
     full one."""
     length, found = cache.bounds[0], {}
-    for slot, kind in zip(target.model.drafter_slots, ("sliding_attention", "full_attention"), strict=True):
+    for slot, kind in zip(target.model.config.drafter_slots, ("sliding_attention", "full_attention"), strict=True):
         window = target.model.specs[slot].window
         places = np.arange(max(0, length - window - 1) if window else 0, length)
         (part,) = cache.committed(slot, ROW, window and window + 1).parts

@@ -40,12 +40,13 @@ def test_a_step_of_kernels_is_what_the_code_launches():
     # norms and rotations; then the last norm and the output head, the verdict's two, the embedding's dequantising
     layers, full = 30, 5
     assert step[FUSED] == (7 + 4 + 2 + 13) * layers - full + 1 + 1 + 2 + 1
-    assert draft[FUSED] == (4 + 2 + 6) * 4 + 3 + 1 + 1
+    assert draft[FUSED] == (2 + 6) * 4 + 1 + 1
 
 
-def test_attention_over_heads_of_512_is_several_operations_without_the_kernel():
+def test_attention_over_heads_of_512_is_one_operation_of_mlx_for_up_to_32_queries_a_key_head():
     with dispatches.as_on_metal(kernels=False):
         made = dispatches.networks("E4B", 4)
-        step = dispatches.round_of(made, 0)
-    assert step["Softmax"] == 7 and step["Matmul"] == 2 * 7
+        step, wide = dispatches.round_of(made, 0), dispatches.round_of(made, 15)
+    assert step["Softmax"] == 0
+    assert wide["Softmax"] == 42  # 4 heads a key head, 16 columns: in sliding layers too
     assert step["QuantizedMatmul"] == 24 * 2 + 42 * (2 + 3 + 2) + 2  # keys and values; every layer; two outside

@@ -1,4 +1,4 @@
-"""head: the token that the clustered vocabulary would choose, reading only the clusters that compete."""
+"""head: the logits of a clustered vocabulary, reading only the clusters that compete."""
 
 import metal_emu as emu
 import mlx.core as mx
@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from metal_emu import checks, cuda, lint
 
-from mlx_mtp.kernels import head, noise
-from mlx_mtp.kernels.choice import Draw
+from mlx_mtp.kernels import head
 from mlx_mtp.kernels.head import Clusters
 from mlx_mtp.kernels.matrix import Matrix
 
@@ -35,30 +34,6 @@ def states(m: int, hidden: int = 64, dtype: mx.Dtype = mx.bfloat16) -> mx.array:
     return mx.random.normal((m, hidden), key=mx.random.key(3)).astype(dtype)
 
 
-def draws(m: int) -> Draw:
-    rng = np.random.default_rng(m)
-    inverse = mx.array(rng.choice([0.0, 0.05, 0.3, 1.0], m).astype(np.float32))
-    seeds = mx.array(rng.integers(0, 2**32, (m, 2), dtype=np.uint32))
-    return Draw(inverse, seeds, mx.array(rng.integers(0, 5000, m)))
-
-
-def by_hand(y: mx.array, clusters: Clusters, draw: Draw | None = None) -> list[int]:
-    """The definition, one row at a time in numpy."""
-    hidden, centroids = np.array(y.astype(mx.float32)), np.array(clusters.centroids.dense())
-    embedding = np.array(clusters.embedding.dense())
-    ordering = np.array(clusters.ordering).reshape(len(centroids), -1)
-    tokens = []
-    for m, state in enumerate(hidden):
-        best = np.argsort(-(centroids @ state), kind="stable")[: clusters.top]
-        candidates = np.sort(ordering[best].ravel())
-        values = embedding[candidates] @ state
-        if draw is not None and draw.inv_temperature[m].item() > 0:
-            gumbel = noise.gumbel(draw.seed[m], draw.position[m], mx.array(candidates))
-            values = values * draw.inv_temperature[m].item() + np.array(gumbel)
-        tokens.append(int(candidates[np.argmax(values)]))
-    return tokens
-
-
 def scored_by_hand(y: mx.array, clusters: Clusters) -> list[dict[int, float]]:
     """Token -> logit of those in the best clusters of every row, in numpy."""
     hidden, centroids = np.array(y.astype(mx.float32)), np.array(clusters.centroids.dense())
@@ -83,21 +58,6 @@ def assert_scored(found: tuple[mx.array, mx.array], wanted: list[dict[int, float
 def test_the_reference_is_the_definition(kind):
     clusters, y = vocabulary(kind), states(9)
     assert_scored(head.logits(y, clusters), scored_by_hand(y, clusters))
-    assert head.head(y, clusters).tolist() == by_hand(y, clusters)
-    assert head.head(y, clusters, draws(9)).tolist() == by_hand(y, clusters, draws(9))
-
-
-def test_drawn_tokens_follow_the_softmax_over_the_candidates():
-    clusters, places = vocabulary(count=6, size=4, top=2), 4000
-    y = mx.broadcast_to(states(1) * 0.1, (places, 64))
-    draw = Draw(mx.ones((places,)), mx.broadcast_to(mx.array([7, 9], dtype=mx.uint32), (places, 2)), mx.arange(places))
-    counts = np.bincount(np.array(head.head(y, clusters, draw)), minlength=24)
-    scores = np.array(clusters.centroids.dense() @ y[0].astype(mx.float32))
-    candidates = np.array(clusters.ordering).reshape(6, 4)[np.argsort(-scores)[:2]].ravel()
-    logits = np.array(clusters.embedding.dense() @ y[0].astype(mx.float32))[candidates]
-    expected = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum() * places
-    assert counts.sum() == counts[candidates].sum()
-    assert ((counts[candidates] - expected) ** 2 / expected).sum() < 7 + 4.5 * np.sqrt(14)
 
 
 def test_every_refusal_has_a_reason():
@@ -106,20 +66,6 @@ def test_every_refusal_has_a_reason():
     assert "41 clusters of 40" in head.why_not(y, vocabulary(top=41))
     assert "not rows of 64" in head.why_not(states(2, 32), clusters)
     assert "hidden size 8192" in head.why_not(states(1, 8192), vocabulary(hidden=8192, count=2, size=2, top=1))
-
-
-@emulated
-@pytest.mark.parametrize("sampled", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_kernels_agree_with_the_reference(kind, sampled):
-    clusters, y = vocabulary(kind), states(5)
-    draw = draws(5) if sampled else None
-    with emu.patched() as launches:
-        assert head.why_not(y, clusters) is None
-        token = head.head(y, clusters, draw)
-    assert token.dtype == mx.int32 and token.tolist() == by_hand(y, clusters, draw)
-    names = [k.definition.name.removesuffix("_noisy") for k in launches]
-    assert names == ["head_scores", "head_select", "head_clusters", "head_final"]
 
 
 @emulated
@@ -137,7 +83,7 @@ def test_the_logits_of_the_best_clusters_are_the_reference_s(kind):
 def test_every_float_type(dtype):
     clusters, y = vocabulary(), states(2, dtype=dtype)
     with emu.patched():
-        assert head.head(y, clusters).tolist() == by_hand(y, clusters)
+        assert_scored(head.logits(y, clusters), scored_by_hand(y, clusters))
 
 
 @emulated
@@ -145,7 +91,7 @@ def test_every_float_type(dtype):
 def test_the_ordering_may_be_of_any_integer_type(ordering):
     clusters, y = vocabulary(ordering=ordering), states(2)
     with emu.patched():
-        assert head.head(y, clusters).tolist() == by_hand(y, clusters)
+        assert_scored(head.logits(y, clusters), scored_by_hand(y, clusters))
 
 
 @emulated
@@ -156,7 +102,6 @@ def test_the_ordering_may_be_of_any_integer_type(ordering):
 def test_the_smallest_and_the_ragged_shapes(hidden, count, size, top):
     clusters, y = vocabulary("plain", hidden, count, size, top), states(3, hidden)
     with emu.patched():
-        assert head.head(y, clusters).tolist() == by_hand(y, clusters)
         assert_scored(head.logits(y, clusters), scored_by_hand(y, clusters))
 
 
@@ -164,37 +109,40 @@ def test_the_smallest_and_the_ragged_shapes(hidden, count, size, top):
 def test_more_rows_than_fit_into_threadgroup_memory_at_once():
     clusters, y = vocabulary(hidden=1024, count=9, size=4, top=2), states(9, 1024)
     with emu.patched():
-        together = head.head(y, clusters)
-        alone = [head.head(y[i : i + 1], clusters).item() for i in range(9)]
-    assert together.tolist() == alone == by_hand(y, clusters)
+        together = head.logits(y, clusters)
+        alone = [
+            mx.concatenate(parts)
+            for parts in zip(*(head.logits(y[i : i + 1], clusters) for i in range(9)), strict=True)
+        ]
+    assert mx.array_equal(together[0], alone[0]) and mx.array_equal(together[1], alone[1])
+    assert_scored(together, scored_by_hand(y, clusters))
 
 
 @emulated
-def test_ties_go_to_the_lower_cluster_and_the_lower_token():
+def test_of_clusters_that_tie_the_lower_ones_compete():
     ones = Matrix(mx.ones((40, 64), dtype=mx.bfloat16))
     order = mx.array(np.random.default_rng(1).permutation(40 * 4).astype(np.int32))
     clusters = Clusters(ones, order, Matrix(mx.ones((160, 64), dtype=mx.bfloat16)), 7)
     y = mx.ones((2, 64), dtype=mx.bfloat16)
-    lowest = order[:28].min().item()
-    assert head.reference(y, clusters).tolist() == [lowest] * 2
     with emu.patched():
-        assert head.head(y, clusters).tolist() == [lowest] * 2
+        _, tokens = head.logits(y, clusters)
+    assert [sorted(row) for row in tokens.tolist()] == [sorted(order[:28].tolist())] * 2
 
 
 @emulated
-def test_without_any_finite_logit_the_token_is_still_one():
+def test_without_any_finite_score_the_tokens_are_still_some():
     clusters, y = vocabulary(), mx.full((1, 64), -mx.inf, dtype=mx.bfloat16)
     with emu.patched():
-        assert 0 <= head.head(y, clusters).item() < 40 * 24
-    assert 0 <= head.reference(y, clusters).item() < 40 * 24
+        _, tokens = head.logits(y, clusters)
+    assert all(0 <= token < 40 * 24 for token in tokens[0].tolist())
 
 
 @emulated
 @pytest.mark.parametrize("order", [1, 2])
-def test_no_lane_order_changes_the_token(order):
+def test_no_lane_order_changes_a_logit(order):
     clusters, y = vocabulary("affine4"), states(3)
     with emu.patched(order=order, seed=5):
-        assert head.head(y, clusters, draws(3)).tolist() == by_hand(y, clusters, draws(3))
+        assert_scored(head.logits(y, clusters), scored_by_hand(y, clusters))
 
 
 @emulated
@@ -208,21 +156,17 @@ def test_at_the_real_size_it_reads_two_percent_more_than_it_must():
     embedding = (halves[0, :, None] + halves[1]).reshape(count * size, hidden).astype(mx.bfloat16)
     clusters = Clusters(matrix(1, count, hidden, "plain"), mx.array(ordering), Matrix(embedding), top)
     y = states(1, hidden)
-    for call, most in ((head.head, 4 * count), (head.logits, 4 * top * size)):
-        with emu.patched(count_fetches=True) as launches:
-            found = call(y, clusters)
-        if call is head.head:
-            assert found.tolist() == head.reference(y, clusters).tolist()
-        least = count * hidden * 2 + top * size * (hidden * 2 + 4)
-        assert emu.bytes_read(launches, "w") == (count + top * size) * hidden * 2
-        assert emu.bytes_fetched(launches) <= 1.02 * least
-        largest = max(x.size for k in launches for x in k.statistics.buffers.values() if x.written)
-        assert largest == most  # nothing of vocabulary size is written
+    with emu.patched(count_fetches=True) as launches:
+        head.logits(y, clusters)
+    least = count * hidden * 2 + top * size * (hidden * 2 + 4)
+    assert emu.bytes_read(launches, "w") == (count + top * size) * hidden * 2
+    assert emu.bytes_fetched(launches) <= 1.02 * least
+    largest = max(x.size for k in launches for x in k.statistics.buffers.values() if x.written)
+    assert largest == 4 * top * size  # nothing of vocabulary size is written
 
 
-def launches_of(m: int, clusters: Clusters, draw: Draw | None = None):
+def launches_of(m: int, clusters: Clusters):
     with emu.patched(dry=True) as launches:
-        head.head(states(m, clusters.centroids.columns), clusters, draw)
         head.logits(states(m, clusters.centroids.columns), clusters)
     return launches
 
@@ -232,22 +176,22 @@ SMALLEST = {"hidden": 1, "count": 1, "size": 1, "top": 1}
 
 @emulated
 def test_the_text_is_mlx_s_own():
-    checks.assert_text_is_mlx_s(launches_of(2, vocabulary("affine4"), draws(2)))
+    checks.assert_text_is_mlx_s(launches_of(2, vocabulary("affine4")))
     checks.assert_text_is_mlx_s(launches_of(1, vocabulary(**SMALLEST)))
 
 
 @emulated
 @pytest.mark.skipif(lint.unavailable() is not None, reason=str(lint.unavailable()))
 def test_the_lint_is_clean_at_the_smallest_shape_and_at_a_usual_one():
-    checks.assert_lint_is_clean(launches_of(1, vocabulary(**SMALLEST), draws(1)))
-    checks.assert_lint_is_clean(launches_of(2, vocabulary("affine4"), draws(2)))
+    checks.assert_lint_is_clean(launches_of(1, vocabulary(**SMALLEST)))
+    checks.assert_lint_is_clean(launches_of(2, vocabulary("affine4")))
     checks.assert_lint_is_clean(launches_of(2, vocabulary("mxfp4")))
 
 
 @emulated
 @pytest.mark.skipif(cuda.unavailable() is not None, reason=str(cuda.unavailable()))
 def test_it_compiles_for_cuda():
-    checks.assert_compiles_for_cuda(launches_of(2, vocabulary("affine4"), draws(2)))
+    checks.assert_compiles_for_cuda(launches_of(2, vocabulary("affine4")))
 
 
 MUTANTS = [  # what is wrong, kernel, part, old, new
@@ -289,62 +233,43 @@ MUTANTS = [  # what is wrong, kernel, part, old, new
         "if (lane == 31) {\n      part[0][simdgroup] = above_upto;",
         "if (lane >= 30) {\n      part[0][simdgroup] = above_upto;",
     ),
-    ("clusters are contiguous tokens", "head_clusters", "source", "uint(ordering[members + r])", "uint(members + r)"),
-    ("a quarter of the tokens compete", "head_clusters", "source", "r += 4", "r += 16"),
-    (
-        "the seed of the first row serves all",
-        "head_clusters",
-        "source",
-        "uint(seed[2 * m]), uint(seed[2 * m + 1])",
-        "uint(seed[0]), uint(seed[1])",
-    ),
-    ("only half the slots are compared", "head_final", "source", "i < top; i += 32", "i < top / 2; i += 32"),
-    ("noise forgets the token", "head_clusters", "header", "noise_mix(token ^ key)", "noise_mix(key)"),
-]
-
-
-LOGITS_MUTANTS = [
+    ("clusters are contiguous tokens", "head_logits", "source", "uint(ordering[members + r])", "uint(members + r)"),
     (
         "every row writes the first",
+        "head_logits",
+        "source",
         "(size_t(m) * TOP + slot) * SIZE + r] = logit",
         "slot * SIZE + r] = logit",
     ),
-    ("tokens are places", "= int(token)", "= int(members + r)"),
-    ("one simdgroup of four", "r = simdgroup; r < SIZE; r += 4", "r = simdgroup; r < SIZE / 4; r += 4"),
+    ("tokens are places", "head_logits", "source", "= int(token)", "= int(members + r)"),
+    (
+        "one simdgroup of four",
+        "head_logits",
+        "source",
+        "r = simdgroup; r < SIZE; r += 4",
+        "r = simdgroup; r < SIZE / 4; r += 4",
+    ),
 ]
 
 
-@emulated
-@pytest.mark.parametrize("mutant", LOGITS_MUTANTS, ids=lambda m: m[0].replace(" ", "-"))
-def test_mutants_of_the_logits_are_caught(mutant):
-    _, old, new = mutant
-    clusters, y = vocabulary("affine4"), states(3)
-    with (
-        pytest.raises((AssertionError, emu.EmulationError)),
-        emu.patched(edit=checks.planted("head_logits", "source", old, new)),
-    ):
-        assert_scored(head.logits(y, clusters), scored_by_hand(y, clusters))
-
-
 def hard():
-    return vocabulary(count=40, size=24, top=30), states(24), draws(24)  # 30 of 40: some scores are negative
+    return vocabulary(count=40, size=24, top=30), states(24)  # 30 of 40: some scores are negative
 
 
 @emulated
 def test_what_the_mutants_run_on_is_right_without_them():
-    clusters, y, draw = hard()
+    clusters, y = hard()
     with emu.patched():
-        assert head.head(y, clusters, draw).tolist() == by_hand(y, clusters, draw)
+        assert_scored(head.logits(y, clusters), scored_by_hand(y, clusters))
 
 
 @emulated
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m[0].replace(" ", "-"))
 def test_mutants_are_caught(mutant):
     _, kernel, part, old, new = mutant
-    clusters, y, draw = hard()
-    with emu.patched(edit=checks.planted(kernel, part, old, new)):
-        try:
-            token = head.head(y, clusters, draw)
-        except emu.EmulationError:
-            return
-    assert token.tolist() != by_hand(y, clusters, draw)
+    clusters, y = hard()
+    with (
+        pytest.raises((AssertionError, emu.EmulationError)),
+        emu.patched(edit=checks.planted(kernel, part, old, new)),
+    ):
+        assert_scored(head.logits(y, clusters), scored_by_hand(y, clusters))

@@ -92,14 +92,24 @@ def test_a_row_s_bits_do_not_depend_on_the_row_count(layout, counts):
 
 
 @emulated
-def test_more_than_sixteen_rows_are_cut_and_no_bit_changes():
+def test_more_rows_than_a_tile_are_cut_in_one_launch_and_no_bit_changes():
     matrix, x = make("affine4", 21, 256), rows(37, 256)
     with emu.patched(count_fetches=True) as launches:
         together = rows_qmv.rows_qmv(x, matrix)
-        assert len(launches) == 3
-        alone = mx.concatenate([rows_qmv.rows_qmv(x[i : i + 16], matrix) for i in (0, 16, 32)])
+        assert len(launches) == 1
+        assert emu.bytes_fetched(launches, "w", "scales", "biases") == 5 * matrix.rows * matrix.row_bytes
+        alone = mx.concatenate([rows_qmv.rows_qmv(x[i : i + 8], matrix) for i in range(0, 37, 8)])
         assert mx.array_equal(rows_qmv.rows_qmv(x[36:], matrix), together[36:])
     assert mx.array_equal(together, alone)
+
+
+@emulated
+def test_two_libraries_serve_every_number_of_rows():
+    matrix = make("affine4", 21, 256)
+    with emu.patched(dry=True) as launches:
+        for count in range(1, 65):
+            rows_qmv.rows_qmv(rows(count, 256), matrix)
+    assert len(launches) == 64 and len({emu.library(launch) for launch in launches}) == 2
 
 
 @emulated
@@ -225,7 +235,7 @@ MUTANTS = [  # what is wrong, part, old, new
     ("blocks are read twice", "source", "block += 32", "block += 31"),
     ("the bias is left out", "source", "if (FORMAT == 1) acc[m][r] = fma(bias[r], total, acc[m][r]);", ""),
     ("the scale of another group", "source", "scales, row * groups + block * 8 / GROUP", "scales, row * groups"),
-    ("every row is the first", "source", "x + size_t(m) * K", "x"),
+    ("every row is the first", "source", "x + size_t(m0 + m) * K", "x"),
     ("nibbles are read backwards", "header", "(word >> (BITS * place))", "(word >> (32 - BITS - BITS * place))"),
     (
         "half the lanes are summed",

@@ -127,7 +127,7 @@ def test_the_keys_and_values_that_a_drafter_reads_are_the_references(shape, prom
     models, g = fixture(shape), goldens(shape)
     ids, window = g[f"{prompt}/ids"], window_of(models)
     rows, _ = prefilled(models, ids, chunk)
-    sliding, full = models.target.drafter_slots
+    sliding, full = models.target.config.drafter_slots
     (part,) = rows.committed(sliding, ONE, window + 1).parts
     places = np.arange(max(0, len(ids) - window - 1), len(ids))
     slots = places % rows.ring_size(window)

@@ -103,7 +103,7 @@ def test_nonsense_is_refused():
     ],
 )
 def test_the_command_refuses_nonsense_in_one_line(arguments, words, capsys, monkeypatch):
-    monkeypatch.setattr("mlx_mtp.doctor.chip_brand", lambda: None)
+    monkeypatch.setattr("mlx_mtp.mlx_setup.chip_brand", lambda: None)
     assert main(["plan", *arguments]) == 2
     out, err = capsys.readouterr()
     assert out == "" and words in err and err.count("\n") == 1

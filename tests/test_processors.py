@@ -134,7 +134,7 @@ def test_a_draft_is_drawn_from_processed_logits_and_reports_them():
     kept = drawn.logits
     assert drawn.tokens.item() == 2 and kept is not None
     assert kept[0, 2].item() == 48 and kept[0, 7].item() == -4 and kept[0, 1].item() == 0
-    assert not sampler.drafts_by_kernel and not sampler.order_decides
+    assert not sampler.order_decides
     assert plain.processors is None and plain.steered(None) is plain
 
 

@@ -21,6 +21,7 @@ from mlx_mtp.accept import verdict
 from mlx_mtp.cache import Cache, LayerSpec
 from mlx_mtp.draft_length import MAX_WIDTH
 from mlx_mtp.drafters.qwen_mtp import QwenMtpDrafter
+from mlx_mtp.kernels.delta import Span, reference
 from mlx_mtp.load import load_drafter, load_pair, load_target
 from mlx_mtp.models.qwen3_5 import read_qwen
 from mlx_mtp.models.qwen3_5_mtp import QwenMtp
@@ -487,3 +488,15 @@ def test_a_plain_step_has_no_more_operations_than_mlx_lms():
         other = graph.count(mx.argmax(logprobs, axis=-1), logprobs, [c.state for c in cache])
     ours = plain_step(qwen("to be counted"))
     assert ours.primitives <= other.primitives and ours.kernels <= other.kernels, (ours, other)
+
+
+def test_a_prompt_s_recurrence_is_mlx_s_own_update_and_a_round_s_is_column_by_column(monkeypatch):
+    net = next(block.linear_attn for block in qwen().target.layers if block.linear)
+    d, calls, update = net.config, [], mx.fast.gated_delta_update
+    monkeypatch.setattr(mx.fast, "gated_delta_update", lambda *given: calls.append(given[0].shape) or update(*given))
+    state, every = mx.random.normal((2, d.value_heads, d.value_dim, d.key_dim)), Span(None, 0, 0, None, True)
+    for columns, span in ((5, every), (40, every), (40, replace(every, own=mx.array([3, 40], mx.int32)))):
+        given = net._given(mx.random.normal((2, d.taps - 1 + columns, net.spec.inputs)))
+        for got, wanted in zip(net.run(state, given, span), reference(state, given, span), strict=True):
+            assert mx.allclose(got, wanted, atol=1e-5)
+    assert calls == [(2, 40, d.key_heads, d.key_dim)], "only where all columns count"

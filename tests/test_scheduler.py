@@ -334,9 +334,9 @@ def test_prompts_that_enter_together_take_one_pass_and_their_texts_are_those_of_
     learn(engine.scheduler, 0.001, 1)
     passes, opened = [], engine.cache.open
 
-    def noted(rows: slice, columns: int, still: frozenset[int] | None = None):
+    def noted(rows: slice, columns: int, *rest: frozenset[int] | None, **how: bool):
         passes.append((rows, columns))
-        return opened(rows, columns, still)
+        return opened(rows, columns, *rest, **how)
 
     monkeypatch.setattr(engine.cache, "open", noted)
     outcomes = run(engine, wanted)

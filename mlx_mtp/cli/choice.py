@@ -20,6 +20,19 @@ EMBEDDED = "tiny"
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="A folder or hub id; tiny is the embedded pair.")]
 
 
+KernelsOption = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|off|NAME,..",
+        help="Metal kernels of this package: auto takes those that win on this machine, names also those that lose.",
+    ),
+]
+TuningOption = Annotated[
+    bool,
+    typer.Option("--tuning/--no-tuning", help="On a Mac, set MLX's limits on command buffers and wired memory."),
+]
+
+
 @dataclass(frozen=True)
 class Choice(Debug):
     """Which pair runs, and how it decodes."""
@@ -61,6 +74,8 @@ class Choice(Debug):
     seed: Annotated[
         int | None, typer.Option(help="With a seed the text depends on weights, prompt and seed alone.")
     ] = None
+    kernels: KernelsOption = "auto"
+    tuning: TuningOption = True
     profile: Annotated[
         bool, typer.Option("--profile", help="Time drafting apart from verifying; costs a wait a round.")
     ] = False
@@ -88,6 +103,7 @@ def parse_width(text: str) -> int | str:
 
 
 def load_pair(options: Choice, limits: Limits | None = None, prefix_bytes: int | None = None) -> Pair:
+    from mlx_mtp.mlx_setup import Setup
     from mlx_mtp.pair import load
 
     with progress() as report:
@@ -99,7 +115,10 @@ def load_pair(options: Choice, limits: Limits | None = None, prefix_bytes: int |
             limits=limits,
             prefix_bytes=prefix_bytes,
             report=report,
+            setup=Setup(options.kernels, options.tuning),
         )
+    if pair.kernels:
+        say(f"kernels: {pair.kernels}")
     if options.profile:
         pair.profile()
     for warning in pair.warnings:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mlx_mtp.cli.app import Debug, command
-from mlx_mtp.cli.choice import EMBEDDED, ModelOption, parse_width
+from mlx_mtp.cli.choice import EMBEDDED, KernelsOption, ModelOption, parse_width
 from mlx_mtp.cli.output import print_json, print_table, say
 from mlx_mtp.rows import RequestError
 
@@ -44,6 +44,7 @@ class Compare(Debug):
     block: Annotated[
         list[int] | None, typer.Option(help="mlx-vlm's, drafts + 1; may be repeated. Unset: 4, its own.")
     ] = None
+    kernels: KernelsOption = "auto"
     draft_model: Annotated[str | None, typer.Option(help="A smaller model for mlx-lm's own speculation.")] = None
     draft_model_width: Annotated[int, typer.Option(help="Tokens it drafts a round.", min=1)] = 3
     tokens: Annotated[int, typer.Option("--tokens", "-n", help="New tokens of every request.", min=4)] = 128
@@ -105,6 +106,8 @@ def measured(options: Compare) -> Iterator[Table]:
 
 def _check(options: Compare, kinds: tuple[str, ...]) -> None:
     """Everything that can be refused before a process is started."""
+    from mlx_mtp.kernels.self_test import KernelChoice
+
     for kind in options.kind or ():
         if kind not in kinds:
             raise RequestError(f"kind is {kind!r}; expected {', '.join(kinds)}")
@@ -116,6 +119,7 @@ def _check(options: Compare, kinds: tuple[str, ...]) -> None:
             raise RequestError(f"block is {block}; expected 2 to 16")
     for width in options.width or ():
         parse_width(width)
+    KernelChoice.parse(options.kernels)
     if options.drafter == "none":
         raise RequestError("drafter is none; a comparison needs one (width 0 is always part of it)")
     if find_spec("mlx_lm") is None:
@@ -145,7 +149,10 @@ def _contenders(options: Compare) -> tuple[list[Load], list[Contender]]:
     contenders = [Contender(f"mlx-mtp width {w}", "mlx-mtp", w, True, PLAIN.name) for w in widths]
     contenders += [PLAIN, BASELINE]
     small = str(hub.resolve(options.draft_model)) if options.draft_model else None
-    loads = [Load("mlx-mtp", target, drafter, dtype), Load("mlx-lm", target, None, dtype, small)]
+    loads = [
+        Load("mlx-mtp", target, drafter, dtype, kernels=options.kernels),
+        Load("mlx-lm", target, None, dtype, small),
+    ]
     if small:
         mode = str(options.draft_model_width)
         contenders.append(Contender("mlx-lm draft model", "mlx-lm", mode, True, BASELINE.name, batches=False))

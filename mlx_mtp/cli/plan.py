@@ -86,7 +86,8 @@ def plan(options: Plan) -> None:
 
 def _machine(options: Plan) -> Machine:
     from mlx_mtp.chips import check_memory, find_chip, this_chip
-    from mlx_mtp.doctor import chip_brand, memory_bytes, ram_bytes
+    from mlx_mtp.doctor import memory_bytes, ram_bytes
+    from mlx_mtp.mlx_setup import chip_brand
     from mlx_mtp.plan import Machine
 
     if options.chip is None:

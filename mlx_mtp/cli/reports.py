@@ -66,11 +66,12 @@ def pairs(options: Report) -> None:
 @command
 def doctor(options: Report) -> None:
     """Show what this machine has, what of it is used, what is not, and why."""
-    from mlx_mtp import kernels
     from mlx_mtp.doctor import Fact, facts, memory_bytes
+    from mlx_mtp.few_rows import Trial
+    from mlx_mtp.kernels.self_test import report
     from mlx_mtp.plan import what_fits
 
-    found = [*facts(kernels.report()), *(Fact(*line) for line in what_fits(memory_bytes()))]
+    found = [*facts(report(Trial.of().record)), *(Fact(*line) for line in what_fits(memory_bytes()))]
     if options.as_json:
         print_json([asdict(fact) for fact in found])
     else:

@@ -13,8 +13,10 @@ from mlx_mtp.compare.runs import Drafts
 from mlx_mtp.cost_profile import BATCHES
 from mlx_mtp.draft_length import MAX_WIDTH, PRIOR_PROFILE, make_policy
 from mlx_mtp.engine import Engine
-from mlx_mtp.load import LoadedPair
+from mlx_mtp.loaded import LoadedPair
+from mlx_mtp.memory_budget import GPU_CHUNK
 from mlx_mtp.pair import profiler_of
+from mlx_mtp.prompt_chunks import fitted
 from mlx_mtp.rows import GREEDY, Request
 from mlx_mtp.scheduler import Limits
 
@@ -25,15 +27,17 @@ class Ours:
     batches = True
 
     def __init__(self, loaded: LoadedPair, width: int | str) -> None:
-        profile = PRIOR_PROFILE
+        profile, self._limits = PRIOR_PROFILE, fitted(Limits(), GPU_CHUNK, loaded)
         if width == "auto" and loaded.drafter_name:
             room = loaded.target.model.config.max_positions
-            found, _ = profiler_of(loaded).profile(BATCHES, lambda: loaded.new_engine(make_policy(0), Limits()), room)
+            found, _ = profiler_of(loaded).profile(
+                BATCHES, lambda: loaded.new_engine(make_policy(0), self._limits), room
+            )
             profile = found or profile
         self._loaded, self._policy, self._drafts = loaded, make_policy(width, profile), Drafts()
 
     def open(self) -> OurSession:
-        return OurSession(self._loaded.new_engine(self._policy, Limits()), self._drafts)
+        return OurSession(self._loaded.new_engine(self._policy, self._limits), self._drafts)
 
     def solo(self, prompt: Prompt, tokens: int) -> Iterator[list[int]]:
         session = self.open()

@@ -24,13 +24,15 @@ MOST_SAID = 160  # characters of an error that is no line of ours
 
 @dataclass(frozen=True)
 class Load:
-    """What a worker holds. target, drafter: folders. dtype: None keeps the checkpoint's. draft_model: for mlx-lm."""
+    """What a worker holds. target, drafter: folders. dtype: None keeps the checkpoint's. draft_model: for mlx-lm.
+    kernels: ours, as --kernels takes them."""
 
     runtime: str
     target: str
     drafter: str | None
     dtype: str | None
     draft_model: str | None = None
+    kernels: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,13 @@ def load(what: Load) -> Held:
 
 def _ours(what: Load, dtype: mx.Dtype | None) -> Held:
     from mlx_mtp.compare.ours import Ours, margin
+    from mlx_mtp.few_rows import Trial
     from mlx_mtp.load import load_pair
+    from mlx_mtp.mlx_setup import Tuned, prepare
 
-    loaded = load_pair(what.target, what.drafter, dtype=dtype)
+    prepare()
+    loaded = load_pair(what.target, what.drafter, dtype=dtype, trial=Trial.of(what.kernels))
+    Tuned()  # until the process ends
     modes: dict[str, Ours] = {}
 
     def mode(name: str) -> Ours:

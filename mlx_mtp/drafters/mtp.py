@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 
-from mlx_mtp import kernels
 from mlx_mtp.buffers import put
 from mlx_mtp.cache import Cache
 from mlx_mtp.drafters.kinds import Kind, Network
 from mlx_mtp.kernels import head
 from mlx_mtp.models.config import DRAFTER_TYPES, TARGET_TYPES, AssistantConfig, LayerConfig, TextConfig, read_assistant
-from mlx_mtp.models.families import Stored, TargetConfig
-from mlx_mtp.models.gemma4 import Gemma4
+from mlx_mtp.models.families import Stored, Target, TargetConfig
 from mlx_mtp.models.gemma4_assistant import Assistant
 from mlx_mtp.rows import Draft, Forward, PairingError
 from mlx_mtp.sampling import Drawn, Sampler
@@ -38,12 +36,12 @@ class MtpDrafter:
     taps: tuple[int, ...] = ()
 
     def __init__(
-        self, target: Gemma4, assistant: Assistant, cache: Cache, convention: Convention | None = None
+        self, target: Target, assistant: Assistant, cache: Cache, convention: Convention | None = None
     ) -> None:
         """cache: the target's, which the drafter reads and never writes."""
         self._target, self._assistant, self._cache = target, assistant, cache
         self._convention = convention or Convention()
-        self._clusters = assistant.clusters if kernels.usable("head") else None
+        self._clusters = assistant.clusters if assistant.head_by_kernel else None
         # [R, 1, T]: what produced each row's newest token
         self._hidden = mx.zeros((0, 1, target.config.hidden_size), cache.dtype)
 
@@ -60,8 +58,6 @@ class MtpDrafter:
 
     def _drawn(self, y: mx.array, sampler: Sampler, position: mx.array, before: list[Drawn]) -> Drawn:
         """A step's token from its hidden state y [B, h]."""
-        if self._clusters is not None and sampler.drafts_by_kernel:
-            return Drawn(head.head(y, self._clusters, sampler.drafting(position)))
         drafted = [step.tokens for step in before]
         found = self._assistant.logits(y) if self._clusters is None else head.logits(y, self._clusters)
         scores, which = sampler.offer(*found, drafted)
@@ -69,7 +65,7 @@ class MtpDrafter:
 
     def _views(self, rows: slice):
         """(sliding, full) committed keys and values; the same in all steps of a round."""
-        sliding, full = self._target.drafter_slots
+        sliding, full = self._target.config.drafter_slots
         window = self._cache.specs[sliding].window
         assert window is not None
         reach = window + self._convention.extra_keys
@@ -165,7 +161,7 @@ def _merged(config: dict[str, Any]) -> dict[str, Any] | None:
 
 KIND = Kind(
     "mtp",
-    lambda parts: MtpDrafter(cast(Gemma4, parts.target), parts.network, parts.cache),
+    lambda parts: MtpDrafter(parts.target, parts.network, parts.cache),
     Network(
         recognise=lambda config: config.get("model_type") in DRAFTER_TYPES,
         read=read_assistant,

@@ -13,9 +13,6 @@ tests/metal_emu, which proves what they compute and read, and nothing about spee
     delta      a few columns over the states of a gated delta net
     matrix     the layouts of weights          choice    the rule of who wins
     noise      the noise that draws tokens     backend   whether and how a kernel runs
-    trials   whether a kernel may be used: on a Metal GPU each is compared with its reference, once a process
+    self_test   which kernels a loaded model uses: each is built, compared and timed on the model's own shapes
+    self_test_cases   what is tried of each kernel
 """
-
-from mlx_mtp.kernels.trials import check, report, usable
-
-__all__ = ["check", "report", "usable"]

@@ -2,40 +2,45 @@
 
 Queries [B, Hq, L, D] of rows with different lengths meet keys and values [B, Hk, T, D], where position p lies in slot
 p mod T: a ring for sliding layers, T beyond every position for full ones. What a column sees is computed from the row's
-start and the window; there is no mask tensor. Every key and value that any column sees is read once, for all columns
-and all query heads of its group, as long as their sums fit into registers (queries_at_once); others are not read.
+start and the window; there is no mask tensor. A threadgroup reads every key and value that any column sees once, for as
+many queries of a key head as it holds (queries_at_once); others are not read.
 
-Two dispatches. A threadgroup takes CHUNK slots of one row and one key head: tiles of keys, then of values, through
-threadgroup memory, with a running softmax for each query; then partial results are added in the order of the chunks. A
-query's result depends on its own keys alone, to the bit: tiles and chunks are cut by slot, so neither the number of
-columns nor the rows beside it change an order. MLX has no fused kernel for heads of 512.
+Two dispatches. A threadgroup takes CHUNK slots of one row and one key head, for one tile of queries: tiles of keys,
+then of values, go through threadgroup memory, with a running softmax for each query; then partial results are added in
+the order of the chunks. A query's result depends on its own keys alone, to the bit: tiles and chunks are cut by slot,
+so neither the number of columns nor the other rows change an order. MLX's own fused attention for heads of 512 takes up
+to 32 queries of a key head (with MLX_SDPA_D512_MIN_KL=0), and its sums depend on how many there are.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import mlx.core as mx
 
 from mlx_mtp.kernels.backend import Definition, Launch, on_cpu, run, why_not_here
 from mlx_mtp.kernels.matrix import FLOATS
 
-TAKES = "head sizes that are multiples of 32 up to 512; up to 64 query heads for a key head (32 above size 256)"
+TAKES = "head sizes that are multiples of 32 up to 512"
 
 CHUNK = 256  # slots of a threadgroup
 TILE_BYTES = 16 * 1024  # keys or values in threadgroup memory
 SIMDGROUPS = 8
-LANE_SUMS = 64  # registers a lane may spend on sums; it holds D / 32 for each query of its simdgroup
+LANE_SUMS = 32  # registers a lane may spend on sums; it holds D / 32 for each query of its simdgroup
 EVERYTHING = 2**30  # the window of a full layer
 
-# Grid: chunks, key heads, rows. Query q is column q % L of head q / L of the group; simdgroup s holds s, s + GROUPS, ..
+# Grid: chunks, key heads, rows times tiles of queries. Query q is column q % L of head q / L of the group; of a tile,
+# simdgroup s holds s, s + GROUPS, ..
 PARTS = Definition(
     "attend_parts",
-    ("q", "keys", "values", "start"),
+    ("q", "keys", "values", "start", "window"),
     ("part", "top", "total"),
     """
     const uint lane = thread_index_in_simdgroup, simdgroup = simdgroup_index_in_threadgroup;
     const uint chunk = threadgroup_position_in_grid.x, head = threadgroup_position_in_grid.y;
-    const uint row = threadgroup_position_in_grid.z, chunks = threadgroups_per_grid.x;
+    const uint chunks = threadgroups_per_grid.x;
     const uint L = q_shape[2], HEADS = q_shape[1], SLOTS = keys_shape[2], Q = HEADS / keys_shape[1] * L;
+    const uint tiles = (Q + HELD * GROUPS - 1) / (HELD * GROUPS), row = threadgroup_position_in_grid.z / tiles;
+    const uint first = threadgroup_position_in_grid.z % tiles * HELD * GROUPS + simdgroup;
+    const int WINDOW = window[0];
     const int begin = int(start[row]), last = begin + int(L) - 1;
     const size_t cache = (size_t(row) * keys_shape[1] + head) * SLOTS * D;
     const size_t query0 = (size_t(row) * HEADS + head * (HEADS / keys_shape[1])) * L;
@@ -55,7 +60,7 @@ PARTS = Definition(
       threadgroup_barrier(mem_flags::mem_threadgroup);
       const int mine = lane < held ? place(slot0 + lane, last, SLOTS) : -1;
       for (uint i = 0; i < HELD; i++) {  // no break: these loops must unroll for the sums to stay in registers
-        const uint query = simdgroup + i * GROUPS;
+        const uint query = first + i * GROUPS;
         score[i] = -INFINITY;
         if (query < Q) {
           float own[D / 32];
@@ -94,7 +99,7 @@ PARTS = Definition(
       }
     }
     for (uint i = 0; i < HELD; i++) {
-      const uint query = simdgroup + i * GROUPS;
+      const uint query = first + i * GROUPS;
       if (query < Q) {
         const size_t to = (query0 + query) * chunks + chunk;
         if (lane == 0) {
@@ -121,7 +126,7 @@ JOIN = Definition(
     ("y",),
     """
     const uint query = threadgroup_position_in_grid.x, index = thread_index_in_threadgroup;
-    const uint chunks = top_shape[1];
+    const uint chunks = top_shape[1], D = part_shape[2];
     float highest = -INFINITY;
     for (uint c = 0; c < chunks; c++) highest = max(highest, top[query * chunks + c]);
     for (uint d = index; d < D; d += 128) {
@@ -164,13 +169,11 @@ def why_not(given: Attention) -> str | None:
         return f"nothing to attend with q {given.q.shape} over keys {given.keys.shape}"
     if size % 32 or not 32 <= size <= 512:
         return f"head size {size}; the kernel takes multiples of 32 up to 512"
-    if heads // key_heads > queries_at_once(size):
-        return f"{heads // key_heads} heads of {size} for a key head; the kernel holds {queries_at_once(size)}"
     return why_not_here()
 
 
 def queries_at_once(size: int) -> int:
-    """How many queries of a key head a threadgroup holds: 64 up to heads of 256, 32 at 512."""
+    """How many queries of a key head a threadgroup holds: 64 up to heads of 128, 32 at 256, 16 at 512."""
     return SIMDGROUPS * min(8, LANE_SUMS * 32 // size)
 
 
@@ -178,49 +181,35 @@ def attend(given: Attention) -> mx.array:
     """[B, Hq, L, D] in q's dtype."""
     if why_not(given):
         return reference(given)
-    _, heads, columns, size = given.q.shape
-    fit = queries_at_once(size) // (heads // given.keys.shape[1])
-    # columns that do not fit come in a second reading of the cache; where they are cut changes no bit
-    parts = [
-        _launch(
-            replace(given, q=given.q[:, :, first : first + fit], start=given.start + first if first else given.start)
-        )
-        for first in range(0, columns, fit)
-    ]
-    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
-
-
-def _launch(given: Attention) -> mx.array:
-    rows, heads, columns, size = given.q.shape
-    part, top, total = _parts(given)
+    rows, heads, columns, _ = given.q.shape
     launch = Launch(
         grid=(128 * rows * heads * columns, 1, 1),
         threadgroup=(128, 1, 1),
         shapes=[given.q.shape],
         dtypes=[given.q.dtype],
-        template=[("T", given.q.dtype), ("D", size)],
+        template=[("T", given.q.dtype)],
     )
-    return run(JOIN, [part, top, total], launch)[0]
+    return run(JOIN, _parts(given), launch)[0]
 
 
 def _parts(given: Attention) -> list[mx.array]:
     """Of each query and chunk: weighted values [.., D], highest score and sum of weights, [queries, chunks] float32."""
     (rows, heads, columns, size), (_, key_heads, slots, _) = given.q.shape, given.keys.shape
-    queries = heads // key_heads * columns
-    held = next(h for h in (1, 2, 4, 8) if h * SIMDGROUPS >= queries)
+    tiles = -(-(heads // key_heads * columns) // queries_at_once(size))
     tile = min(32, TILE_BYTES // (size * given.q.dtype.size))
     chunks, total = -(-slots // CHUNK), rows * heads * columns
     launch = Launch(
-        grid=(32 * SIMDGROUPS * chunks, key_heads, rows),
+        grid=(32 * SIMDGROUPS * chunks, key_heads, rows * tiles),
         threadgroup=(32 * SIMDGROUPS, 1, 1),
         shapes=[(total, chunks, size), (total, chunks), (total, chunks)],
         dtypes=[mx.float32] * 3,
         template=[
             *(("T", given.q.dtype), ("D", size), ("TILE", tile), ("CHUNK", CHUNK)),
-            *(("GROUPS", SIMDGROUPS), ("HELD", held), ("WINDOW", given.window)),
+            *(("GROUPS", SIMDGROUPS), ("HELD", queries_at_once(size) // SIMDGROUPS)),
         ],
     )
-    return run(PARTS, [given.q, given.keys, given.values, given.start], launch)
+    inputs = [given.q, given.keys, given.values, given.start, mx.array([given.window], mx.int32)]
+    return run(PARTS, inputs, launch)
 
 
 def visible(given: Attention) -> mx.array:

@@ -42,6 +42,17 @@ def on_cpu() -> bool:
     return mx.default_device().type == mx.cpu
 
 
+# MLX declares smaller inputs in another address space, and so builds a library of its own for them.
+SMALL = 8
+
+
+def not_small(x: mx.array) -> mx.array:
+    """x, or its values flat with zeros after them, of SMALL elements at least: one library serves all sizes."""
+    if x.size >= SMALL:
+        return x
+    return mx.concatenate([x.flatten(), mx.array([0] * (SMALL - x.size), x.dtype)])
+
+
 @functools.lru_cache(maxsize=64)
 def _kernel(metal_kernel: Callable[..., Callable], definition: Definition) -> Callable[..., list[mx.array]]:
     return metal_kernel(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_mtp.kernels import noise
+from mlx_mtp.kernels.backend import SMALL, not_small
 
 # part: one slot a simdgroup. group_best has a barrier before it reads them; the caller needs one before it calls again.
 METAL = (
@@ -62,18 +63,20 @@ class Draw:
     position: mx.array
 
 
-# Kernels that draw have these inputs besides their own, in this order; greedy ones lack them.
+# Kernels that choose have these inputs after their own, in this order.
 DRAW_INPUTS = ("inv_temperature", "seed", "position")
 
 
-def draw_inputs(draw: Draw | None) -> list[mx.array]:
-    return [] if draw is None else [draw.inv_temperature, draw.seed, draw.position]
+def draw_inputs(draw: Draw | None, rows: int) -> list[mx.array]:
+    """Those inputs, flat; without a draw every row is greedy. The host's zeros are no operation."""
+    if draw is not None:
+        return [not_small(x) for x in (draw.inv_temperature, draw.seed, draw.position)]
+    count = max(rows, SMALL)
+    return [mx.array([0.0] * count), mx.array([0] * 2 * count, mx.uint32), mx.array([0] * count, mx.int32)]
 
 
-def draw_text(noisy: bool, row: str, column: str) -> str:
+def draw_text(row: str, column: str) -> str:
     """Metal text that defines `inverse` and `key` of a row and a column (numbers added to its position)."""
-    if not noisy:
-        return "const float inverse = 0.0f; const uint key = 0u;"
     return (
         f"const float inverse = float(inv_temperature[{row}]);\n"
         f"    const uint key = noise_key(uint(seed[2 * {row}]), uint(seed[2 * {row} + 1]), "
@@ -88,11 +91,3 @@ def values(logits: mx.array, draw: Draw, position: mx.array, tokens: mx.array) -
     seed = mx.expand_dims(draw.seed.astype(mx.uint32), axes[:-1])
     gumbel = noise.gumbel(seed, position, tokens)
     return mx.where(inverse > 0, logits * inverse + gumbel, logits)
-
-
-def lowest_best(competing: mx.array, tokens: mx.array) -> mx.array:
-    """The token with the largest value, the lowest one on ties: [..., n] and tokens [n] or [..., n] -> [...] int32."""
-    best = competing.max(axis=-1, keepdims=True)
-    nobody = mx.array(2**31 - 1, dtype=mx.int32)
-    lowest = mx.where(competing == best, tokens.astype(mx.int32), nobody).min(axis=-1)
-    return mx.where((best[..., 0] > -mx.inf) & (lowest != nobody), lowest, 0)

@@ -1,18 +1,19 @@
-"""gelu_tanh(gate x) * (up x) for 1 to 16 rows in one dispatch. Not run on Metal: tested in a CPU emulator.
+"""gelu_tanh(gate x) * (up x) for 1 to 64 rows in one launch. Not run on Metal: tested in a CPU emulator.
 
 Two products of rows_qmv side by side: a simdgroup holds rows of gate and the same rows of up, and applies the
-activation to their sums in float32. Each weight is read once, and a row's result depends on that row alone, to the bit,
-for the reasons that rows_qmv gives. Plain, it is three dispatches, and gate and up are rounded on the way.
+activation to their sums in float32. Each weight is read once for eight rows, and a row's result depends on that row
+alone, to the bit, for the reasons that rows_qmv gives. Plain, it is three dispatches, and gate and up are rounded on
+the way.
 """
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_mtp.kernels import rows_qmv
-from mlx_mtp.kernels.backend import Definition, Launch, run
+from mlx_mtp.kernels.backend import Definition, run
 from mlx_mtp.kernels.matrix import METAL, Matrix
 
-TAKES = "1 to 64 rows, sixteen at a time; gate and up in the same layout, one that rows_qmv takes"
+TAKES = "1 to 64 rows, eight at a time; gate and up in the same layout, one that rows_qmv takes"
 
 GELU_METAL = """
 METAL_FUNC float gelu_tanh(float v) {
@@ -43,12 +44,13 @@ KERNEL = Definition(
     if (first >= N) return;
     const uint rows = min(HALF, N - first);
     const uint words = gate_shape[1], groups = FORMAT == 0 ? 1 : K / GROUP;
+    const uint m0 = threadgroup_position_in_grid.y * M, count = min(uint(M), uint(x_shape[0]) - m0);
 {rows_qmv.SUMS.format(read=_READ)}
     for (uint m = 0; m < M; m++)
       for (uint r = 0; r < HALF; r++) {{
         const float gate_sum = simd_sum(acc[m][r]);
         const float up_sum = simd_sum(acc[m][r + HALF]);
-        if (lane == 0 && r < rows) y[size_t(m) * N + first + r] = T(gelu_tanh(gate_sum) * up_sum);
+        if (lane == 0 && r < rows && m < count) y[size_t(m0 + m) * N + first + r] = T(gelu_tanh(gate_sum) * up_sum);
       }}
 """,
     METAL + GELU_METAL,
@@ -72,21 +74,10 @@ def gate_up(x: mx.array, gate: Matrix, up: Matrix) -> mx.array:
     """x [..., K] float, gate and up [N, K] -> [..., N] in x's dtype."""
     if why_not(x, gate, up):
         return geglu(rows_qmv.rows_qmv(x, gate), rows_qmv.rows_qmv(x, up))
-    return rows_qmv.in_sixteens(x, lambda part: _launch(part, gate, up))
-
-
-def _launch(x: mx.array, gate: Matrix, up: Matrix) -> mx.array:
-    m, n = x.shape[0], gate.rows
-    held = 4 if m <= 8 else 2  # sums of a simdgroup by row of x, as in rows_qmv
-    groups = -(-n // (rows_qmv.SIMDGROUPS * held // 2))
-    launch = Launch(
-        grid=(32 * rows_qmv.SIMDGROUPS * groups, 1, 1),
-        threadgroup=(32 * rows_qmv.SIMDGROUPS, 1, 1),
-        shapes=[(m, n)],
-        dtypes=[x.dtype],
-        template=[("T", x.dtype), ("M", m), ("R", held), *gate.template()],
-    )
-    return run(KERNEL, [x, *gate.kernel_inputs(), *up.kernel_inputs()], launch)[0]
+    flat = x.reshape(-1, x.shape[-1])
+    launch = rows_qmv.launch_of(flat, gate, rows_qmv.WEIGHT_ROWS // 2)
+    y = run(KERNEL, [flat, *gate.kernel_inputs(), *up.kernel_inputs()], launch)[0]
+    return y.reshape(*x.shape[:-1], gate.rows)
 
 
 def reference(x: mx.array, gate: Matrix, up: Matrix) -> mx.array:

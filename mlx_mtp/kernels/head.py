@@ -1,20 +1,18 @@
-"""The clustered vocabulary head: from a hidden state to a token. Not run on Metal: tested in a CPU emulator.
+"""The clustered vocabulary head: from a hidden state to few logits. Not run on Metal: tested in a CPU emulator.
 
 y [M, h] scores C centroids; the best `top` clusters stand for (vocabulary / C) tokens each, which token_ordering lists;
-only their rows of the embedding are read, and the winner leaves as a token. No tensor of vocabulary size, no host read.
+only their rows of the embedding are read. No tensor of vocabulary size, no host read.
 Ports the ordered embedding of transformers' gemma4_assistant, without its filler for tokens that are not candidates.
 
-Four dispatches: scores of the centroids (each centroid read once for as many rows of y as fit into threadgroup memory),
-the top clusters, the best token of each of them, the best of those. Or three, the last of which gives the logits of all
-tokens in the top clusters, for whoever filters or steers them.
+Three dispatches: scores of the centroids (each read once for as many rows of y as fit into threadgroup memory),
+the top clusters, the logits of their tokens.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_mtp.kernels import choice, rows_qmv
+from mlx_mtp.kernels import rows_qmv
 from mlx_mtp.kernels.backend import Definition, Launch, run, why_not_here
 from mlx_mtp.kernels.matrix import FLOATS, Matrix
 from mlx_mtp.kernels.matrix import METAL as MATRIX_METAL
@@ -26,8 +24,7 @@ SCORE_ROWS = 64  # centroids of a threadgroup: few reads of y for each centroid
 SELECT_THREADS = 256
 
 HEADER = (
-    choice.METAL
-    + MATRIX_METAL
+    MATRIX_METAL
     + """
 // Partial dot product of one lane: blocks lane, lane + 32, ... in this order, whatever else is computed beside it.
 template <int FORMAT, int BITS, int GROUP, typename W, typename S, typename B>
@@ -158,7 +155,11 @@ SELECT = Definition(
 
 
 # Grid: slots of clusters, rows of y. A simdgroup takes a token at a time.
-BEGIN_CLUSTER = """
+LOGITS = Definition(
+    "head_logits",
+    ("y", "cluster", "ordering", "w", "scales", "biases"),
+    ("logits", "tokens"),
+    """
     const uint lane = thread_index_in_simdgroup, simdgroup = simdgroup_index_in_threadgroup;
     const uint index = thread_index_in_threadgroup;
     const uint slot = threadgroup_position_in_grid.x, m = threadgroup_position_in_grid.y;
@@ -167,77 +168,17 @@ BEGIN_CLUSTER = """
     for (uint i = index; i < H; i += 128) hidden[i] = float(y[size_t(m) * H + i]);
     threadgroup_barrier(mem_flags::mem_threadgroup);
     const size_t members = size_t(cluster[m * TOP + slot]) * SIZE;
-"""
-NEXT_TOKEN = """
+    for (uint r = simdgroup; r < SIZE; r += 4) {
       const uint token = uint(ordering[members + r]);
       const float mine = lane_dot<FORMAT, BITS, GROUP>(w, scales, biases, token, words, H, hidden, lane);
       const float logit = simd_sum(mine);
-"""
-
-
-def _clusters_source(noisy: bool) -> str:
-    return f"""{BEGIN_CLUSTER}
-    threadgroup Best part[4];
-    {choice.draw_text(noisy, "m", "0u")}
-    Best best = nobody();
-    for (uint r = simdgroup; r < SIZE; r += 4) {{{NEXT_TOKEN}
-      Best next;
-      next.token = token;
-      next.value = choice_value(logit, inverse, key, token);
-      best = better(best, next);
-    }}
-    best = group_best(best, part, lane, simdgroup, 4);
-    if (index == 0) {{
-      best_value[m * TOP + slot] = best.value;
-      best_token[m * TOP + slot] = best.token;
-    }}
-"""
-
-
-CLUSTERS = {
-    noisy: Definition(
-        "head_clusters_noisy" if noisy else "head_clusters",
-        ("y", "cluster", "ordering", "w", "scales", "biases", *(choice.DRAW_INPUTS if noisy else ())),
-        ("best_value", "best_token"),
-        _clusters_source(noisy),
-        HEADER,
-    )
-    for noisy in (False, True)
-}
-
-LOGITS = Definition(
-    "head_logits",
-    ("y", "cluster", "ordering", "w", "scales", "biases"),
-    ("logits", "tokens"),
-    f"""{BEGIN_CLUSTER}
-    for (uint r = simdgroup; r < SIZE; r += 4) {{{NEXT_TOKEN}
-      if (lane == 0) {{
+      if (lane == 0) {
         logits[(size_t(m) * TOP + slot) * SIZE + r] = logit;
         tokens[(size_t(m) * TOP + slot) * SIZE + r] = int(token);
-      }}
-    }}
+      }
+    }
 """,
     HEADER,
-)
-
-FINAL = Definition(
-    "head_final",
-    ("best_value", "best_token"),
-    ("token",),
-    """
-    const uint lane = thread_index_in_simdgroup, m = threadgroup_position_in_grid.x;
-    Best best = nobody();
-    const uint top = best_value_shape[1];
-    for (uint i = lane; i < top; i += 32) {
-      Best next;
-      next.value = best_value[m * top + i];
-      next.token = best_token[m * top + i];
-      best = better(best, next);
-    }
-    best = simd_best(best);
-    if (lane == 0) token[m] = winner(best);
-""",
-    choice.METAL,
 )
 
 
@@ -275,28 +216,27 @@ def why_not(y: mx.array, clusters: Clusters) -> str | None:
     return clusters.centroids.why_not() or clusters.embedding.why_not() or why_not_here()
 
 
-def head(y: mx.array, clusters: Clusters, draw: choice.Draw | None = None) -> mx.array:
-    """y [M, h] float -> token [M] int32: greedy, or drawn with each row's temperature, seed and position."""
-    if why_not(y, clusters):
-        return reference(y, clusters, draw)
-    chosen = _select(_scores(y, clusters.centroids), clusters.top)
-    value, token = _in_clusters(CLUSTERS[draw is not None], y, clusters, chosen, choice.draw_inputs(draw))
-    launch = Launch((32 * y.shape[0], 1, 1), (32, 1, 1), [(y.shape[0],)], [mx.int32], [])
-    return run(FINAL, [value, token], launch)[0]
-
-
 def logits(y: mx.array, clusters: Clusters) -> tuple[mx.array, mx.array]:
     """y [M, h] float -> logits [M, top * size] float32 of the tokens [M, top * size] int32 in its best clusters."""
     if why_not(y, clusters):
-        return reference_logits(y, clusters)
+        return reference(y, clusters)
     chosen = _select(_scores(y, clusters.centroids), clusters.top)
-    return _in_clusters(LOGITS, y, clusters, chosen)
+    embedding, shape = clusters.embedding, (y.shape[0], clusters.top * clusters.size)
+    launch = Launch(
+        grid=(128 * clusters.top, y.shape[0], 1),
+        threadgroup=(128, 1, 1),
+        shapes=[shape] * 2,
+        dtypes=[mx.float32, mx.int32],
+        template=[("H", embedding.columns), ("SIZE", clusters.size), ("TOP", clusters.top), *embedding.template()],
+    )
+    found, tokens = run(LOGITS, [y, chosen, clusters.ordering, *embedding.kernel_inputs()], launch)
+    return found, tokens
 
 
 def _scores(y: mx.array, centroids: Matrix) -> mx.array:
     """y [M, h] -> scores of the centroids [M, C] float32."""
     m, hidden = y.shape
-    tile = next(t for t in (16, 4, 1) if (t == 1 or t // 4 < m) and t * hidden <= TILE_VALUES)  # three kernels, not 16
+    tile = next(t for t in (16, 4, 1) if t * hidden <= TILE_VALUES)  # rows of y that are not there are skipped
     launch = Launch(
         grid=(256 * -(-centroids.rows // SCORE_ROWS), -(-m // tile), 1),
         threadgroup=(256, 1, 1),
@@ -321,31 +261,7 @@ def _select(scores: mx.array, top: int) -> mx.array:
     return run(SELECT, [scores], launch)[0]
 
 
-def _in_clusters(
-    definition: Definition, y: mx.array, clusters: Clusters, chosen: mx.array, more: Sequence[mx.array] = ()
-) -> tuple[mx.array, mx.array]:
-    """A kernel's value, float32, and token, [M, n], of each chosen cluster [M, top], or of each token in one."""
-    m, top = chosen.shape
-    embedding, shape = clusters.embedding, (m, top * clusters.size if definition is LOGITS else top)
-    launch = Launch(
-        grid=(128 * top, m, 1),
-        threadgroup=(128, 1, 1),
-        shapes=[shape] * 2,
-        dtypes=[mx.float32, mx.int32 if definition is LOGITS else mx.uint32],
-        template=[("H", embedding.columns), ("SIZE", clusters.size), ("TOP", top), *embedding.template()],
-    )
-    value, token = run(definition, [y, chosen, clusters.ordering, *embedding.kernel_inputs(), *more], launch)
-    return value, token
-
-
-def reference(y: mx.array, clusters: Clusters, draw: choice.Draw | None = None) -> mx.array:
-    """`head` in plain mlx."""
-    logits, tokens = reference_logits(y, clusters)
-    competing = logits if draw is None else choice.values(logits, draw, draw.position, tokens)
-    return choice.lowest_best(competing, tokens)
-
-
-def reference_logits(y: mx.array, clusters: Clusters) -> tuple[mx.array, mx.array]:
+def reference(y: mx.array, clusters: Clusters) -> tuple[mx.array, mx.array]:
     """`logits` in plain mlx."""
     scores = rows_qmv.reference(y.astype(mx.float32), clusters.centroids)
     chosen = mx.argsort(-scores, axis=-1)[:, : clusters.top]

@@ -1,31 +1,32 @@
-"""A weight matrix times 1 to 16 rows, each weight read once. Not run on Metal: tested in a CPU emulator.
+"""A weight matrix times 1 to 64 rows in one launch. Not run on Metal: tested in a CPU emulator.
 
 y[M, N] = x[M, K] @ W.T for W [N, K] in any layout of matrix.py. It serves decoding one token and verifying several
-alike: a row's result depends on that row alone, to the bit, whatever M is and whatever stands beside it. What makes it
-so: a lane sums blocks lane, lane + 32, ... of the row in that order, with explicit fma; lanes are summed by simd_sum;
-M and the number of weight rows a simdgroup holds only change how many such sums run side by side.
+alike: a row's result depends on that row alone, to the bit, whatever M is and whatever the other rows hold. What makes
+it so: a lane sums blocks lane, lane + 32, ... of the row in that order, with explicit fma; lanes are summed by
+simd_sum; M and the number of weight rows a simdgroup holds only change how many such sums run side by side.
 
-More rows, up to 64, are cut into sixteens, each with a reading of its own: slower than a tiled product there, but a
-batch of several rows and columns still computes what each of them would compute alone.
+MLX builds a library for every value of a template argument. So M is 1 or TILE: fewer rows than a tile skip the others'
+work, and more come in several tiles, each with a reading of the weights.
 
 MLX's own affine_qmv (one row) and affine_qmv_wide (2 to 12 rows, GPU generation 15 on) do not agree to the bit.
 """
 
 import math
-from collections.abc import Callable
 
 import mlx.core as mx
 
 from mlx_mtp.kernels.backend import Definition, Launch, on_cpu, run, why_not_here
 from mlx_mtp.kernels.matrix import FLOATS, METAL, Matrix
 
-TAKES = "1 to 64 rows, sixteen at a time; float, affine 4 and 8 bit, mxfp4, mxfp8, nvfp4 weights"
+TAKES = "1 to 64 rows, eight at a time; float, affine 4 and 8 bit, mxfp4, mxfp8, nvfp4 weights"
 
 MAX_ROWS = 64
-ROWS_AT_ONCE = 16
-SIMDGROUPS = 2  # of a threadgroup; each holds R weight rows in registers
+TILE = 8  # rows of x a launch of several rows holds at once
+SIMDGROUPS = 2  # of a threadgroup
+WEIGHT_ROWS = 4  # a simdgroup holds: TILE x WEIGHT_ROWS sums must fit into registers
 
-# What a simdgroup sums: R weight rows times M rows of x. {read} sets weights[r], scale[r] and bias[r] of a block.
+# What a simdgroup sums: R weight rows times `count` rows of x from row m0 on. {read} sets weights[r], scale[r] and
+# bias[r] of a block.
 SUMS = """
     float acc[M][R] = {{}};
     for (uint block = lane; block * 8 < K; block += 32) {{
@@ -34,14 +35,16 @@ SUMS = """
 {read}
       }}
       for (uint m = 0; m < M; m++) {{
-        float values[8], total = 0.0f;
-        block_values<0, 8>(x + size_t(m) * K, block, K, values);
-        for (uint j = 0; j < 8; j++) total += values[j];
-        for (uint r = 0; r < R; r++) {{
-          float dot = 0.0f;
-          for (uint j = 0; j < 8; j++) dot = fma(values[j], weights[r][j], dot);
-          acc[m][r] = fma(scale[r], dot, acc[m][r]);
-          if (FORMAT == 1) acc[m][r] = fma(bias[r], total, acc[m][r]);
+        if (m < count) {{  // no break: the loop must unroll for the sums to stay in registers
+          float values[8], total = 0.0f;
+          block_values<0, 8>(x + size_t(m0 + m) * K, block, K, values);
+          for (uint j = 0; j < 8; j++) total += values[j];
+          for (uint r = 0; r < R; r++) {{
+            float dot = 0.0f;
+            for (uint j = 0; j < 8; j++) dot = fma(values[j], weights[r][j], dot);
+            acc[m][r] = fma(scale[r], dot, acc[m][r]);
+            if (FORMAT == 1) acc[m][r] = fma(bias[r], total, acc[m][r]);
+          }}
         }}
       }}
     }}
@@ -55,6 +58,7 @@ _READ = """
           bias[r] = bias_value<FORMAT>(biases, row * groups + block * 8 / GROUP);
         }"""
 
+# Grid: weight rows, tiles of rows of x.
 SOURCE = f"""
     const uint lane = thread_index_in_simdgroup;
     const uint K = x_shape[1], N = w_shape[0];
@@ -62,11 +66,12 @@ SOURCE = f"""
     if (first >= N) return;
     const uint rows = min(uint(R), N - first);
     const uint words = w_shape[1], groups = FORMAT == 0 ? 1 : K / GROUP;
+    const uint m0 = threadgroup_position_in_grid.y * M, count = min(uint(M), uint(x_shape[0]) - m0);
 {SUMS.format(read=_READ)}
     for (uint m = 0; m < M; m++)
       for (uint r = 0; r < R; r++) {{
         const float sum = simd_sum(acc[m][r]);
-        if (lane == 0 && r < rows) y[size_t(m) * N + first + r] = T(sum);
+        if (lane == 0 && r < rows && m < count) y[size_t(m0 + m) * N + first + r] = T(sum);
       }}
 """
 
@@ -91,29 +96,22 @@ def rows_qmv(x: mx.array, matrix: Matrix) -> mx.array:
     """x [..., K] float times matrix [N, K] -> [..., N] in x's dtype."""
     if why_not(x, matrix):
         return reference(x, matrix)
-    return in_sixteens(x, lambda part: _launch(part, matrix))
-
-
-def in_sixteens(x: mx.array, product: Callable[[mx.array], mx.array]) -> mx.array:
-    """A product of up to ROWS_AT_ONCE rows applied to all rows of x [..., K]: [..., N]."""
     flat = x.reshape(-1, x.shape[-1])
-    parts = [product(flat[i : i + ROWS_AT_ONCE]) for i in range(0, flat.shape[0], ROWS_AT_ONCE)]
-    y = parts[0] if len(parts) == 1 else mx.concatenate(parts)
-    return y.reshape(*x.shape[:-1], -1)
+    launch = launch_of(flat, matrix, WEIGHT_ROWS)
+    return run(KERNEL, [flat, *matrix.kernel_inputs()], launch)[0].reshape(*x.shape[:-1], matrix.rows)
 
 
-def _launch(x: mx.array, matrix: Matrix) -> mx.array:
+def launch_of(x: mx.array, matrix: Matrix, held: int) -> Launch:
+    """A launch for x [M, K] and every row of a matrix, of which a simdgroup takes `held`."""
     m, n = x.shape[0], matrix.rows
-    held = 4 if m <= 8 else 2  # weight rows a simdgroup holds: M x R sums must fit into registers
-    groups = -(-n // (SIMDGROUPS * held))
-    launch = Launch(
-        grid=(32 * SIMDGROUPS * groups, 1, 1),
+    tile = 1 if m == 1 else TILE
+    return Launch(
+        grid=(32 * SIMDGROUPS * -(-n // (SIMDGROUPS * held)), -(-m // tile), 1),
         threadgroup=(32 * SIMDGROUPS, 1, 1),
         shapes=[(m, n)],
         dtypes=[x.dtype],
-        template=[("T", x.dtype), ("M", m), ("R", held), *matrix.template()],
+        template=[("T", x.dtype), ("M", tile), ("R", WEIGHT_ROWS), *matrix.template()],
     )
-    return run(KERNEL, [x, *matrix.kernel_inputs()], launch)[0]
 
 
 def reference(x: mx.array, matrix: Matrix) -> mx.array:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_mtp.kernels import choice
-from mlx_mtp.kernels.backend import Definition, Launch, run, why_not_here
+from mlx_mtp.kernels.backend import SMALL, Definition, Launch, not_small, run, why_not_here
 from mlx_mtp.kernels.matrix import FLOATS
 
 TAKES = "1 to 64 columns"
@@ -20,17 +20,20 @@ CHUNK = 8192  # logits of a threadgroup in the first dispatch
 MAX_COLUMNS = 64  # of a row: their winners are held in threadgroup memory
 
 
-def _scan_source(filtered: bool, noisy: bool) -> str:
-    """Grid: chunks, columns of all rows."""
-    return f"""
+# Grid: chunks, columns of all rows.
+SCAN = Definition(
+    "verdict_scan",
+    ("logits", "threshold", *choice.DRAW_INPUTS),
+    ("best_value", "best_token"),
+    f"""
     const uint lane = thread_index_in_simdgroup, simdgroup = simdgroup_index_in_threadgroup;
     const uint index = thread_index_in_threadgroup;
     const uint chunk = threadgroup_position_in_grid.x, chunks = threadgroups_per_grid.x;
     const uint L = logits_shape[1], V = logits_shape[2];
     const uint column = threadgroup_position_in_grid.y, row = column / L;
     threadgroup Best part[8];
-    {choice.draw_text(noisy, "row", "column % L")}
-    const float least = {"float(threshold[column])" if filtered else "-INFINITY"};
+    {choice.draw_text("row", "column % L")}
+    const float least = float(threshold[column]);
     const uint end = min(V, (chunk + 1) * CHUNK);
     Best best = nobody();
     for (uint token = chunk * CHUNK + index; token < end; token += 256) {{
@@ -47,20 +50,9 @@ def _scan_source(filtered: bool, noisy: bool) -> str:
       best_value[column * chunks + chunk] = best.value;
       best_token[column * chunks + chunk] = best.token;
     }}
-"""
-
-
-SCAN = {
-    (filtered, noisy): Definition(
-        "verdict_scan" + "_filtered" * filtered + "_noisy" * noisy,
-        ("logits", *(("threshold",) if filtered else ()), *(choice.DRAW_INPUTS if noisy else ())),
-        ("best_value", "best_token"),
-        _scan_source(filtered, noisy),
-        choice.METAL,
-    )
-    for filtered in (False, True)
-    for noisy in (False, True)
-}
+""",
+    choice.METAL,
+)
 
 # One threadgroup a row.
 JUDGE = Definition(
@@ -149,7 +141,7 @@ def verdict(judged: Round) -> Verdict:
         dtypes=[mx.int32, mx.int32, mx.int32, judged.hidden.dtype],
         template=[],
     )
-    draft = judged.draft if columns > 1 else token  # a stand-in: never read
+    draft = not_small(judged.draft) if columns > 1 else mx.array([0] * SMALL, mx.int32)  # a stand-in: never read
     return Verdict(*run(JUDGE, [value, token, draft, judged.hidden], launch))
 
 
@@ -157,7 +149,6 @@ def _scan(judged: Round) -> tuple[mx.array, mx.array]:
     """The best value [B * L, chunks] float32 and token [B * L, chunks] uint32 of each chunk of the vocabulary."""
     rows, columns, vocabulary = judged.logits.shape
     chunks = -(-vocabulary // CHUNK)
-    filtered, noisy = judged.threshold is not None, judged.draw is not None
     launch = Launch(
         grid=(256 * chunks, rows * columns, 1),
         threadgroup=(256, 1, 1),
@@ -165,8 +156,9 @@ def _scan(judged: Round) -> tuple[mx.array, mx.array]:
         dtypes=[mx.float32, mx.uint32],
         template=[("CHUNK", CHUNK)],
     )
-    inputs = [judged.logits, *([judged.threshold] if filtered else []), *choice.draw_inputs(judged.draw)]
-    value, token = run(SCAN[filtered, noisy], inputs, launch)
+    count = rows * columns
+    every = mx.array([-mx.inf] * max(count, SMALL)) if judged.threshold is None else not_small(judged.threshold)
+    value, token = run(SCAN, [judged.logits, every, *choice.draw_inputs(judged.draw, rows)], launch)
     return value, token
 
 

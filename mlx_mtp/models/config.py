@@ -93,6 +93,12 @@ class TextConfig:
         full = [i for i in self.owners if self.layers[i].window is None]
         return sliding[-1] if sliding else -1, full[-1] if full else -1
 
+    @property
+    def drafter_slots(self) -> tuple[int, int]:
+        """The same as places in the cache, which has a layer for each of `owners`; -1 where there is none."""
+        sliding, full = (self.owners.index(i) if i >= 0 else -1 for i in self.drafter_reads)
+        return sliding, full
+
 
 @dataclass(frozen=True)
 class AssistantConfig:

@@ -54,6 +54,10 @@ class Target(Protocol):
 
     @property
     def specs(self) -> tuple[LayerSpec | StateSpec, ...]: ...
+    @property
+    def heads(self) -> int:
+        """Heads of queries in a layer, the most of any."""
+        ...
 
     def embed(self, tokens: mx.array) -> mx.array:
         """tokens [...] int -> [..., H], as the first layer takes them in."""

@@ -208,10 +208,9 @@ class Gemma4(nn.Module):
         return tuple(LayerSpec(c.window, c.kv_heads, c.head_dim) for c in layers)
 
     @property
-    def drafter_slots(self) -> tuple[int, int]:
-        """Cache layers (sliding, full) that an MTP drafter reads; -1 where the model has none of a kind."""
-        sliding, full = self.config.drafter_reads
-        return self._slot.get(sliding, -1), self._slot.get(full, -1)
+    def heads(self) -> int:
+        """Heads of queries in a layer, the most of any."""
+        return max(layer.heads for layer in self.config.layers)
 
     def embed(self, tokens: mx.array) -> mx.array:
         """tokens [...] int -> scaled embeddings [..., H]; the scale is rounded to the weights' dtype."""

@@ -57,6 +57,7 @@ class Assistant(nn.Module):
         self.model = Stack(config.text)
         self.pre_projection = nn.Linear(2 * backbone, size, bias=False)
         self.post_projection = nn.Linear(size, backbone, bias=False)
+        self.head_by_kernel = False  # whether tokens are chosen by the clusters' kernel
         if config.clusters:
             self.masked_embedding = ClusteredHead(config)
 

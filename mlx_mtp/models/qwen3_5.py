@@ -2,9 +2,10 @@
 
 Arrays in, arrays out; it knows a pass over a cache, and neither rows' requests nor samplers. Positions of text are the
 same on all three axes of its rotary embedding, which then is the plain one.
-Ports transformers 5.22 `models/qwen3_5/modeling_qwen3_5.py`. The recurrence runs column by column, in prompts too, so
-that what a column gives does not depend on how wide its pass is. Parameter names are those of the Hugging Face release
-without `model.language_model.`; norms hold the whole weight, as MLX's files do (the release has it less 1).
+Ports transformers 5.22 `models/qwen3_5/modeling_qwen3_5.py`. The recurrence runs column by column, so that what a
+column gives does not depend on how wide a round is; prompts take MLX's own update. Parameter names are those of the
+Hugging Face release without `model.language_model.`; norms hold the whole weight, as MLX's files do (the release has it
+less 1).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ LINEAR = "linear_attention"
 TYPES = ("qwen3_5", "qwen3_5_text")
 MOE_TYPES = ("qwen3_5_moe", "qwen3_5_moe_text")
 L2_EPS = 1e-6
+CHUNK_TOK = 32  # columns from which mx.fast.gated_delta_update is taken: 3 times as fast at 130 of the 4B's on a CPU
 
 CENTRED = re.compile(
     r"(^|\.)(input_layernorm|post_attention_layernorm|q_norm|k_norm|pre_fc_norm_\w+|(?<!linear_attn\.)norm)\.weight$"
@@ -263,8 +265,14 @@ class DeltaNet(nn.Module):
         return self.run(state, self._given(inputs), span)
 
     def run(self, state: mx.array, given: Given, span: Span) -> tuple[mx.array, mx.array]:
-        """The recurrence itself, as `kernels.delta.delta`."""
-        return reference(state, given, span)
+        """The recurrence itself, as `kernels.delta.delta`; of a prompt's columns, which all count, by MLX's own."""
+        if span.again is not None or span.own is not None or not span.takes or given.qk.shape[1] < CHUNK_TOK:
+            return reference(state, given, span)
+        (_, heads, size, _), shape = state.shape, given.mixed.shape
+        q, k = mx.split(given.qk, 2, axis=2)
+        values = given.mixed[..., shape[2] - heads * size :].reshape(*shape[:2], heads, size)
+        y, after = mx.fast.gated_delta_update(q, k, values, given.decay, given.beta, state)
+        return y, after
 
     def _given(self, inputs: mx.array) -> Given:
         """Packed inputs [B, taps - 1 + T, F] -> what the delta rule takes of T columns."""
@@ -349,6 +357,11 @@ class Qwen(nn.Module):
         return tuple(
             block.linear_attn.spec if block.linear else LayerSpec(None, c.kv_heads, c.head_dim) for block in self.layers
         )
+
+    @property
+    def heads(self) -> int:
+        """Heads of queries of an attention layer."""
+        return self.config.heads
 
     def embed(self, tokens: mx.array) -> mx.array:
         """tokens [...] int -> embeddings [..., H]."""

@@ -190,6 +190,7 @@ class EngineThread:
             try:
                 self._serve(pair)
                 self._end("stopped", None)
+                pair.close()
                 return
             except Exception as error:
                 if not self._recover(pair, error):
@@ -227,6 +228,8 @@ class EngineThread:
     def _run_commands(self, pair: Pair) -> bool:
         """Run all queued commands; an idle engine waits for one. Returns False after the last."""
         wait = pair.idle
+        if wait:
+            pair.free_buffers()
         while True:
             try:
                 command = self._commands.get(block=wait)

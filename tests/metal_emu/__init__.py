@@ -14,7 +14,7 @@ anything about speed. Byte counts prove how often memory is read, nothing more.
 """
 
 from .build import BuildError, unavailable
-from .kernel import Call, EmulationError, Kernel, bytes_fetched, bytes_read, metal_kernel, patched
+from .kernel import Call, EmulationError, Kernel, bytes_fetched, bytes_read, library, metal_kernel, patched
 from .launch import Options, Report, Statistics
 from .reference_text import mlx_generated_text
 from .text import Definition, generate
@@ -31,6 +31,7 @@ __all__ = [
     "bytes_fetched",
     "bytes_read",
     "generate",
+    "library",
     "metal_kernel",
     "mlx_generated_text",
     "patched",

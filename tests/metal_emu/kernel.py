@@ -226,6 +226,12 @@ def patched(
         yield launches
 
 
+def library(launch: Kernel) -> str:
+    """What MLX would build for a launch, by its text: a library for every other text."""
+    generated = launch.call.generate(launch.definition)
+    return f"{generated.function}{generated.template_arguments}\n{generated.text}"
+
+
 def bytes_read(launches: list[Kernel], *names: str) -> int:
     """Bytes that lanes loaded from buffers of these names; from all buffers if no name is given."""
     return sum(t.read for t in _traffic(launches, names))
