@@ -17,9 +17,10 @@ import numpy as np
 
 from mlx_mtp.compare.cases import Prompt, prompts_of
 from mlx_mtp.compare.report import Table
-from mlx_mtp.doctor import facts, on_gpu
+from mlx_mtp.doctor import facts, memory_bytes, on_gpu
 from mlx_mtp.kernels.noise import gumbel
 from mlx_mtp.pair import TINY, Pair, load
+from mlx_mtp.plan import what_fits
 from mlx_mtp.rows import GREEDY, Sampling, one_line
 
 DRAFT_LENGTHS, BATCHES = range(8), (1, 4)
@@ -57,6 +58,13 @@ def environment() -> Check:
     found = [fact for fact in found if fact["item"] != "hub cache"]
     device = next(fact["state"] for fact in found if fact["item"] == "device")
     return Check("pass", device, found)
+
+
+def memory() -> Check:
+    """Which published sizes fit, by the budget that loading keeps to."""
+    usable = memory_bytes()
+    lines = [f"{item}: {fitting}" for item, fitting, _ in what_fits(usable)]
+    return Check("pass", f"{usable / 1e9:.1f} GB usable; {'; '.join(lines)}", {"usable_bytes": usable, "fits": lines})
 
 
 def without_private(value: Any, private: Mapping[str, str]) -> Any:

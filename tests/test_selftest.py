@@ -43,6 +43,7 @@ def test_a_good_machine_passes_and_the_report_says_what_was_tried(run):
     assert "PASS exactness: all 80 outputs" in out and out.splitlines()[-1].startswith("PASS; ")
     assert [check["result"] for check in report["checks"] if check["name"] == "exactness"] == ["pass"]
     assert report["machine"]["mlx"] and all(line.startswith("mlx-mtp: ") for line in err.splitlines())
+    assert "PASS memory: " in out and "fits at 4 bits: E2B" in out
     items = {fact["item"] for check in report["checks"] if check["name"] == "environment" for fact in check["data"]}
     assert {"mlx", "device", "memory", "dtype"} <= items
 

@@ -64,6 +64,7 @@ def _checks(options: SelfTest) -> Iterator[tuple[str, Callable[[], Check]]]:
     from mlx_mtp import selftest as parts
 
     yield "environment", parts.environment
+    yield "memory", parts.memory
     yield "exactness", lambda: parts.exactness(TOKENS)
     if options.compare:
         yield "compare", _compare
