@@ -53,17 +53,13 @@ def published_copies() -> list[Copy]:
 class KnownPair:
     """A published target and its drafter.
 
-    params, drafter_params: all parameters. read, drafter_read: those one pass over one token touches (active
-    experts, one row of the per-layer table, the scored clusters, an output head that is the target's), on which
-    decoding speed depends. mlp_params: of the feed-forward matrices outside the experts.
+    params, drafter_params: all parameters. mlp_params: of the feed-forward matrices outside the experts.
     """
 
     size: str
     hidden_size: int
     params: float
-    read: float
     drafter_params: float
-    drafter_read: float
     mlp_params: float = 0.0
 
     @property
@@ -144,18 +140,18 @@ class Offer:
 
 
 KNOWN = (
-    KnownPair("E2B", 1536, 4.63e9, 2.28e9, 77.7e6, 11.7e6, 1.557e9),
-    KnownPair("E4B", 2560, 7.46e9, 4.64e9, 78.5e6, 12.5e6, 3.303e9),
-    KnownPair("12B", 3840, 11.91e9, 11.91e9, 422.9e6, 422.9e6, 8.493e9),
-    KnownPair("26B-A4B", 2816, 25.23e9, 3.82e9, 419.7e6, 419.7e6, 0.535e9),
-    KnownPair("31B", 5376, 30.70e9, 30.70e9, 469.5e6, 469.5e6, 20.809e9),
+    KnownPair("E2B", 1536, 4.63e9, 77.7e6, 1.557e9),
+    KnownPair("E4B", 2560, 7.46e9, 78.5e6, 3.303e9),
+    KnownPair("12B", 3840, 11.91e9, 422.9e6, 8.493e9),
+    KnownPair("26B-A4B", 2816, 25.23e9, 419.7e6, 0.535e9),
+    KnownPair("31B", 5376, 30.70e9, 469.5e6, 20.809e9),
 )
 NATIVE = (
-    NativePair("Qwen3.5-0.8B", 1024, 0.752e9, 0.752e9, 20.45e6, 274.7e6),
-    NativePair("Qwen3.5-2B", 2048, 1.882e9, 1.882e9, 60.8e6, 569.4e6),
-    NativePair("Qwen3.5-4B", 2560, 4.206e9, 4.206e9, 120.6e6, 756.3e6),
-    NativePair("Qwen3.5-9B", 4096, 8.954e9, 7.937e9, 243.3e6, 1260.4e6),
-    NativePair("Qwen3.5-27B", 5120, 26.896e9, 25.625e9, 424.7e6, 1696.1e6),
+    NativePair("Qwen3.5-0.8B", 1024, 0.752e9, 20.45e6),
+    NativePair("Qwen3.5-2B", 2048, 1.882e9, 60.8e6),
+    NativePair("Qwen3.5-4B", 2560, 4.206e9, 120.6e6),
+    NativePair("Qwen3.5-9B", 4096, 8.954e9, 243.3e6),
+    NativePair("Qwen3.5-27B", 5120, 26.896e9, 424.7e6),
 )
 # Block-diffusion drafters of z-lab, and their parameters where published.
 DFLASH: dict[str, tuple[str, float | None]] = {

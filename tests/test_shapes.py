@@ -12,6 +12,22 @@ def shapes():
     return {size: shape(size) for size in ALL_SIZES}
 
 
+# Parameters that one pass over one token touches, of the target and of the drafter: active experts, one row of the
+# per-layer table, the scored clusters, an output head that is the target's.
+READ = {
+    "E2B": (2.28e9, 11.7e6),
+    "E4B": (4.64e9, 12.5e6),
+    "12B": (11.91e9, 422.9e6),
+    "26B-A4B": (3.82e9, 419.7e6),
+    "31B": (30.70e9, 469.5e6),
+    "Qwen3.5-0.8B": (0.752e9, 274.7e6),
+    "Qwen3.5-2B": (1.882e9, 569.4e6),
+    "Qwen3.5-4B": (4.206e9, 756.3e6),
+    "Qwen3.5-9B": (7.937e9, 1260.4e6),
+    "Qwen3.5-27B": (25.625e9, 1696.1e6),
+}
+
+
 @pytest.mark.parametrize("known", (*KNOWN, *NATIVE), ids=lambda known: known.size)
 def test_parameters_and_reads_agree_with_the_known_pairs(shapes, known):
     target, drafter = shapes[known.size].target_counts, shapes[known.size].drafter_counts
@@ -19,9 +35,9 @@ def test_parameters_and_reads_agree_with_the_known_pairs(shapes, known):
     assert shapes[known.size].target.hidden_size == known.hidden_size
     read = target.dense + target.slot * (moe.top_k if moe else 0)
     assert target.total == pytest.approx(known.params, rel=0.002)
-    assert read == pytest.approx(known.read, rel=0.002)
+    assert read == pytest.approx(READ[known.size][0], rel=0.002)
     assert drafter.total == pytest.approx(known.drafter_params, rel=0.002)
-    assert drafter.dense == pytest.approx(known.drafter_read, rel=0.01)
+    assert drafter.dense == pytest.approx(READ[known.size][1], rel=0.01)
 
 
 # Megabytes at 8192 positions in bfloat16, counted by hand from layers, key heads and head sizes.
