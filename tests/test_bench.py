@@ -42,13 +42,14 @@ def test_the_counts_are_read_from_mlx_s_own_drawing():
 
 def test_metals_fused_operations_count_once_and_only_inside():
     x, q, k = mx.ones((1, 8)), mx.ones((1, 8, 1, 64)), mx.ones((1, 2, 16, 64))
-    wide = mx.ones((1, 8, 1, 512)), mx.ones((1, 2, 16, 512))
-    mx.eval(x, q, k, *wide)
+    wide, odd = ((mx.ones((1, 8, 1, d)), mx.ones((1, 2, 16, d))) for d in (512, 80))
+    mx.eval(x, q, k, *wide, *odd)
     apart = count(mx.fast.rms_norm(x, None, 1e-6))
     with as_on_metal():
         assert count(mx.fast.rms_norm(x, None, 1e-6)).primitives == 1
         assert count(mx.fast.scaled_dot_product_attention(q, k, k, scale=1.0)).primitives == 1
-        assert count(mx.fast.scaled_dot_product_attention(wide[0], wide[1], wide[1], scale=1.0)).primitives > 3
+        assert count(mx.fast.scaled_dot_product_attention(wide[0], wide[1], wide[1], scale=1.0)).primitives == 1
+        assert count(mx.fast.scaled_dot_product_attention(odd[0], odd[1], odd[1], scale=1.0)).primitives > 3
     assert count(mx.fast.rms_norm(x, None, 1e-6)) == apart and apart.primitives > 1
 
 

@@ -32,7 +32,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[object]]:
 
 
 def test_the_first_request_with_a_schema_builds_no_tokenizer(built):
-    with running(TINY, width=2) as live:
+    with running(TINY, num_draft_tokens=2) as live:
         assert len(built) == 1
         answer = live.chat("Where?", response_format=SCHEMA, max_tokens=40)
         assert answer.status_code == 200
@@ -49,7 +49,7 @@ def test_a_model_whose_tokenizer_has_no_grammars_is_served_without_them(monkeypa
         raise ValueError("can't determine decoder type: None")
 
     monkeypatch.setattr(grammar, "LLTokenizer", refuse)
-    with running(TINY, width=2) as live:
+    with running(TINY, num_draft_tokens=2) as live:
         assert live.chat("Where?", max_tokens=4).status_code == 200
         answer = live.chat("Where?", response_format=SCHEMA, max_tokens=4)
         assert answer.status_code == 400 and "schema" in answer.json()["error"]["message"]

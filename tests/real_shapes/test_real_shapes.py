@@ -15,7 +15,6 @@ from mlx_mtp import load
 from mlx_mtp.compare.casting import cast
 from mlx_mtp.inside import draft
 from mlx_mtp.load import LoadedPair, LoadedTarget, load_pair, load_target
-from mlx_mtp.memory_budget import RUNTIME_BYTES, SCORE_BYTES
 from mlx_mtp.rows import GREEDY
 from mlx_mtp.scheduler import Limits
 
@@ -147,14 +146,15 @@ def test_a_choice_depends_on_the_draft_length_only_at_near_ties(shelf: Shelf, te
     ("size", "kind", "dtype", "prompt_tok"), [(*COPIES[0], 128), *((*copy, 8) for copy in COPIES[4:])]
 )
 def test_peak_memory_is_what_the_budget_says(shelf: Shelf, tell, size, kind, dtype, prompt_tok):
-    """Of a prompt chunk and a round. What is reserved for long contexts and for what MLX does not count is left out."""
+    """Of a prompt chunk and a round, at their own length; without what MLX does not count itself."""
     limits = Limits(max_rows=1, alone_tok=prompt_tok, chunk_tok=prompt_tok)
     pair = load(str(shelf.target(size, kind)), str(shelf.drafter(size)), dtype=dtype, limits=limits, prefix_bytes=0)
     mx.reset_peak_memory()
     with closing(pair.stream(random_ids(prompt_tok).tolist(), GREEDY, width=3, max_tokens=8)) as events:
         next(events), next(events)
         peak = mx.get_peak_memory()
-    found, sequence = pair.budget, pair._loaded.size.seq_bytes(prompt_tok + 8)
-    planned = found.target_bytes + found.drafter_bytes + found.working_bytes + sequence - RUNTIME_BYTES - SCORE_BYTES
+    counted, tokens = pair._loaded.size, prompt_tok + 8
+    planned = counted.target_bytes + counted.drafter_bytes + counted.seq_bytes(tokens)
+    planned += counted.working_bytes(prompt_tok, 1, tokens) - counted.device.runtime_bytes
     tell(f"{size}, {kind}, {dtype}: planned {planned / 1e9:.3f} GB, measured {peak / 1e9:.3f}")
     assert 0.99 < planned / peak < 1.05
