@@ -74,6 +74,7 @@ class Engine:
         self._work = (0, 0)  # passes read, and the columns in them
         self._ids = itertools.count()
         self._running: Pass | None = None
+        self._late: RuntimeError | None = None  # of a dispatch, raised when the caller has the events before it
 
     # requests ---------------------------------------------------------------------------------------------------
 
@@ -103,6 +104,13 @@ class Engine:
             self._drop_done()
         return row.stats
 
+    def take_over(self, failed: Engine) -> None:
+        """Go on with all requests of an engine that has failed; each computes its prompt and its output again."""
+        self._ids, self._work, self.total, self.host_reads = failed._ids, failed._work, failed.total, failed.host_reads
+        rows = [*failed.scheduler.rows, *failed.scheduler.waiting]
+        for row in sorted((row for row in rows if not row.done), key=lambda row: row.id):
+            self.scheduler.submit(row.again())
+
     @property
     def idle(self) -> bool:
         return not self.scheduler.waiting and not self.scheduler.rows
@@ -110,6 +118,8 @@ class Engine:
     def step(self) -> list[Event]:
         """Finish the pass under way, start the next, and return what the finished one brought."""
         self.timer.enter()
+        if self._late is not None:
+            raise self._late
         if self._running is None:
             if self._held is None:
                 self._held = self._build()
@@ -127,7 +137,10 @@ class Engine:
             if self.hands_over_first:
                 self._running, self._held = None, ahead
             else:
-                self._dispatch(ahead)
+                try:
+                    self._dispatch(ahead)
+                except RuntimeError as error:
+                    self._late = error
         else:
             self._undo(ahead, undo)
         self._learn(running, kept, time)
@@ -140,9 +153,10 @@ class Engine:
     def _build(self) -> Pass | None:
         """The graph of the next pass, on top of whatever has been dispatched; nothing runs yet."""
         for row in self.scheduler.admit():
-            row.started_s = self.timer.clock()
+            row.started_s = row.started_s or self.timer.clock()
             if self._match_tokens:
                 row.lookup = PromptLookup(row.request.prompt, row.request.max_tokens, self._match_tokens)
+                row.lookup.extend(row.tokens)
             self.runner.join(row)
         decoded = self.scheduler.decoding()
         if not any(r.room > 0 for r in decoded if r.decoding):
@@ -258,9 +272,10 @@ class Engine:
         for i, chunk in enumerate(done.chunks):
             row = chunk.row
             if chunk.last and not row.done:
-                row.first_token_s, row.stats.prefill_s = time.now_s, time.now_s - row.started_s
-                row.stats.first_passes = self._work[0] - row.arrived[0]
-                row.stats.first_columns = self._work[1] - row.arrived[1]
+                if not row.resumed:
+                    row.first_token_s, row.stats.prefill_s = time.now_s, time.now_s - row.started_s
+                    row.stats.first_passes = self._work[0] - row.arrived[0]
+                    row.stats.first_columns = self._work[1] - row.arrived[1]
                 events.append(self._emit(row, [values["first_tokens"][i].item()], None, time.now_s, values))
             elif not row.done:
                 row.stats.host_reads += 1
@@ -332,7 +347,7 @@ class Engine:
         n = row.committed
         if not self.scheduler.keeps or n == row.marked:
             return None
-        said = np.array(row.tokens, np.int32)
+        said = np.array(row.tokens[row.resumed :], np.int32)
         prefix = self._prefix(row, np.concatenate([row.prompt[: row.prefilled], said])[:n], 0)
         mx.async_eval(prefix.arrays)
         return prefix

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,11 @@ from mlx_mtp.drafters.kinds import Kind, Parts
 from mlx_mtp.drafters.lookup import ALONE, NAME, OVER_NETWORK
 from mlx_mtp.drafters.plain import PlainDrafter
 from mlx_mtp.engine import Engine
+from mlx_mtp.few_rows import KernelTarget
 from mlx_mtp.kernels.self_test import Outcome, uses
 from mlx_mtp.memory_budget import PairSize
 from mlx_mtp.models.families import Target
+from mlx_mtp.models.gemma4_assistant import Assistant
 from mlx_mtp.rows import Sampling
 from mlx_mtp.scheduler import Limits
 
@@ -92,6 +94,20 @@ class LoadedPair:
     def catch_up(self) -> float:
         """As of `CostProfile`."""
         return self.drafter.kind.catch_up if self.drafter else 0.0
+
+    def without_kernels(self, reason: str) -> LoadedPair:
+        """The same pair on MLX's own operations. reason: why its kernels are given up."""
+
+        def given_up(part: Any) -> tuple[Outcome, ...]:
+            return tuple(replace(outcome, reason=outcome.reason or reason) for outcome in part.kernels)
+
+        model = self.target.model.prompts if isinstance(self.target.model, KernelTarget) else self.target.model
+        target, drafter = replace(self.target, model=model, kernels=given_up(self.target)), self.drafter
+        if drafter is not None:
+            if isinstance(drafter.model, Assistant):
+                drafter.model.head_by_kernel = False
+            drafter = replace(drafter, kernels=given_up(drafter))
+        return replace(self, target=target, drafter=drafter)
 
     def new_engine(self, policy: DraftLengthPolicy, limits: Limits) -> Engine:
         """An engine with a cache of its own."""

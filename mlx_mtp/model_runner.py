@@ -152,11 +152,11 @@ class ModelRunner:
 
     def join(self, row: Row) -> None:
         """A row joined as the last, with what is known of its prompt's beginning."""
-        prompt, most, n = len(row.request.prompt), row.request.max_tokens, row.prefilled
+        prompt, most, n = len(row.prompt), row.request.max_tokens - row.resumed, row.prefilled
         begin, row.begin = row.begin, None
         self._cache.join(prompt + min(most, 256), begin and begin.cache, n, most=prompt + most)
         self._drafter.begin(row.index, n, begin and begin.drafter)
-        self._history.join(row.request)
+        self._history.join(row.request, row.tokens)
         self._bonus = mx.concatenate([self._bonus, mx.zeros((1,), mx.int32)])
 
     def leave(self, index: int, last: int) -> None:

@@ -9,6 +9,7 @@ One thread loads, runs and frees a pair: MLX's streams belong to the thread that
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
@@ -33,7 +34,17 @@ from mlx_mtp.pairs import poor_acceptance
 from mlx_mtp.processors import check_ids
 from mlx_mtp.prompt_chunks import fitted
 from mlx_mtp.provenance import chip
-from mlx_mtp.rows import Completion, Event, FinishReason, Request, RequestError, Sampling, Stats, TokenLogprob
+from mlx_mtp.rows import (
+    Completion,
+    Event,
+    FinishReason,
+    Request,
+    RequestError,
+    Sampling,
+    Stats,
+    TokenLogprob,
+    one_line,
+)
 from mlx_mtp.scheduler import Limits
 from mlx_mtp.text import StoppedText, Text
 
@@ -296,7 +307,23 @@ class Pair:
 
     def step(self) -> list[Event]:
         """One pass of the engine over everything that runs; returns all its events."""
-        return self._engine.step()
+        try:
+            return self._engine.step()
+        except RuntimeError as error:
+            if all(outcome.reason for outcome in self._loaded.kernels):
+                raise
+            self._give_kernels_up(error)
+            return []
+
+    def _give_kernels_up(self, error: RuntimeError) -> None:
+        """A pass has failed, and a kernel may be why: all requests go on without kernels, after their output so far."""
+        reason = f"a pass failed: {one_line(error, 200)}"
+        logging.getLogger("mlx_mtp").warning("%s; running on without kernels (--kernels off)", reason)
+        failed, self._loaded = self._engine, self._loaded.without_kernels(reason)
+        self._model = self._loaded.target.model
+        self._engine = self._loaded.new_engine(failed.policy, self._limits)
+        self._engine.profile = self._profile
+        self._engine.take_over(failed)
 
     def cancel(self, request: int) -> Stats | None:
         """Forget a request; its row is free before the next pass. Returns what it had cost, None if it had ended."""

@@ -159,12 +159,12 @@ class History:
         self._prompt: mx.array | None = None
         self._bias: mx.array | None = None
 
-    def join(self, request: Request) -> None:
-        """Add a row that has said nothing. Its whole prompt counts, cached or not."""
+    def join(self, request: Request, tokens: Sequence[int] = ()) -> None:
+        """Add a row with these tokens of output. Its whole prompt counts, cached or not."""
         rows, wanted = len(self._settings), request.sampling
         said = prompt = bias = None
         if wanted.counts_text:
-            said = np.zeros(self._vocabulary, np.int32)
+            said = np.bincount(np.array(tokens, np.int64), minlength=self._vocabulary).astype(np.int32)
         if wanted.counts_prompt:
             prompt = np.zeros(self._vocabulary, np.bool_)
             prompt[list(request.prompt)] = True

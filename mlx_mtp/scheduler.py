@@ -59,7 +59,8 @@ class Row:
     prompt another row is about to compute. lookup: its text, where prompt lookup drafts.
     lag: rounds since the drafter was last asked for a draft.
     follower: where its text stands in the request's constraint, as far as the host has read it. arrived: passes that
-    the engine had read when the request came, and the columns in them.
+    the engine had read when the request came, and the columns in them. resumed: how many first tokens of its text are
+    computed again as the end of its prompt, because the engine that had computed them has failed.
     """
 
     id: int
@@ -80,21 +81,28 @@ class Row:
     lag: int = 0
     follower: Follower | None = None
     arrived: tuple[int, int] = (0, 0)
+    resumed: int = 0
     started_s: float = 0.0
     first_token_s: float = 0.0
 
     def __post_init__(self) -> None:
-        self.prompt = np.array(self.request.prompt, np.int32)
+        self.prompt = np.array([*self.request.prompt, *self.tokens[: self.resumed]], np.int32)
+
+    def again(self) -> Row:
+        """The same request as a new row, which goes on after the text that the host has read."""
+        times = {"arrived": self.arrived, "started_s": self.started_s, "first_token_s": self.first_token_s}
+        state = {"tokens": self.tokens, "stats": self.stats, "follower": self.follower}
+        return Row(self.id, self.request, self.sampler, **state, **times, resumed=len(self.tokens))
 
     @property
     def decoding(self) -> bool:
         """Whether the whole prompt has been sent to the device, so that the row takes part in rounds."""
-        return self.prefilled == len(self.request.prompt)
+        return self.prefilled == len(self.prompt)
 
     @property
     def left(self) -> int:
         """Prompt tokens that have not been sent."""
-        return len(self.request.prompt) - self.prefilled
+        return len(self.prompt) - self.prefilled
 
     @property
     def reach(self) -> int:
@@ -105,7 +113,7 @@ class Row:
     @property
     def committed(self) -> int:
         """Positions in the cache that are part of the prompt or the text, once what is under way has ended."""
-        return self.prefilled + max(0, len(self.tokens) - 1)
+        return self.prefilled + max(0, len(self.tokens) - self.resumed - 1)
 
     @property
     def matched(self) -> bool:

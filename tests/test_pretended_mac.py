@@ -167,6 +167,28 @@ def test_a_variant_that_metal_refuses_is_found_at_load_and_the_text_is_whole(
 
 
 @emulated
+def test_a_kernel_that_fails_later_does_not_end_the_run(
+    plain: list[list[int]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    real, broken = emu.Kernel._run, []
+
+    def failing(kernel: emu.Kernel, call: emu.Call) -> list[mx.array]:
+        if broken and kernel.definition.name == "rows_qmv":
+            broken.append(kernel)
+            raise RuntimeError("[metal::Device] Unable to build metal library from source")
+        return real(kernel, call)
+
+    monkeypatch.setattr(emu.Kernel, "_run", failing)
+    with pretended():
+        pair = load("tiny", dtype="float32")
+        broken.append(None)
+        assert texts_of(pair) == plain
+    assert len(broken) == 2, "no kernel is asked again"
+    assert "running on without kernels" in caplog.text
+    assert pair.kernels and "a pass failed" in pair.kernels
+
+
+@emulated
 def test_a_kernel_that_gives_nan_is_not_used(plain: list[list[int]]):
     edit = checks.planted("attend_join", "source", "sum / weight", "NAN")
     with pretended(edit=edit) as mac:
