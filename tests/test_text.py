@@ -1,4 +1,4 @@
-"""text.py: templates, encoding, incremental decoding, stop strings."""
+"""Chat templates, encoding, incremental decoding and stop strings."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ TALK_RENDERED = (
     "<bos><|turn>system\nbe<turn|>\n<|turn>user\na\n b<turn|>\n<|turn>model\nzz<turn|>\n<|turn>user\n你好 🙂<turn|>\n"
 )
 
-# What templates on the hub use: trimmed blocks, namespaces, macros, loop controls, filters, training marks.
+# Features that templates on the hub use: trimmed blocks, namespaces, macros, loop controls, filters, training marks.
 RICH_TEMPLATE = """\
 {%- macro turn(role, body) -%}
 <|turn>{{ role }}
@@ -45,7 +45,7 @@ RICH_TEMPLATE = """\
 """
 RICH_OPTIONS = {"enable_thinking": True, "tools": [{"name": "a<b>&'é", "n": 1}]}
 RICH_TALK = [{"role": "system", "content": "s"}] + [{"role": "user", "content": f"u{i}"} for i in range(3)]
-# Recorded from transformers as well.
+# Recorded from transformers 5.22.2 too.
 RICH_RENDERED = (
     "<bos><|turn>user\nu0<turn|>\n<|turn>user\nu1<turn|>\n"
     """[{"name": "a<b>&'é", "n": 1}]<|think|>"""
@@ -59,7 +59,7 @@ def text() -> Text:
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """A copy of the tokenizer files that a test may damage."""
+    """A copy of the tokenizer files that a test may change."""
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(TINY / "target" / name, tmp_path / name)
     return tmp_path
@@ -71,13 +71,13 @@ def set_config(checkpoint, **changes):
     file.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
 
 
-def test_bos_is_added_exactly_once(text):
+def test_encode_adds_exactly_one_bos(text):
     assert text.encode("hi") == [2, 345, 346]
     assert text.encode("<bos>hi") == [2, 345, 346]
     assert text.encode("hi<bos>") == [2, 345, 346, 2]
 
 
-def test_a_conversation_renders_as_in_transformers(text):
+def test_conversation_renders_as_in_transformers(text):
     assert text.render(TALK, add_generation_prompt=False) == TALK_RENDERED
     assert text.render(TALK) == TALK_RENDERED + "<|turn>model\n"
     ids = text.chat(TALK)
@@ -85,7 +85,7 @@ def test_a_conversation_renders_as_in_transformers(text):
     assert ids.count(105) == 5 and ids.count(106) == 4
 
 
-def test_the_recorded_conversation_of_the_reference_fixtures_is_reproduced():
+def test_recorded_reference_conversation_is_reproduced():
     example = json.loads((EDGE.parent / "meta.json").read_text())["tokenizer_example"]
     text = Text.from_dir(EDGE)
     assert text.render(example["chat"]) == example["rendered"]
@@ -94,13 +94,13 @@ def test_the_recorded_conversation_of_the_reference_fixtures_is_reproduced():
     assert text.decode(example["ids"]) == example["text"]
 
 
-def test_templates_get_the_environment_of_transformers(checkpoint):
+def test_templates_have_the_environment_of_transformers(checkpoint):
     (checkpoint / "chat_template.jinja").write_text(RICH_TEMPLATE)
     rich = Text.from_dir(checkpoint)
     assert rich.render(RICH_TALK, options=RICH_OPTIONS) == RICH_RENDERED
 
 
-def test_the_template_is_found_in_every_place_it_is_kept(checkpoint):
+def test_template_is_found_in_every_supported_place(checkpoint):
     set_config(checkpoint, chat_template="C")
     assert Text.from_dir(checkpoint).render(TALK, add_generation_prompt=False) == TALK_RENDERED
     (checkpoint / "chat_template.jinja").unlink()
@@ -114,12 +114,12 @@ def test_the_template_is_found_in_every_place_it_is_kept(checkpoint):
     assert Text.from_dir(checkpoint).render(TALK) == "J"
 
 
-def test_special_tokens_may_be_written_as_objects(checkpoint):
+def test_special_tokens_may_be_objects(checkpoint):
     set_config(checkpoint, bos_token={"content": "<mask>", "special": True})
     assert Text.from_dir(checkpoint).encode("hi") == [4, 345, 346]
 
 
-def test_a_base_model_has_no_template_and_says_so(checkpoint):
+def test_base_model_without_template_rejects_chat(checkpoint):
     (checkpoint / "chat_template.jinja").unlink()
     set_config(checkpoint, chat_template=None)
     base = Text.from_dir(checkpoint)
@@ -141,19 +141,19 @@ def test_a_base_model_has_no_template_and_says_so(checkpoint):
         ([{"role": "user", "content": [{"type": "image"}]}], "type 'image'"),
     ],
 )
-def test_bad_messages_are_refused_in_one_line(text, messages, complaint):
+def test_invalid_messages_raise_one_line_errors(text, messages, complaint):
     with pytest.raises(RequestError, match=complaint) as caught:
         text.render(messages)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("prompt", ["", None, "\ud800"])
-def test_bad_prompts_are_refused(text, prompt):
+def test_invalid_prompts_are_rejected(text, prompt):
     with pytest.raises(RequestError):
         text.encode(prompt)
 
 
-def test_what_a_template_refuses_is_a_request_error(checkpoint):
+def test_template_errors_become_request_errors(checkpoint):
     (checkpoint / "chat_template.jinja").write_text("{{ raise_exception('roles must\nalternate') }}")
     with pytest.raises(RequestError, match="roles must alternate"):
         Text.from_dir(checkpoint).render(TALK)
@@ -170,31 +170,31 @@ def test_what_a_template_refuses_is_a_request_error(checkpoint):
         ("chat_template.jinja", "{% for", "chat template is broken"),
     ],
 )
-def test_a_broken_checkpoint_is_refused_in_one_line(checkpoint, file, content, complaint):
+def test_broken_tokenizer_files_raise_one_line_errors(checkpoint, file, content, complaint):
     (checkpoint / file).unlink() if content is None else (checkpoint / file).write_text(content)
     with pytest.raises(CheckpointError, match=complaint) as caught:
         Text.from_dir(checkpoint).render(TALK)
     assert "\n" not in str(caught.value)
 
 
-def test_templates_cannot_reach_python(checkpoint):
+def test_templates_cannot_access_python_objects(checkpoint):
     (checkpoint / "chat_template.jinja").write_text("{{ messages.__class__.__mro__ }}")
     with pytest.raises(RequestError):
         Text.from_dir(checkpoint).render(TALK)
 
 
-BYTES = [[*range(5), 105], range(240, 256), range(2048)]  # special; some bytes; anything
+TOKEN_GROUPS = [[*range(5), 105], range(240, 256), range(2048)]  # special tokens, byte tokens, all tokens
 
 
-@given(st.lists(st.lists(st.one_of(*map(st.sampled_from, BYTES)), max_size=6), max_size=12))
-def test_decoding_piece_by_piece_joins_to_decoding_everything(text, pieces):
+@given(st.lists(st.lists(st.one_of(*map(st.sampled_from, TOKEN_GROUPS)), max_size=6), max_size=12))
+def test_incremental_decoding_equals_decoding_at_once(text, pieces):
     stream = Detokenizer(text)
     shown = [stream.push(piece) for piece in pieces] + [stream.finish()]
     assert "".join(shown) == text.decode([token for piece in pieces for token in piece])
     assert stream.finish() == ""
 
 
-def test_a_character_of_several_tokens_appears_whole(text):
+def test_multi_token_character_is_shown_whole(text):
     ids = text.encode("a€ b")[1:]
     assert len(ids) > 4
     stream = Detokenizer(text)
@@ -202,20 +202,20 @@ def test_a_character_of_several_tokens_appears_whole(text):
     assert [part for part in shown if part] == ["a", "€ b"]
 
 
-def test_special_tokens_never_show(text):
+def test_special_tokens_are_never_shown(text):
     stream = Detokenizer(text)
     assert stream.push([2, 105, 345, 106, 1]) + stream.finish() == "h"
     assert text.decode([2, 105, 345, 106, 1]) == "h"
 
 
-class Counting(Text):
-    """Counts the tokens it is asked about and the tokens it decodes."""
+class CountingText(Text):
+    """Counts the tokens that it checks and decodes."""
 
-    asked = decoded = 0
+    checked = decoded = 0
 
-    def joins_next(self, token: int) -> bool:
-        self.asked += 1
-        return super().joins_next(token)
+    def depends_on_next(self, token: int) -> bool:
+        self.checked += 1
+        return super().depends_on_next(token)
 
     def decode(self, tokens) -> str:
         self.decoded += len(tokens)
@@ -223,24 +223,24 @@ class Counting(Text):
 
 
 @pytest.mark.parametrize("piece", ["h", "\0", "a€ b"])
-def test_every_token_is_decoded_once_however_long_the_text(piece):
-    text = Counting.from_dir(TINY / "target")
+def test_every_token_is_decoded_once(piece):
+    text = CountingText.from_dir(TINY / "target")
     tokens = text.encode(piece)[1:] * 1000
     stream = Detokenizer(text)
     for token in tokens:
         stream.push([token])
     stream.finish()
-    assert text.decoded == text.asked == len(tokens)
+    assert text.decoded == text.checked == len(tokens)
 
 
-def test_everything_certain_is_shown_at_once(text):
+def test_final_text_is_shown_immediately(text):
     ids = text.encode("return self._value\n    €")[1:]
     stream = Detokenizer(text)
     assert stream.push(ids) == "return self._value\n    "
     assert stream.finish() == "€"
 
 
-def test_an_unknown_decoder_shows_its_text_at_the_end(checkpoint):
+def test_unknown_decoder_shows_all_text_at_the_end(checkpoint):
     tokenizer = json.loads((checkpoint / "tokenizer.json").read_text())
     tokenizer["decoder"] = {
         "type": "Metaspace",
@@ -256,7 +256,7 @@ def test_an_unknown_decoder_shows_its_text_at_the_end(checkpoint):
 
 
 def first_stop(whole: str, stops: tuple[str, ...]) -> tuple[str, bool]:
-    """The law: read character by character, cut before the stop string that is complete first."""
+    """Reference: read character by character and cut at the stop string that is completed first."""
     for end in range(1, len(whole) + 1):
         starts = [end - len(stop) for stop in stops if whole[:end].endswith(stop)]
         if starts:
@@ -268,7 +268,7 @@ def first_stop(whole: str, stops: tuple[str, ...]) -> tuple[str, bool]:
     st.lists(st.text("ab", max_size=4), max_size=8),
     st.lists(st.text("ab", min_size=2, max_size=4), max_size=3).map(tuple),
 )
-def test_stop_strings_cut_at_the_same_place_however_the_text_is_split(pieces, stops):
+def test_stop_position_does_not_depend_on_the_split(pieces, stops):
     stream = StopStrings(stops)
     shown, stopped = "", False
     for piece in pieces:
@@ -280,7 +280,7 @@ def test_stop_strings_cut_at_the_same_place_however_the_text_is_split(pieces, st
     assert (shown, stopped) == first_stop("".join(pieces), stops)
 
 
-def test_text_is_held_back_only_while_it_may_become_a_stop_string():
+def test_text_waits_only_while_a_stop_string_may_complete():
     stream = StopStrings(("\n\n",))
     assert stream.push("a\n") == ("a", False)
     assert stream.push("b") == ("\nb", False)
@@ -290,6 +290,6 @@ def test_text_is_held_back_only_while_it_may_become_a_stop_string():
 
 
 @pytest.mark.parametrize("stops", [("",), (3,)])
-def test_stop_strings_must_be_text(stops):
+def test_stop_strings_must_be_nonempty_strings(stops):
     with pytest.raises(RequestError, match="stop is"):
         StopStrings(stops)
