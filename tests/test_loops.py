@@ -1,4 +1,4 @@
-"""loops.py: a text that repeats itself without end is noticed, and one that only repeats much is not."""
+"""The repetition guard detects endless repetition, and ignores ordinary repetition."""
 
 import random
 
@@ -13,7 +13,7 @@ SMALL = LoopLimits(period_tok=6, repeats=3, least_tok=8)
 
 
 def loops_at(tokens: list[int], limits: LoopLimits) -> int | None:
-    """The law: the first length at which the last `period` tokens have come `repeats` times, over enough tokens."""
+    """Reference: the first length at which some period has occurred `repeats` times, over at least `least_tok`."""
     for end in range(1, len(tokens) + 1):
         for period in range(1, limits.period_tok + 1):
             length = max(period * limits.repeats, limits.least_tok)
@@ -24,7 +24,7 @@ def loops_at(tokens: list[int], limits: LoopLimits) -> int | None:
 
 
 @given(st.lists(st.integers(0, 2), max_size=40), st.lists(st.integers(0, 2), min_size=1, max_size=6))
-def test_a_loop_is_noticed_when_it_is_one_and_not_before(start, piece):
+def test_loop_is_detected_at_the_first_possible_token(start, piece):
     tokens = start + piece * 9
     guard = LoopGuard(SMALL)
     seen = next((i for i, token in enumerate(tokens, start=1) if guard.push([token])), None)
@@ -33,7 +33,7 @@ def test_a_loop_is_noticed_when_it_is_one_and_not_before(start, piece):
     assert at_once.push(tokens) and at_once.period_tok == guard.period_tok
 
 
-def test_text_that_only_repeats_much_is_no_loop():
+def test_ordinary_repetition_is_not_a_loop():
     choose = random.Random(1)
     table = [token for row in range(400) for token in (5, 6, 7, choose.randrange(10))]
     assert not LoopGuard(LoopLimits()).push(table)
@@ -41,13 +41,13 @@ def test_text_that_only_repeats_much_is_no_loop():
     assert LoopGuard(LoopLimits()).push([9] * 800)
 
 
-def test_the_default_notices_a_paragraph_that_comes_again_and_again():
+def test_default_limits_detect_a_repeated_paragraph():
     guard = LoopGuard(LoopLimits())
     assert guard.push([*range(1000), *[*range(250)] * 8])
     assert guard.period_tok == 250
 
 
 @pytest.mark.parametrize("wrong", [{"period_tok": 0}, {"repeats": 1}, {"least_tok": 0}])
-def test_limits_that_would_end_every_text_are_refused(wrong):
-    with pytest.raises(RequestError, match=f"{next(iter(wrong))} of the loop guard is"):
+def test_limits_that_would_stop_all_output_are_rejected(wrong):
+    with pytest.raises(RequestError, match=f"{next(iter(wrong))} of the repetition guard is"):
         LoopLimits(**wrong)

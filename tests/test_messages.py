@@ -1,4 +1,4 @@
-"""messages.py: conversations with tools, rendered by every published template of Gemma 4."""
+"""Conversations with tools, rendered by every published Gemma 4 template."""
 
 import json
 import shutil
@@ -52,12 +52,12 @@ def template(request, tmp_path) -> Text:
     return Text.from_dir(tmp_path)
 
 
-def test_all_five_published_revisions_are_tested():
+def test_all_five_published_templates_are_tested():
     assert len(TEMPLATES) == 5 and {FIRST, NEWEST} < {file.stem for file in TEMPLATES}
 
 
 @pytest.mark.parametrize("arguments", [{"city": "Oslo", "b": 1}, '{"city": "Oslo", "b": 1}'])
-def test_a_call_and_its_result_are_one_turn_of_the_model(template, arguments):
+def test_call_and_result_render_as_one_model_turn(template, arguments):
     rendered = template.render(conversation(arguments), options={"tools": TOOLS})
     assert rendered == (
         f"<bos><|turn>system\nBe brief.\nBe kind.{DECLARED}<turn|>\n<|turn>user\nWhen?<turn|>\n"
@@ -65,19 +65,19 @@ def test_a_call_and_its_result_are_one_turn_of_the_model(template, arguments):
     )
 
 
-def test_what_is_said_after_a_result_ends_the_turn(template):
-    said = [{"role": "assistant", "content": "It is nine."}, {"role": "user", "content": "Thanks"}]
-    rendered = template.render(conversation({"b": 1, "city": "Oslo"}) + said, options={"tools": TOOLS})
+def test_reply_after_a_result_ends_the_turn(template):
+    reply = [{"role": "assistant", "content": "It is nine."}, {"role": "user", "content": "Thanks"}]
+    rendered = template.render(conversation({"b": 1, "city": "Oslo"}) + reply, options={"tools": TOOLS})
     after = rendered.partition(CALLED + ANSWERED)[2]
     assert after == "It is nine.<turn|>\n<|turn>user\nThanks<turn|>\n<|turn>model\n"
 
 
 @pytest.mark.parametrize("arguments", ["", " ", "{}", {}, None])
-def test_a_call_without_arguments_may_be_written_in_any_way(template, arguments):
+def test_empty_arguments_are_accepted_in_any_form(template, arguments):
     assert "<|tool_call>call:get_time{}<tool_call|>" in template.render(conversation(arguments))
 
 
-def test_several_results_go_to_the_calls_they_answer(template):
+def test_results_are_matched_to_calls_by_id(template):
     messages = conversation({})
     messages[2]["tool_calls"].append({"id": "c2", "function": {"name": "other", "arguments": "{}"}})
     messages.insert(3, {"role": "tool", "tool_call_id": "c2", "content": [{"type": "text", "text": "two"}]})
@@ -85,61 +85,62 @@ def test_several_results_go_to_the_calls_they_answer(template):
     assert 'response:other{value:<|"|>two<|"|>}' in rendered and 'response:get_time{value:<|"|>9 pm<|"|>}' in rendered
 
 
-def test_results_without_an_id_are_named_in_the_order_of_the_calls():
+def test_results_without_id_are_matched_in_call_order():
     messages = conversation({})
     messages[2]["tool_calls"].append({"function": {"name": "other"}})
     del messages[3]["tool_call_id"]
     messages.append({"role": "tool", "content": "x"})
     assert [m["name"] for m in for_template(messages) if m["role"] == "tool"] == ["get_time", "other"]
-    assert "name" not in messages[3]  # what was given is not changed
+    assert "name" not in messages[3]  # the input is not modified
 
 
-def test_thinking_is_switched_on_by_the_template(template):
+def test_template_option_enables_thinking(template):
     assert "enable_thinking" in template.template_variables and "tools" in template.template_variables
     messages = [{"role": "user", "content": "hi"}]
     assert "<|think|>" in template.render(messages, options={"enable_thinking": True})
     assert "<|think|>" not in template.render(messages, options={"enable_thinking": False})
 
 
-def test_the_newest_template_goes_on_inside_a_thought_after_a_result(template):
+def test_newest_template_opens_a_thought_after_a_result(template, tmp_path):
     rendered = template.render(conversation({}), options={"enable_thinking": True})
-    assert rendered.endswith("<|channel>thought\n") == ("Canonical" in template._template_source)
+    newest = "Canonical" in (tmp_path / "chat_template.jinja").read_text()
+    assert rendered.endswith("<|channel>thought\n") == newest
 
 
 @pytest.mark.parametrize("arguments", ["[1]", "{", "null", 3, [1]])
-def test_arguments_that_are_no_object_are_refused(arguments):
-    with pytest.raises(RequestError, match="message 2 calls get_time with arguments that are no JSON object"):
+def test_arguments_must_be_a_json_object(arguments):
+    with pytest.raises(RequestError, match="message 2 calls get_time with invalid arguments; expected a JSON object"):
         for_template(conversation(arguments))
 
 
 @pytest.mark.parametrize("calls", [["x"], [{}], [{"function": {"arguments": "{}"}}]])
-def test_a_call_without_a_name_is_refused(calls):
+def test_call_without_a_name_is_rejected(calls):
     messages = conversation({})
     messages[2]["tool_calls"] = calls
     with pytest.raises(RequestError, match="message 2 has a tool call without a name"):
         for_template(messages)
 
 
-def test_a_result_that_answers_no_call_is_refused_and_not_left_out():
+def test_result_without_a_call_is_rejected():
     messages = conversation({})
     del messages[2]
-    with pytest.raises(RequestError, match="message 2 is a tool's result; expected an assistant message"):
+    with pytest.raises(RequestError, match="message 2 is a tool result; expected an assistant message"):
         for_template(messages)
 
 
-def test_tools_are_refused_where_the_template_has_no_place_for_them():
-    with pytest.raises(RequestError, match="no place for tools"):
+def test_tools_are_rejected_if_the_template_does_not_support_them():
+    with pytest.raises(RequestError, match="does not support tools"):
         Text.from_dir(TINY).render([{"role": "user", "content": "x"}], options={"tools": TOOLS})
     assert "enable_thinking" not in Text.from_dir(TINY).template_variables
 
 
 @pytest.mark.parametrize("tools", ["x", ["x"], 3])
-def test_tools_that_are_no_list_of_objects_are_refused(template, tools):
+def test_tools_must_be_a_list_of_objects(template, tools):
     with pytest.raises(RequestError, match="expected a"):
         template.render([{"role": "user", "content": "x"}], options={"tools": tools})
 
 
-def test_what_a_template_renders_is_taken_apart_again(template):
+def test_rendered_calls_are_parsed_back(template):
     from mlx_mtp.segments import Segmenter
 
     arguments = {"a": [1, {"b": "x, {y}"}], "c-d": "\"quoted\" 'text'\n", "e.f": None, "g": True, "h": -1.5}
