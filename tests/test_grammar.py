@@ -1,4 +1,4 @@
-"""grammar.py and call_grammar.py: what they let through is valid, and where a text stands is told without a trace."""
+"""Grammars for JSON and tool calls: all output is valid, and computing masks does not change the state."""
 
 import json
 import random
@@ -38,7 +38,7 @@ def may_follow(follower: Follower) -> list[int]:
 
 
 def follows(grammar: Grammar, tokens: list[int]) -> bool:
-    """Whether the grammar lets a text through, to its end."""
+    """Whether the grammar accepts these tokens and may end after them."""
     follower = grammar.begin()
     for token in tokens:
         if token not in may_follow(follower):
@@ -48,13 +48,13 @@ def follows(grammar: Grammar, tokens: list[int]) -> bool:
 
 
 def walk(grammar: Grammar, seed: int, most: int = 600) -> list[int] | None:
-    """A random text that the grammar lets through; None where it did not come to an end. Ends where it may, mostly."""
+    """Random output that the grammar allows, or None if it does not end within `most` tokens."""
     choose, follower, out = random.Random(seed), grammar.begin(), []
     for _ in range(most):
         tokens = may_follow(follower)
         if EOS & set(tokens) and choose.random() < 0.7:
             return out
-        # Marks that close something come often, so that strings stay short.
+        # Prefer closing markers, so that strings stay short.
         closing = [token for token in tokens if token in (52, CALL_END, 364)]
         out.append(choose.choice(closing if closing and choose.random() < 0.3 else tokens))
         follower.advance(out[-1:])
@@ -62,7 +62,7 @@ def walk(grammar: Grammar, seed: int, most: int = 600) -> list[int] | None:
 
 
 @pytest.mark.parametrize("name", TOOLS)
-def test_whatever_a_grammar_lets_through_is_valid(text, grammars, name):
+def test_all_output_of_a_grammar_is_valid(text, grammars, name):
     schema = TOOLS[name]
     calls = grammars.calls([Tool(name, schema, strict=True)], must=True, several=False)
     answer, ended = grammars.json(schema), 0
@@ -98,7 +98,7 @@ VALUES = {
 }
 
 
-def test_all_kinds_of_values_come_back_as_they_were_meant(text, grammars):
+def test_all_kinds_of_values_are_generated_and_parsed_back(text, grammars):
     grammar, ended = grammars.calls([Tool("f", VALUES, strict=True)], must=True, several=False), set()
     for seed in range(30):
         tokens = walk(grammar, seed, 250)
@@ -113,7 +113,7 @@ def test_all_kinds_of_values_come_back_as_they_were_meant(text, grammars):
     assert ended == set(VALUES["properties"]) - {"no"}
 
 
-def test_masks_for_a_draft_are_those_of_the_text_one_token_later(text, grammars):
+def test_draft_masks_equal_masks_token_by_token(text, grammars):
     grammar = grammars.json(TOOLS["get_weather"])
     tokens = text.encode_rest('{"city": "Oslo", "unit": "celsius"}')
     follower, one_by_one = grammar.begin(), []
@@ -125,18 +125,18 @@ def test_masks_for_a_draft_are_those_of_the_text_one_token_later(text, grammars)
         follower.advance(tokens[:begin])
         masks = follower.masks([*tokens[begin:], 106])
         assert [allowed(m) for m in masks[:-1]] == [allowed(m) for m in one_by_one[begin:]]
-        assert len(allowed(masks[-1])) == VOCABULARY  # behind the end
-        assert may_follow(follower) == allowed(one_by_one[begin])  # and nothing has changed
+        assert len(allowed(masks[-1])) == VOCABULARY  # after the end
+        assert may_follow(follower) == allowed(one_by_one[begin])  # the state has not changed
     assert set(allowed(one_by_one[-1])) == EOS and not follower.failed
 
 
-def test_behind_a_draft_that_may_not_come_everything_may(text, grammars):
+def test_everything_is_allowed_after_an_invalid_draft_token(text, grammars):
     follower = grammars.json(TOOLS["get_weather"]).begin()
     masks = follower.masks([*text.encode_rest("{"), CALL, *text.encode_rest("x")])
     assert [len(allowed(m)) == VOCABULARY for m in masks] == [False, False, True, True]
 
 
-def test_forced_tokens_are_the_only_ones_that_may_come(text, grammars):
+def test_forced_tokens_are_the_only_allowed_tokens(text, grammars):
     follower = grammars.calls([Tool("read_file", TOOLS["read_file"])], must=True, several=False).begin()
     follower.advance([CALL])
     forced = follower.forced(100)
@@ -146,7 +146,7 @@ def test_forced_tokens_are_the_only_ones_that_may_come(text, grammars):
     assert follower.forced(2) == forced[:2] and follower.forced(0) == []
 
 
-def test_a_thought_may_come_first_where_the_prompt_allows_one(text, grammars):
+def test_reasoning_may_come_first_if_the_prompt_allows_it(text, grammars):
     thought, answer = [THOUGHT, *text.encode_rest("thought\nhm"), THOUGHT_END], text.encode_rest('{"a": 1}')
     for kind, fits in {
         "none": (True, False, False),
@@ -158,7 +158,7 @@ def test_a_thought_may_come_first_where_the_prompt_allows_one(text, grammars):
         assert tuple(seen) == fits
 
 
-def test_calls_may_be_required_or_only_held_to_their_schema(text, grammars):
+def test_calls_may_be_required_or_optional(text, grammars):
     tools = [Tool("f", TOOLS["classify"], strict=True), Tool("g", {})]
     written = '<|tool_call>call:f{confidence:1,label:<|"|>ham<|"|>}<tool_call|>'
     call, words = text.encode_rest(written), text.encode_rest("I think")
@@ -178,23 +178,23 @@ def test_calls_may_be_required_or_only_held_to_their_schema(text, grammars):
 @pytest.mark.parametrize(
     ("schema", "complaint"),
     [
-        ({"type": "array", "uniqueItems": True}, "has uniqueItems, which a strict tool cannot have"),
+        ({"type": "array", "uniqueItems": True}, "has uniqueItems, which is not supported in strict mode"),
         ({"not": {}, "type": "string"}, "has not,"),
         ({"pattern": "^a|b", "type": "string"}, "pattern with an anchor"),
-        ({"pattern": "a", "maxLength": 3, "type": "string"}, "pattern beside"),
-        ({"$ref": "#/$defs/nothing"}, "leads nowhere"),
+        ({"pattern": "a", "maxLength": 3, "type": "string"}, "pattern together with"),
+        ({"$ref": "#/$defs/nothing"}, "'#/\\$defs/nothing' not found"),
         ({"pattern": "(?=x)", "type": "string"}, "the tools cannot be honoured: .*look-around"),
         ({"allOf": [{"type": "string"}, {"minLength": 3}]}, "has allOf"),
     ],
 )
-def test_what_a_strict_tool_cannot_have_is_refused_in_one_line(grammars, schema, complaint):
+def test_strict_tools_reject_unsupported_keywords(grammars, schema, complaint):
     tool = Tool("f", {"type": "object", "properties": {"a": schema}}, strict=True)
     with pytest.raises(RequestError, match=complaint) as caught:
         grammars.calls([tool], must=True)
     assert "\n" not in str(caught.value)
 
 
-def test_a_tool_that_is_not_strict_is_held_to_what_can_be_honoured(text, grammars):
+def test_other_tools_ignore_unsupported_keywords(text, grammars):
     schema = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True, "items": {"type": "null"}}}}
     grammar = grammars.calls([Tool("f", schema)], must=True)
     assert follows(grammar, text.encode_rest("<|tool_call>call:f{a:[null,null]}<tool_call|>"))
@@ -209,12 +209,12 @@ def test_a_tool_that_is_not_strict_is_held_to_what_can_be_honoured(text, grammar
         ([], "is a list; expected an object"),
     ],
 )
-def test_a_schema_that_cannot_be_honoured_is_refused_in_one_line(grammars, schema, complaint):
+def test_invalid_json_schema_raises_a_one_line_error(grammars, schema, complaint):
     with pytest.raises(RequestError, match=complaint) as caught:
         grammars.json(schema)
     assert "\n" not in str(caught.value)
 
 
-def test_a_grammar_is_compiled_once(grammars):
+def test_grammar_is_compiled_once(grammars):
     assert grammars.json(TOOLS["edit"]) is grammars.json(dict(TOOLS["edit"]))
     assert grammars.json(TOOLS["edit"]) is not grammars.json(TOOLS["edit"], "may")
