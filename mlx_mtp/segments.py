@@ -1,15 +1,17 @@
-"""Generated tokens of Gemma 4 taken apart while they come: reasoning, answer, tool calls. Knows no protocol.
+"""Parses generated Gemma 4 tokens incrementally into reasoning, answer text and tool calls.
 
-What the model writes (`...` stands for text):
+The format (`...` stands for text):
 
     <|channel>thought\\n...\\n<channel|>...<|tool_call>call:NAME{key:<|"|>text<|"|>,n:1}<tool_call|><|tool_response>
 
-Markers are told from text by their token ids, so that an answer may spell `<|channel>` without opening a thought. Only
-where a tokenizer has no token for a marker is it looked for in the text.
+Markers are recognised by token id, so an answer may spell `<|channel>` in ordinary text. A marker without a token in
+the vocabulary is searched for in the text instead.
 
-Models leave parts of this out; then the reading that loses nothing is taken. A call ends an open thought. A call needs
-its opening marker or, at the beginning of an answer or after another call, `call:` and the name of a tool on offer. A
-call that does not end is ended where the text does. What turns out not to be a call is answer text.
+Models omit parts of the format. The parser then loses no text:
+- A tool call ends an open thought.
+- At the beginning of an answer or after another call, `call:` and the name of an offered tool begin a call.
+- A call without an end ends with the output.
+- What turns out not to be a call is answer text.
 """
 
 from __future__ import annotations
@@ -21,12 +23,12 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Literal
 
-from mlx_mtp.arguments import CLOSING, QUOTE, Arguments, scalar
+from mlx_mtp.arguments import CLOSING, QUOTE, ArgumentsParser, json_scalar
 from mlx_mtp.text import Detokenizer, StopStrings, Text
 
 
 class Marker(Enum):
-    """Tokens that separate segments, as the tokenizer spells them."""
+    """Special tokens that separate segments."""
 
     THOUGHT = "<|channel>"
     THOUGHT_END = "<channel|>"
@@ -36,23 +38,24 @@ class Marker(Enum):
 
 
 TURN = "<|turn>"
-CHANNEL = "thought"  # the name after Marker.THOUGHT
-MOST_HEADER = 200  # characters of a call before its arguments; longer is text
+CHANNEL = "thought"  # the channel name after Marker.THOUGHT
+MAX_HEADER = 200  # characters of a call before its arguments; a longer header is answer text
 
-# Each beginning of what HEADER matches is matched by HEADER_BEGUN, and HEADER's first match is its shortest: so what is
-# read as a call does not depend on how much text has come.
+# HEADER_PREFIX matches every prefix of what HEADER matches, and HEADER's first match is its shortest. So the result
+# does not depend on how much text has arrived.
 HEADER = re.compile(r"\s*(?:call\s*:\s*|:\s*|(?!call\s*:))(\w[\w.:/-]*?)\s*([{(]|BEGIN_ARG:)")
-HEADER_BEGUN = re.compile(r"\s*(?:call\s*:\s*|:\s*)?[\w.:/-]*\s*(?:B[A-Z_]*)?")
+HEADER_PREFIX = re.compile(r"\s*(?:call\s*:\s*|:\s*)?[\w.:/-]*\s*(?:B[A-Z_]*)?")
 NAME_ONLY = re.compile(r"\s*call\s*:\s*(\w[\w.:/-]*)\s*")
 POSITIONAL = re.compile(r"BEGIN_ARG:[ \t]*\n?(.*?)\n?END_ARG", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece of one kind; pieces of one kind in a row belong together.
+    """A fragment of the output. Adjacent fragments of one kind belong together.
 
-    reasoning, answer: text. call: a tool's name, which opens call number `call`, counted from 0. arguments: the next
-    fragment of its JSON object. end: the call is complete.
+    kind: "reasoning" and "answer" are text. "call" opens a tool call, and its text is the tool's name. "arguments" is
+    the next fragment of the call's JSON object. "end" completes the call.
+    call: index of the call, from 0; -1 for reasoning and answer.
     """
 
     kind: Literal["reasoning", "answer", "call", "arguments", "end"]
@@ -60,34 +63,34 @@ class Segment:
     call: int = -1
 
 
-class After(Enum):
-    """What the answer text that comes next stands behind."""
+class Previous(Enum):
+    """What the next answer text follows."""
 
     START = "start"
     MARKER = "marker"
-    CALL = "call"  # its last bracket: a closing marker may still come
+    CALL = "call"  # its closing bracket; the closing marker may still come
     TEXT = "text"
 
 
-BETWEEN = {After.START: " \t\r\n", After.MARKER: " \t\r\n", After.CALL: " \t\r\n}]),;"}
-"""What may stand before a call, and is no text if one follows."""
+DROPPED_BEFORE_CALL = {Previous.START: " \t\r\n", Previous.MARKER: " \t\r\n", Previous.CALL: " \t\r\n}]),;"}
+"""Characters that are dropped if a call follows them."""
 
 
 class Mode(Enum):
-    """What the text that comes next is."""
+    """What kind of text comes next. The comments say what is in the parser's buffer."""
 
-    ANSWER = "answer"
-    CHANNEL = "channel"  # the name of a channel; held: what of it has come
-    REASONING = "reasoning"  # held: line breaks that may turn out to be the last
-    HEADER = "header"  # held: a call up to its arguments
+    ANSWER = "answer"  # buffer: text that may begin a call without a marker
+    CHANNEL = "channel"  # buffer: the channel name so far
+    REASONING = "reasoning"  # buffer: line breaks, which are dropped at the end of a thought
+    HEADER = "header"  # buffer: the call so far, up to its arguments
     ARGUMENTS = "arguments"
-    POSITIONAL = "positional"  # held: arguments between BEGIN_ARG: and END_ARG, without names
+    POSITIONAL = "positional"  # buffer: arguments without names, between BEGIN_ARG: and END_ARG
 
 
 class Segmenter:
-    """Takes apart one request's tokens. How they are cut makes no difference to the segments but where they are cut.
+    """Parses one sequence's output. How the tokens are split only decides where segments are split.
 
-    reasoning_tok: tokens of thoughts so far, their markers included.
+    reasoning_tok: reasoning tokens so far, including markers.
     """
 
     def __init__(
@@ -97,36 +100,31 @@ class Segmenter:
         stops: tuple[str, ...] = (),
         tools: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
-        """prompt: what the model goes on from; it may end inside a thought. stops: strings that end an answer.
+        """prompt: token ids; the prompt may end inside a thought.
 
-        tools: the JSON schema of the parameters of each tool on offer, by name.
+        stops: strings that end the output when they occur in answer text.
+        tools: the offered tools: name -> JSON schema of the parameters.
         """
         self._text, self._decoder, self._stops = text, Detokenizer(text), StopStrings(stops)
         ids = {marker: text.id_of(marker.value) for marker in Marker}
-        self._ids = {i: marker for marker, i in ids.items() if i is not None}
-        self._spelled = {marker.value: marker for marker, i in ids.items() if i is None}
+        self._token_markers = {i: marker for marker, i in ids.items() if i is not None}
+        self._text_markers = {marker.value: marker for marker, i in ids.items() if i is None}
         self._tools = tools or {}
-        self._unread = ""  # text that may be the beginning of a spelled marker
-        self._mode, self._held = Mode.ANSWER, ""
-        self._after = After.START
-        self._answered = self._thought = False  # whether there has been answer text, and reasoning
-        self._begun = False  # whether the thought under way has shown text
-        self._calls, self._marked = 0, False  # calls opened; whether the newest had its opening marker
-        self._arguments = Arguments()
-        self._name, self._aside = "", 0
-        self._stopped = False
+        self._pending = ""  # text that may begin a marker
+        self._mode, self._buffer = Mode.ANSWER, ""
+        self._previous = Previous.START
+        self._has_answer = self._has_reasoning = False  # whether any was emitted
+        self._thought_has_text = False  # whether the current thought has emitted text
+        self._calls, self._call_has_marker = 0, False  # calls opened; whether the latest had an opening marker
+        self._arguments = ArgumentsParser()
+        self._name, self._thought_at = "", 0  # of the current call; where a thought began in its positional arguments
         self._segments: list[Segment] = []
         self.reasoning_tok = 0
-        self._go_on_from(prompt)
-
-    @property
-    def stopped(self) -> bool:
-        """Whether a stop string has ended the answer; what comes after it is not read."""
-        return self._stopped
+        self._read_prompt(prompt)
 
     @property
     def stop(self) -> str | None:
-        """The stop string that has ended the answer."""
+        """The stop string that ended the output, or None. Tokens after it are ignored."""
         return self._stops.found
 
     @property
@@ -136,22 +134,22 @@ class Segmenter:
 
     @property
     def answering(self) -> bool:
-        """Whether the text that comes next is answer, unless a marker comes before it."""
+        """Whether the next text is answer text, unless a marker precedes it."""
         return self._mode is Mode.ANSWER
 
     @property
     def calls(self) -> int:
-        """Calls opened so far."""
+        """Number of calls opened so far."""
         return self._calls
 
     def push(self, tokens: Sequence[int]) -> list[Segment]:
-        """Add tokens; return what has become certain."""
+        """Add tokens. Returns the segments that later tokens cannot change."""
         for token in tokens:
-            if self._stopped:
+            if self.stop:
                 break
-            marker = self._ids.get(token)
+            marker = self._token_markers.get(token)
             if marker is None:
-                self._read(self._decoder.push([token]))
+                self._split_text_markers(self._decoder.push([token]))
             else:
                 self._flush_text()
                 self._on_marker(marker)
@@ -159,12 +157,12 @@ class Segmenter:
         return self._take()
 
     def finish(self, complete: bool = True) -> list[Segment]:
-        """End of the tokens; return what had been held back.
+        """End the output. Returns the segments that were still waiting.
 
-        complete: the model ended by itself. If not (a limit, say), an open call is left open: what is missing of its
-        arguments must not look as if it had never been meant.
+        complete: whether the model ended the output itself. Otherwise, after a token limit for example, an open call
+        stays open, so that truncated arguments do not look complete.
         """
-        if not self._stopped:
+        if not self.stop:
             self._flush_text()
             self._end_mode(complete)
             self._end_answer()
@@ -172,52 +170,52 @@ class Segmenter:
 
     # tokens to text and markers ---------------------------------------------------------------------------------
 
-    def _go_on_from(self, prompt: Sequence[int]) -> None:
-        """Read what the prompt has opened and not closed."""
+    def _read_prompt(self, prompt: Sequence[int]) -> None:
+        """Enter the thought that the prompt left open, if any."""
         opening, closing = self._text.id_of(Marker.THOUGHT.value), self._text.id_of(Marker.THOUGHT_END.value)
         if opening is not None:
             ends = {closing, self._text.id_of(TURN)}
             at = next((i for i in range(len(prompt) - 1, -1, -1) if prompt[i] == opening or prompt[i] in ends), -1)
-            begun = None if at < 0 or prompt[at] in ends else self._text.decode(prompt[at + 1 :])
+            thought = None if at < 0 or prompt[at] in ends else self._text.decode(prompt[at + 1 :])
         else:
             tail = self._text.decode(prompt[-256:])
-            before, marker, begun = tail.rpartition(Marker.THOUGHT.value)
-            if not marker or Marker.THOUGHT_END.value in begun or TURN in begun:
-                begun = None
-        if begun is not None:
+            _, marker, thought = tail.rpartition(Marker.THOUGHT.value)
+            if not marker or Marker.THOUGHT_END.value in thought or TURN in thought:
+                thought = None
+        if thought is not None:
             self._on_marker(Marker.THOUGHT)
-            self._on_text(begun)
+            self._on_text(thought)
             self._segments.clear()
 
-    def _read(self, text: str) -> None:
-        """Take text apart at markers that have no token of their own."""
-        if not self._spelled:
+    def _split_text_markers(self, text: str) -> None:
+        """Split text at the markers that have no token."""
+        if not self._text_markers:
             return self._on_text(text)
-        self._unread += text
-        while not self._stopped:
-            found = [(at, spelled) for spelled in self._spelled if (at := self._unread.find(spelled)) >= 0]
+        self._pending += text
+        while not self.stop:
+            found = [(at, name) for name in self._text_markers if (at := self._pending.find(name)) >= 0]
             if not found:
                 break
-            at, spelled = min(found)
-            before, self._unread = self._unread[:at], self._unread[at + len(spelled) :]
+            at, name = min(found)
+            before, self._pending = self._pending[:at], self._pending[at + len(name) :]
             self._on_text(before)
-            self._on_marker(self._spelled[spelled])
-        at = self._unread.rfind("<")
-        begun = at >= 0 and any(spelled.startswith(self._unread[at:]) for spelled in self._spelled)
-        at = at if begun else len(self._unread)
-        before, self._unread = self._unread[:at], self._unread[at:]
+            self._on_marker(self._text_markers[name])
+        at = self._pending.rfind("<")
+        incomplete = at >= 0 and any(name.startswith(self._pending[at:]) for name in self._text_markers)
+        at = at if incomplete else len(self._pending)
+        before, self._pending = self._pending[:at], self._pending[at:]
         return self._on_text(before)
 
     def _flush_text(self) -> None:
-        """Read what the detokenizer still holds: a marker ends every run of byte tokens."""
-        self._read(self._decoder.finish())
-        rest, self._unread = self._unread, ""
-        self._on_text(rest)
+        """Read the text that still waits in the detokenizer. A marker ends every run of byte tokens."""
+        self._split_text_markers(self._decoder.finish())
+        pending, self._pending = self._pending, ""
+        self._on_text(pending)
 
     # text and markers to segments -------------------------------------------------------------------------------
 
     def _on_text(self, text: str) -> None:
-        while text and not self._stopped:
+        while text and not self.stop:
             if self._mode is Mode.ANSWER:
                 text = self._in_answer(text)
             elif self._mode is Mode.CHANNEL:
@@ -229,21 +227,21 @@ class Segmenter:
             elif self._mode is Mode.ARGUMENTS:
                 text = self._in_arguments(text)
             else:
-                self._held, text = self._held + text, ""
+                self._buffer, text = self._buffer + text, ""
 
     def _on_marker(self, marker: Marker) -> None:
-        if self._stopped:
+        if self.stop:
             return
         if self._mode is Mode.ARGUMENTS:
             if marker is Marker.QUOTE:
-                return self._arguments.quote()
-            if self._arguments.quoted and marker is not Marker.CALL_END:
+                return self._arguments.quote_token()
+            if self._arguments.in_token_string and marker is not Marker.CALL_END:
                 return self._on_text(marker.value)
         elif self._mode is Mode.POSITIONAL and marker in (Marker.THOUGHT, Marker.THOUGHT_END):
-            if marker is Marker.THOUGHT:  # an empty thought in the middle of a value
-                self._aside = len(self._held)
+            if marker is Marker.THOUGHT:  # some models write an empty thought inside a value
+                self._thought_at = len(self._buffer)
             else:
-                self._held = self._held[: self._aside]
+                self._buffer = self._buffer[: self._thought_at]
             return None
         elif marker is Marker.QUOTE:
             return self._on_text(marker.value)
@@ -251,142 +249,146 @@ class Segmenter:
             return None
         self._end_mode(complete=True, marker=True)
         self._end_answer()
-        self._held, self._after, self._begun = "", After.MARKER, False
+        self._buffer, self._previous, self._thought_has_text = "", Previous.MARKER, False
         self._mode = {Marker.THOUGHT: Mode.CHANNEL, Marker.CALL: Mode.HEADER}.get(marker, Mode.ANSWER)
         return None
 
     def _end_mode(self, complete: bool, marker: bool = False) -> None:
-        """Decide about what is held, because nothing more of its kind comes. marker: whether a marker comes next."""
-        mode, held, self._held = self._mode, self._held, ""
+        """End the current mode and emit its buffer. marker: whether a marker follows."""
+        mode, buffer, self._buffer = self._mode, self._buffer, ""
         if mode is Mode.ARGUMENTS or mode is Mode.POSITIONAL:
             if complete:
-                self._end_call(held)
+                self._end_call(buffer)
             else:
                 self._add("arguments", self._arguments.take())
-        elif mode is Mode.CHANNEL and not CHANNEL.startswith(held):
-            self._add("reasoning", held)
+        elif mode is Mode.CHANNEL and not CHANNEL.startswith(buffer):
+            self._add("reasoning", buffer)
         elif mode is Mode.HEADER:
-            named = NAME_ONLY.fullmatch(held) if complete else None
-            if named:
-                self._begin_call(named[1], "{", marked=True)
+            name_only = NAME_ONLY.fullmatch(buffer) if complete else None
+            if name_only:
+                self._begin_call(name_only[1], "{", has_marker=True)
                 self._end_call("")
             else:
-                self._answer(held)
-        elif mode is Mode.ANSWER and held:
-            between = not held.strip(BETWEEN[self._after])
-            if not between or (self._after is After.START and not marker):
-                self._answer(held)
+                self._answer(buffer)
+        elif mode is Mode.ANSWER and buffer:
+            droppable = not buffer.strip(DROPPED_BEFORE_CALL[self._previous])
+            if not droppable or (self._previous is Previous.START and not marker):
+                self._answer(buffer)
         self._mode = Mode.ANSWER
 
     def _in_answer(self, text: str) -> str:
-        if self._after is After.TEXT:
+        if self._previous is Previous.TEXT:
             self._answer(text)
             return ""
-        self._held += text
-        candidate = self._held.lstrip(BETWEEN[self._after])
+        self._buffer += text
+        candidate = self._buffer.lstrip(DROPPED_BEFORE_CALL[self._previous])
         match = HEADER.match(candidate) if candidate.startswith("call:") else None
-        if match and match.end() <= MOST_HEADER and self._may_call(match[1]):
-            marked, self._held = self._marked and self._after is After.CALL, ""
-            self._begin_call(match[1], match[2], marked)
+        if match and match.end() <= MAX_HEADER and self._may_call(match[1]):
+            has_marker, self._buffer = self._shares_marker(), ""
+            self._begin_call(match[1], match[2], has_marker)
             return candidate[match.end() :]
-        begun = not match and len(candidate) <= MOST_HEADER and HEADER_BEGUN.fullmatch(candidate)
-        if not (begun and "call:".startswith(candidate[:5])):
-            held, self._held = self._held, ""
-            self._answer(held)
+        incomplete = not match and len(candidate) <= MAX_HEADER and HEADER_PREFIX.fullmatch(candidate)
+        if not (incomplete and "call:".startswith(candidate[:5])):
+            buffer, self._buffer = self._buffer, ""
+            self._answer(buffer)
         return ""
 
     def _may_call(self, name: str) -> bool:
-        """Whether a call of this name needs no marker of its own: it has been offered, or shares another call's."""
-        return name.rstrip(":") in self._tools or (self._marked and self._after is After.CALL)
+        """Whether a call of this name is recognised without its own marker."""
+        return name.rstrip(":") in self._tools or self._shares_marker()
+
+    def _shares_marker(self) -> bool:
+        """Whether a call here is inside the markers of the call before it."""
+        return self._call_has_marker and self._previous is Previous.CALL
 
     def _in_channel(self, text: str) -> str:
-        self._held += text
-        if CHANNEL.startswith(self._held):
+        self._buffer += text
+        if CHANNEL.startswith(self._buffer):
             return ""
-        held, self._held = self._held, ""
+        buffer, self._buffer = self._buffer, ""
         self._mode = Mode.REASONING
-        return held[len(CHANNEL) :] if held.startswith(CHANNEL + "\n") else held
+        return buffer[len(CHANNEL) :] if buffer.startswith(CHANNEL + "\n") else buffer
 
     def _in_reasoning(self, text: str) -> str:
-        text = self._held + text if self._begun else text.lstrip("\n")
+        text = self._buffer + text if self._thought_has_text else text.lstrip("\n")
         shown = text.rstrip("\n")
-        self._held = text[len(shown) :]
-        if shown and not self._begun:
-            shown = "\n" + shown if self._thought else shown  # a second thought
-            self._begun = self._thought = True
+        self._buffer = text[len(shown) :]
+        if shown and not self._thought_has_text:
+            shown = "\n" + shown if self._has_reasoning else shown  # separates a second thought
+            self._thought_has_text = self._has_reasoning = True
         self._add("reasoning", shown)
         return ""
 
     def _in_header(self, text: str) -> str:
-        self._held += text
-        match = HEADER.match(self._held)
-        if match and match.end() <= MOST_HEADER:
-            rest, self._held = self._held[match.end() :], ""
-            self._begin_call(match[1], match[2], marked=True)
-            return rest
-        if match or not HEADER_BEGUN.fullmatch(self._held) or len(self._held) > MOST_HEADER:
-            held, self._held = self._held, ""
+        self._buffer += text
+        match = HEADER.match(self._buffer)
+        if match and match.end() <= MAX_HEADER:
+            after, self._buffer = self._buffer[match.end() :], ""
+            self._begin_call(match[1], match[2], has_marker=True)
+            return after
+        if match or not HEADER_PREFIX.fullmatch(self._buffer) or len(self._buffer) > MAX_HEADER:
+            buffer, self._buffer = self._buffer, ""
             self._mode = Mode.ANSWER
-            self._answer(held)
+            self._answer(buffer)
         return ""
 
     def _in_arguments(self, text: str) -> str:
-        rest = self._arguments.push(text)
+        after = self._arguments.push(text)
         self._add("arguments", self._arguments.take())
         if self._arguments.done:
             self._end_call("")
-        return rest
+        return after
 
     # segments ---------------------------------------------------------------------------------------------------
 
     def _answer(self, text: str) -> None:
-        if self._after in (After.MARKER, After.CALL) and not self._answered:
+        if self._previous in (Previous.MARKER, Previous.CALL) and not self._has_answer:
             text = text.lstrip("\n")
         if text:
-            self._after, self._answered = After.TEXT, True
-            shown, self._stopped = self._stops.push(text)
-            self._add("answer", shown)
+            self._previous, self._has_answer = Previous.TEXT, True
+            self._add("answer", self._stops.push(text)[0])
 
     def _end_answer(self) -> None:
-        if not self._stopped:
+        if not self.stop:
             self._add("answer", self._stops.finish())
 
-    def _begin_call(self, name: str, opening: str, marked: bool) -> None:
+    def _begin_call(self, name: str, opening: str, has_marker: bool) -> None:
         self._end_answer()
-        self._name, self._marked, self._aside = name.rstrip(":"), marked, 0
+        self._name, self._call_has_marker, self._thought_at = name.rstrip(":"), has_marker, 0
         self._calls += 1
         self._segments.append(Segment("call", self._name, self._calls - 1))
         positional = opening not in CLOSING
-        self._arguments = Arguments("{" if positional else opening, self._parameters())
-        self._mode, self._held = (Mode.POSITIONAL, opening) if positional else (Mode.ARGUMENTS, "")
+        self._arguments = ArgumentsParser("{" if positional else opening, self._parameters())
+        self._mode, self._buffer = (Mode.POSITIONAL, opening) if positional else (Mode.ARGUMENTS, "")
 
     def _end_call(self, positional: str) -> None:
-        rest = ""
+        after = ""
         if self._mode is Mode.POSITIONAL:
-            values, rest = POSITIONAL.findall(positional), POSITIONAL.sub("", positional).strip()
-            self._add("arguments", self._named(values))
+            values, after = POSITIONAL.findall(positional), POSITIONAL.sub("", positional).strip()
+            self._add("arguments", self._with_names(values))
         else:
             if not self._arguments.done:
                 self._arguments.close()
             self._add("arguments", self._arguments.take())
         self._segments.append(Segment("end", "", self._calls - 1))
-        self._mode, self._held, self._after = Mode.ANSWER, "", After.CALL
-        self._answer(rest)
+        self._mode, self._buffer, self._previous = Mode.ANSWER, "", Previous.CALL
+        self._answer(after)
 
     def _parameters(self) -> Mapping[str, Any]:
         found = self._tools.get(self._name, {}).get("properties")
         return found if isinstance(found, Mapping) else {}
 
-    def _named(self, values: list[str]) -> str:
-        """JSON of arguments given without names: the required parameters first, then the others, as declared."""
+    def _with_names(self, values: list[str]) -> str:
+        """The JSON object for positional arguments: required parameters first, then the others, in schema order."""
         parameters, required = self._parameters(), self._tools.get(self._name, {}).get("required")
         names = [name for name in required if name in parameters] if isinstance(required, list) else []
         names += [name for name in parameters if name not in names]
         names += [f"argument_{i}" for i in range(len(names), len(values))]
-        pairs = zip(names, values, strict=False)
-        return (
-            "{" + ",".join(f"{_quoted(n)}:{scalar(v.strip(), parameters.get(n)) or _quoted(v)}" for n, v in pairs) + "}"
-        )
+        pairs = [
+            f"{_quoted(name)}:{json_scalar(value.strip(), parameters.get(name)) or _quoted(value)}"
+            for name, value in zip(names, values, strict=False)
+        ]
+        return "{" + ",".join(pairs) + "}"
 
     def _add(self, kind: Literal["reasoning", "answer", "arguments"], text: str) -> None:
         if text:

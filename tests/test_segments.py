@@ -1,4 +1,4 @@
-"""segments.py: reasoning, answers and tool calls out of generated tokens, however broken and however cut."""
+"""Reasoning, answers and tool calls are parsed from generated tokens, well-formed or not."""
 
 import json
 import re
@@ -27,7 +27,7 @@ def text() -> Text:
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory) -> Text:
-    """A tokenizer that has no tokens for Gemma's markers."""
+    """A tokenizer without tokens for Gemma's markers."""
     folder = tmp_path_factory.mktemp("plain")
     for name in ("tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(TINY / name, folder / name)
@@ -40,7 +40,7 @@ def plain(tmp_path_factory) -> Text:
 
 
 def tokens_of(text: Text, written: str, size: int = 1000) -> list[int]:
-    """Token ids of what a model writes, ordinary text encoded `size` characters at a time."""
+    """Token ids of model output. Ordinary text is encoded `size` characters at a time."""
     out = []
     for part in MARKERS.split(written):
         marker = text.id_of(part) if MARKERS.fullmatch(part) else None
@@ -50,7 +50,7 @@ def tokens_of(text: Text, written: str, size: int = 1000) -> list[int]:
 
 
 def joined(segments: list[Segment]) -> list[tuple[str, str]]:
-    """(kind, text) with pieces of one kind joined; a call is ("name", arguments), or ("name!", ...) if left open."""
+    """(kind, text), with adjacent segments joined. A call is ("name", arguments), or ("name!", ...) if still open."""
     out: list[tuple[str, str]] = []
     for segment in segments:
         if segment.kind == "call":
@@ -64,7 +64,7 @@ def joined(segments: list[Segment]) -> list[tuple[str, str]]:
     return out
 
 
-def taken_apart(
+def parse(
     text: Text, written: str, cuts: tuple[int, ...] = (), size: int = 1000, complete: bool = True, **options
 ) -> list[tuple[str, str]]:
     segmenter, tokens, out = Segmenter(text, **options), tokens_of(text, written, size), []
@@ -89,10 +89,10 @@ CASES = {
     "an empty thought": ("<|channel>thought\n<channel|>Hi", [("answer", "Hi")]),
     "an empty thought without a line break": ("<|channel>thought<channel|>Hi", [("answer", "Hi")]),
     "a thought without a name": ("<|channel>though I say<channel|>", [("reasoning", "though I say")]),
-    "a name that goes on": ("<|channel>thoughtful\n<channel|>", [("reasoning", "thoughtful")]),
+    "a longer channel name": ("<|channel>thoughtful\n<channel|>", [("reasoning", "thoughtful")]),
     "an open thought": ("<|channel>thought\nand then", [("reasoning", "and then")]),
     "two thoughts": ("<|channel>thought\na<|channel>thought\nb<channel|>c", [("reasoning", "a\nb"), ("answer", "c")]),
-    "an end of a thought that never began": ("a<channel|>b", [("answer", "ab")]),
+    "a thought end without a thought": ("a<channel|>b", [("answer", "ab")]),
     "a call": (CALL, [READ]),
     "text, a call, text": (f"I look.\n{CALL}\nSo", [("answer", "I look.\n"), READ, ("answer", "\nSo")]),
     "two calls": (f"{CALL}\n{CALL}", [READ, READ]),
@@ -111,7 +111,7 @@ CASES = {
         [("reasoning", "x"), READ],
     ),
     "no opening marker at all": ("\n call:fs.write-file{a-b:1}<tool_call|>", [("fs.write-file", '{"a-b":1}')]),
-    "no opening marker, nothing on offer": ("call:f{x:1}", [("answer", "call:f{x:1}")]),
+    "no opening marker, unknown tool": ("call:f{x:1}", [("answer", "call:f{x:1}")]),
     "prose about calls": ("I call:read{x} it", [("answer", "I call:read{x} it")]),
     "almost a call": ("call:read me", [("answer", "call:read me")]),
     "no word call": ("<|tool_call>read{line:1}<tool_call|>", [("read", '{"line":1}')]),
@@ -124,13 +124,13 @@ CASES = {
         [("read", '{"path":"a","line":2}')],
     ),
     "a call without arguments": ("<|tool_call>call:read<tool_call|>", [("read", "{}")]),
-    "a bracket too many": ("<|tool_call>call:read{line:1}}<tool_call|>Hi", [("read", '{"line":1}'), ("answer", "Hi")]),
+    "an extra bracket": ("<|tool_call>call:read{line:1}}<tool_call|>Hi", [("read", '{"line":1}'), ("answer", "Hi")]),
     "an open call": ('<|tool_call>call:read{path:<|"|>a', [("read", '{"path":"a"}')]),
     "an open string": ('<|tool_call>call:read{path:<|"|>a<tool_call|>', [("read", '{"path":"a"}')]),
-    "a call that opens before another is closed": (f"<|tool_call>call:f{{a:[1{CALL}", [("f", '{"a":[1]}'), READ]),
+    "a call inside an open call": (f"<|tool_call>call:f{{a:[1{CALL}", [("f", '{"a":[1]}'), READ]),
     "text without quotes": ("<|tool_call>call:f{a:it is, well, so}<tool_call|>", [("f", '{"a":"it is, well, so"}')]),
     "not a call": ("<|tool_call>I would call it<tool_call|>", [("answer", "I would call it")]),
-    "an object that is no call": ('<|tool_call>{"name":1}<tool_call|>', [("answer", '{"name":1}')]),
+    "an object that is not a call": ('<|tool_call>{"name":1}<tool_call|>', [("answer", '{"name":1}')]),
     "a marker within a string": (
         '<|tool_call>call:f{a:<|"|>x<|channel>y<|tool_call>z<|"|>}<tool_call|>',
         [("f", '{"a":"x<|channel>y<|tool_call>z"}')],
@@ -145,16 +145,16 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_what_models_write_is_taken_apart(text, plain, name):
+def test_model_output_is_parsed(text, plain, name):
     written, expected = CASES[name]
-    assert taken_apart(text, written, tools=TOOLS) == expected
+    assert parse(text, written, tools=TOOLS) == expected
     every = tuple(range(1000))
-    assert taken_apart(text, written, every, 1, tools=TOOLS) == expected
-    assert taken_apart(plain, written, tools=TOOLS) == expected
-    assert taken_apart(plain, written, every, 1, tools=TOOLS) == expected
+    assert parse(text, written, every, 1, tools=TOOLS) == expected
+    assert parse(plain, written, tools=TOOLS) == expected
+    assert parse(plain, written, every, 1, tools=TOOLS) == expected
 
 
-def test_text_that_spells_a_marker_is_text(text):
+def test_text_that_spells_a_marker_stays_text(text):
     tokens = [t for char in CALL + "<|channel>thought\n" for t in text.encode_rest(char)]
     assert not set(tokens) & {48, 49, 52, 100}
     segmenter = Segmenter(text, tools=TOOLS)
@@ -162,7 +162,7 @@ def test_text_that_spells_a_marker_is_text(text):
 
 
 @pytest.mark.parametrize("which", ["text", "plain"])
-def test_a_prompt_may_end_inside_a_thought(request, which):
+def test_prompt_may_end_inside_a_thought(request, which):
     text = request.getfixturevalue(which)
     for prompt, expected in {
         "<|turn>model\n<|channel>thought\n": [("reasoning", "yes"), ("answer", "a")],
@@ -172,24 +172,22 @@ def test_a_prompt_may_end_inside_a_thought(request, which):
         "hello": [("answer", "yesa")],
     }.items():
         assert (
-            taken_apart(
-                text, "yes\n<channel|>a" if len(expected) == 2 else "yes<channel|>a", prompt=text.encode(prompt)
-            )
+            parse(text, "yes\n<channel|>a" if len(expected) == 2 else "yes<channel|>a", prompt=text.encode(prompt))
             == expected
         )
 
 
-def test_an_open_call_is_left_open_where_a_limit_cut_it(text):
+def test_truncated_call_stays_open(text):
     for written, expected in {
         '<|tool_call>call:read{path:<|"|>rm -rf /a': ("read!", '{"path":"rm -rf /a'),
         "<|tool_call>call:read{line:12": ("read!", '{"line":'),
         "<|tool_call>call:re": ("answer", "call:re"),
         CALL: READ,
     }.items():
-        assert taken_apart(text, written, complete=False, tools=TOOLS) == [expected]
+        assert parse(text, written, complete=False, tools=TOOLS) == [expected]
 
 
-def test_calls_are_numbered_and_their_arguments_stream(text):
+def test_calls_are_numbered_and_arguments_are_streamed(text):
     segmenter = Segmenter(text, tools=TOOLS)
     seen = []
     for token in tokens_of(text, CALL + "<|tool_call>call:f{}"):
@@ -204,11 +202,11 @@ def test_calls_are_numbered_and_their_arguments_stream(text):
     assert segmenter.calls == 2
 
 
-def test_a_stop_string_ends_an_answer_and_nothing_else(text):
+def test_stop_strings_apply_to_answer_text_only(text):
     written = f"<|channel>thought\nSTOP<channel|>a ST{CALL.replace('a b', 'STOP')}OP one STOP two{CALL}"
     segmenter = Segmenter(text, stops=("STOP",), tools=TOOLS)
     out = segmenter.push(tokens_of(text, written))
-    assert segmenter.stopped
+    assert segmenter.stop == "STOP"
     assert joined(out + segmenter.finish()) == [
         ("reasoning", "STOP"),
         ("answer", "a ST"),
@@ -218,7 +216,7 @@ def test_a_stop_string_ends_an_answer_and_nothing_else(text):
     assert segmenter.push(tokens_of(text, "more")) == []
 
 
-def test_tokens_of_thoughts_are_counted(text):
+def test_reasoning_tokens_are_counted(text):
     written = "<|channel>thought\nso it is<channel|>Hello"
     segmenter = Segmenter(text)
     segmenter.push(tokens_of(text, written))
@@ -230,16 +228,16 @@ SOUP = st.lists(st.sampled_from([*(m.value for m in Marker), *WORDS, *"{}():,=[]
 
 
 @given(SOUP, st.lists(st.integers(0, 60), max_size=8), st.sampled_from([(), ("12x",), ("<|", "\n")]), st.booleans())
-def test_the_parse_does_not_depend_on_how_text_was_split(text, plain, written, cuts, stops, complete):
+def test_parse_does_not_depend_on_the_split(text, plain, written, cuts, stops, complete):
     for one in (text, plain):
-        whole = taken_apart(one, written, complete=complete, stops=stops, tools=TOOLS)
-        assert taken_apart(one, written, tuple(cuts), complete=complete, stops=stops, tools=TOOLS) == whole
-        assert taken_apart(one, written, tuple(cuts), 1, complete=complete, stops=stops, tools=TOOLS) == whole
+        whole = parse(one, written, complete=complete, stops=stops, tools=TOOLS)
+        assert parse(one, written, tuple(cuts), complete=complete, stops=stops, tools=TOOLS) == whole
+        assert parse(one, written, tuple(cuts), 1, complete=complete, stops=stops, tools=TOOLS) == whole
 
 
 @given(SOUP)
-def test_every_call_that_ends_has_an_object_of_arguments(text, written):
-    for kind, arguments in taken_apart(text, written, tools=TOOLS):
+def test_every_complete_call_has_an_arguments_object(text, written):
+    for kind, arguments in parse(text, written, tools=TOOLS):
         if kind not in ("answer", "reasoning"):
             assert not kind.endswith("!") and isinstance(json.loads(arguments), dict)
 
@@ -253,5 +251,5 @@ LOSSLESS = st.lists(
 def test_no_word_is_lost(text, pieces):
     words = iter(f" w{i}e " for i in range(100))
     written = "".join(next(words) if piece == "W" else piece for piece in pieces)
-    shown = "".join(kind + part for kind, part in taken_apart(text, written, tools=TOOLS))
+    shown = "".join(kind + part for kind, part in parse(text, written, tools=TOOLS))
     assert [w for w in re.findall(r"w\d+e", written) if w not in shown] == []
