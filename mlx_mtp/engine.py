@@ -1,23 +1,18 @@
-"""The round: draft, verify, commit, for any number of rows. One loop serves every drafter, batch size and width.
+"""The round: draft, verify, commit, for any number of rows. One loop serves every drafter, batch size and draft length.
 
-While one pass runs on the device the graph of the next is built, for shapes do not depend on what will be kept. The
-host then reads the finished pass once (`_read`, the only place where it waits), and at once dispatches the next. So
-nothing is in flight when a pass is dispatched, which is what lets MLX write the cache in place, and the device waits
-for a read and a dispatch but never for Python to build anything, nor for what the policy learns (`_learn`).
+While a pass runs on the device, the graph of the next one is built. Shapes do not depend on what is accepted. The host
+then reads the finished pass once (`_read`, the only place where it waits) and dispatches the next one at once. So
+nothing is in flight at a dispatch, which lets MLX write the cache in place.
 
-The price: a row's end is seen one pass late, and its last pass is wasted, unless no row is left that needs the pass;
-then the pass is undone before it was ever dispatched.
+The price: a row's end is seen one pass late. Its last pass is wasted, or undone if no other row needs it.
 
-On a CPU a dispatch takes as long as its pass, so there the caller has the events first (`hands_over_first`).
+On a CPU a dispatch takes as long as its pass, so there the caller gets the events first (`hands_over_first`).
 
-Nothing is built ahead of the end of a pass with prompt chunks: it takes long beside what that would hide, and a request
-that comes meanwhile is in the very next pass.
+Nothing is built ahead of the end of a pass with prompt chunks. A request that comes meanwhile is in the very next pass.
 
-A round with a constrained row is built ahead like any other; what its constraints say, and what prompt lookup copies,
-is filled in when the round before it has been read.
-They must know what is drafted, so its draft is read beside its verdict, while the target's pass runs. Where constraints
-force so much that another round is called for, the one built is undone and the other built in its place, with a draft
-that is known without a drafter and without a read.
+A round with a grammar or with prompt lookup is built ahead too. What it reads from the host is filled in before it is
+sent. Its draft is read while the target's pass runs. If a grammar forces so much that another round is called for, the
+one that was built is undone.
 """
 
 from __future__ import annotations
@@ -74,7 +69,7 @@ class Engine:
         self._work = (0, 0)  # passes read, and the columns in them
         self._ids = itertools.count()
         self._running: Pass | None = None
-        self._late: RuntimeError | None = None  # of a dispatch, raised when the caller has the events before it
+        self._late: RuntimeError | None = None  # of a dispatch; the caller has the events before it first
 
     # requests ---------------------------------------------------------------------------------------------------
 
@@ -107,9 +102,9 @@ class Engine:
     def take_over(self, failed: Engine) -> None:
         """Go on with all requests of an engine that has failed; each computes its prompt and its output again."""
         self._ids, self._work, self.total, self.host_reads = failed._ids, failed._work, failed.total, failed.host_reads
-        rows = [*failed.scheduler.rows, *failed.scheduler.waiting]
-        for row in sorted((row for row in rows if not row.done), key=lambda row: row.id):
-            self.scheduler.submit(row.again())
+        for row in sorted([*failed.scheduler.rows, *failed.scheduler.waiting], key=lambda row: row.id):
+            if not row.done:
+                self.scheduler.submit(row.again())
 
     @property
     def idle(self) -> bool:

@@ -34,17 +34,7 @@ from mlx_mtp.pairs import poor_acceptance
 from mlx_mtp.processors import check_ids
 from mlx_mtp.prompt_chunks import fitted
 from mlx_mtp.provenance import chip
-from mlx_mtp.rows import (
-    Completion,
-    Event,
-    FinishReason,
-    Request,
-    RequestError,
-    Sampling,
-    Stats,
-    TokenLogprob,
-    one_line,
-)
+from mlx_mtp.rows import Completion, Event, FinishReason, Request, RequestError, Sampling, Stats, TokenLogprob
 from mlx_mtp.scheduler import Limits
 from mlx_mtp.text import StoppedText, Text
 
@@ -317,7 +307,7 @@ class Pair:
 
     def _give_kernels_up(self, error: RuntimeError) -> None:
         """A pass has failed, and a kernel may be why: all requests go on without kernels, after their output so far."""
-        reason = f"a pass failed: {one_line(error, 200)}"
+        reason = f"a pass failed: {' '.join(str(error).split())[:200]}"
         logging.getLogger("mlx_mtp").warning("%s; running on without kernels (--kernels off)", reason)
         failed, self._loaded = self._engine, self._loaded.without_kernels(reason)
         self._model = self._loaded.target.model
