@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
+from made_up import MadeUp, Size, make
 from mlx.utils import tree_flatten
 
-from bench.made_up import MadeUp, Size, make
 from mlx_mtp.cache import Cache
 from mlx_mtp.chips import CHIPS
 from mlx_mtp.doctor import on_gpu
@@ -111,8 +111,8 @@ One function (`mlx_mtp/memory_budget.py`) shares out the memory for `plan`, `pai
 - **Usable** is what macOS lets the GPU hold (`doctor` shows it): by default two thirds of up to 36 GB, three
   quarters of more. `sudo sysctl iogpu.wired_limit_mb=<MB>` raises it.
 - **Weights** of target and drafter come from the headers of their files.
-- **Passes** take what the widest layer holds during a prompt chunk, attention scores, and the logits of the widest
-  round, with 256 MiB for MLX's own buffers on a GPU. Chunks are 2,048 tokens and are halved, down to 512, while
+- **Passes** take what the widest layer holds during a prompt chunk, attention scores, or the logits of the widest
+  round, and 256 MiB for MLX's own buffers on a GPU. Chunks are 2,048 tokens and are halved, down to 512, while
   their pass would take more than a fifth of what the weights leave.
 - The rest is for **keys and values**: every sequence has its windows, whatever its length, and grows with its
   tokens. Prefixes of earlier prompts may take half of it while no sequence needs it.

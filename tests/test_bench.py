@@ -10,6 +10,8 @@ import pytest
 from graph import Count, as_on_metal, count, primitives
 from loop import Run, Setting, Synthetic, line, main, measure, run
 from made_up import MadeUp, Size, bytes_of, hollow, hollow_fill, make, random_fill, truncated
+from memory import Load, page
+from memory import measure as measure_memory
 
 from mlx_mtp.load import load_pair
 from mlx_mtp.rows import GREEDY, Draft, RequestError
@@ -133,3 +135,13 @@ def test_a_size_that_memory_cannot_hold_is_refused(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         main(["--size", "31B"])
     assert "31B takes" in (err := capsys.readouterr().err) and "--layers" in err
+
+
+def test_page_on_memory_is_what_the_budget_says():
+    assert (TINY.parent.parent.parent / "docs" / "memory.md").read_text() == page()
+
+
+def test_peak_is_measured_while_several_sequences_run(tiny):
+    peak = measure_memory(tiny, Load(batch=2, prompt_tok=40, new_tok=8, chunk=16, width=3))
+    assert peak.weights < peak.measured < peak.weights + peak.counted_working + 2**24
+    assert peak.counted > peak.weights
