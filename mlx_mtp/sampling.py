@@ -87,11 +87,13 @@ class Sampler:
         if self.greedy:
             return
         column = [1.0 if r.sampling.greedy else 1.0 / r.sampling.temperature for r in rows]
-        self._scale = mx.array(column)[:, None, None]
+        self._scale, self._scales = mx.array(column)[:, None, None], any(scale != 1 for scale in column)
         self._certain = mx.array([r.sampling.greedy for r in rows])[:, None, None]
         self._some_certain = any(r.sampling.greedy for r in rows)
         self.coupled = mx.array([r.coupled for r in rows])[:, None]
         self._seed = mx.array([[r.seed & 0xFFFFFFFF, r.seed >> 32] for r in rows], dtype=mx.uint32)
+        # Computed once: a sampler lives as long as its rows are together.
+        self._draft_seed, self._own_seed = (self._stream_seed(s)[:, None] for s in (DRAFT_STREAM, RESIDUAL_STREAM))
         drawn = [r.sampling for r in rows if not r.sampling.greedy]
         self._filtered = any(s.top_k or s.top_p < 1 or s.min_p for s in drawn)
         self._most = max(s.top_k for s in drawn)
@@ -130,7 +132,7 @@ class Sampler:
 
     def scaled(self, logits: mx.array) -> mx.array:
         """logits [B, L, C] float32 over temperature."""
-        return logits * self._scale
+        return logits * self._scale if self._scales else logits
 
     def least(self, z: mx.array) -> mx.array | None:
         """z [B, L, C], scaled -> [B, L, 1] the least value that the filters keep; None if no row filters."""
@@ -142,16 +144,19 @@ class Sampler:
         stream [B, 1] or scalar uint32 is mixed into the seed; rows whose token is certain get none.
         """
         seed = self._seed[:, None]
-        seed = mx.stack([seed[..., 0], seed[..., 1] ^ stream], axis=-1)
+        return self._noise(position, ids, count, mx.stack([seed[..., 0], seed[..., 1] ^ stream], axis=-1))
+
+    def _noise(self, position: mx.array, ids: mx.array | None, count: int, seed: mx.array) -> mx.array:
         tokens = mx.arange(count, dtype=mx.uint32) if ids is None else ids
-        return mx.where(self._certain, 0.0, gumbel(seed, position, tokens))
+        found = gumbel(seed, position, tokens)
+        return mx.where(self._certain, 0.0, found) if self._some_certain else found
 
     def choosing(self, position: mx.array) -> Draw | None:
         """`choose`'s noise as kernels take it, with scaled logits; position [B] is that of the first column."""
         if self.greedy:
             return None
         inverse = mx.where(self._certain, 0.0, 1.0)[:, 0, 0]
-        return Draw(inverse, self._stream_seed(RESIDUAL_STREAM), position)
+        return Draw(inverse, self._own_seed[:, 0], position)
 
     def _stream_seed(self, value: int) -> mx.array:
         """[B, 2] uint32: every row's seed with `value` mixed in where it draws independently."""
@@ -193,7 +198,7 @@ class Sampler:
         z = competing = logits
         if not self.greedy:
             z, ids = self.narrowed(logits, ids)
-            competing = z + self.noise(position, ids, z.shape[-1], self._stream(DRAFT_STREAM))
+            competing = z + self._noise(position, ids, z.shape[-1], self._draft_seed)
         token = _best(competing, ids)
         return Drawn(token, z if self.keep_logits else None, ids)
 
@@ -208,8 +213,7 @@ class Sampler:
     def choose(self, filtered: mx.array, position: mx.array, ids: mx.array | None = None) -> mx.array:
         """The target's own choices [B, L] int32: filtered [B, L, C] of tokens `ids` as `narrowed` gives them, position
         [B, L]."""
-        noise = self.noise(position, ids, filtered.shape[-1], self._stream(RESIDUAL_STREAM))
-        return _best(filtered + noise, ids)
+        return _best(filtered + self._noise(position, ids, filtered.shape[-1], self._own_seed), ids)
 
     def redraw(self, logits: mx.array, position: mx.array, ids: mx.array | None) -> mx.array:
         """Tokens [B, L] int32 drawn from logits [B, L, C] of `ids`, independently of drafts and tests, at position

@@ -23,21 +23,21 @@ def top_k(x: mx.array, k: int) -> mx.array:
     size = 1 << ((count // k).bit_length() // 2)  # blocks and members of the chosen ones are about as many
     blocks = count // size
     if count <= SORTED or blocks < 2 * k:
-        return mx.sort(_largest(x, k), axis=-1)
+        return mx.sort(_largest(x, k), axis=-1).astype(mx.int32)
     whole = x[..., : size * blocks].reshape(*x.shape[:-1], size, blocks)  # block i: values i, i + blocks, ...
     chosen = _largest(mx.max(whole, axis=-2), k)
-    members = chosen[..., None, :] + blocks * mx.arange(size, dtype=mx.int32)[:, None]
+    members = chosen[..., None, :] + mx.arange(0, size * blocks, blocks, dtype=mx.uint32)[:, None]
     members = members.reshape(*x.shape[:-1], size * k)
     if size * blocks < count:
-        tail = mx.arange(size * blocks, count, dtype=mx.int32)
+        tail = mx.arange(size * blocks, count, dtype=mx.uint32)
         members = mx.concatenate([members, mx.broadcast_to(tail, (*x.shape[:-1], tail.size))], axis=-1)
     best = _largest(mx.take_along_axis(x, members, axis=-1), k)
-    return mx.sort(mx.take_along_axis(members, best, axis=-1), axis=-1)
+    return mx.sort(mx.take_along_axis(members, best, axis=-1), axis=-1).astype(mx.int32)
 
 
 def _largest(x: mx.array, k: int) -> mx.array:
-    """As `top_k`, in no order."""
-    return mx.argpartition(x, x.shape[-1] - k, axis=-1)[..., x.shape[-1] - k :].astype(mx.int32)
+    """As `top_k`, in no order, uint32."""
+    return mx.argpartition(x, x.shape[-1] - k, axis=-1)[..., x.shape[-1] - k :]
 
 
 def falling(x: mx.array, k: int) -> mx.array:
