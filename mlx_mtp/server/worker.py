@@ -20,7 +20,7 @@ from queue import Empty, SimpleQueue
 from mlx_mtp.cost_profile import dummy_prompts
 from mlx_mtp.grammar import Grammars
 from mlx_mtp.pair import Pair, leave_thread
-from mlx_mtp.rows import GREEDY, Event, Request, RequestError, one_line
+from mlx_mtp.rows import Event, Request, RequestError, one_line
 from mlx_mtp.server.decoding import OutputDecoder
 from mlx_mtp.server.nouns import FinishInfo, ServerError, Settings, State, StreamChunk, Usage, invalid, shutting_down
 
@@ -215,7 +215,8 @@ class EngineThread:
         width = "heuristic" if auto else settings.num_draft_tokens  # auto would learn from dummy prompts
         for done, (batch, length) in enumerate(settings.warm_up, 1):
             self._progress("warm-up", done, steps)
-            pair.generate(dummy_prompts(batch, max(1, min(length, pair.room_tok - 9))), GREEDY, width, 8)
+            prompts = dummy_prompts(batch, max(1, min(length, pair.room_tok - 9)))
+            pair.generate(prompts, pair.default_sampling, width, 8)  # MLX builds what sampling takes too
         self._progress("warm-up", steps, steps)
 
     def _serve(self, pair: Pair) -> None:
