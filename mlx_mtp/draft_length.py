@@ -151,10 +151,8 @@ class GoodputPolicy:
     SWITCH = 1.03  # how much better another k must be
     FIRST_PROBE, LAST_PROBE = 32, 512  # plain rounds before one that drafts a token, doubled while that does not pay
     CHECK_EVERY, CHECK_ROUNDS = 16, 3  # drafted rounds between checks, at goodput 1; plain rounds of a check
-    CORRECTION, WRONG = (
-        0.5,
-        1.25,
-    )  # share of a measured error that is believed; an error that another probe must confirm
+    CORRECTION = 0.5  # share of a measured error that is believed
+    WRONG = 1.25  # an error after which the next probe follows at once
     MAX_CATCH_UP = 1.0  # plain rounds that a drafter's catching up may cost
     drafts = True
 
