@@ -143,5 +143,5 @@ def test_page_on_memory_is_what_the_budget_says():
 
 def test_peak_is_measured_while_several_sequences_run(tiny):
     peak = measure_memory(tiny, Load(batch=2, prompt_tok=40, new_tok=8, chunk=16, width=3))
-    assert peak.weights < peak.measured < peak.weights + peak.counted_working + 2**24
+    assert peak.weights < peak.measured and 0 < peak.measured_working <= peak.counted_working
     assert peak.counted > peak.weights
