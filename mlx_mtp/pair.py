@@ -458,10 +458,10 @@ def leave_thread() -> None:
 
 
 def _room(limits: Limits) -> Room:
-    """What this machine gives a pair. A CPU's prompt chunks are what the limits say, those of several rows together."""
+    """What this machine gives a pair. A CPU's prompt chunks are what the limits say."""
     if on_gpu():
         return Room(memory_bytes(), limits.max_rows, kv_bytes=limits.kv_bytes)
-    chunk = max(limits.chunk_tok, limits.max_rows * limits.alone_tok)
+    chunk = max(limits.chunk_tok, limits.alone_tok)
     return Room(memory_bytes(), limits.max_rows, chunk, chunk, limits.kv_bytes)
 
 

@@ -28,7 +28,7 @@ class Limits:
     stall_s: how much longer than a round alone a round may take because a prompt chunk runs beside it.
     alone_tok: the prompt chunk while no row decodes; a request that comes then waits for the end of one. Fixed, so
     that a prompt alone is always computed in the same pieces; on a CPU 128 tokens took no longer a token than 512.
-    Prompts with no more than that left go together, as many as the machine computes in `stall_s`.
+    Prompts with no more than that left go together, as many as the machine computes in `stall_s`, `chunk_tok` at most.
     chunk_tok: the widest prompt chunk beside running rows. first_chunk_tok: there, until the machine's speed is known.
     score_chunk: how long a chunk after so many tokens may be by the memory for its attention scores; None is no limit.
     kv_bytes: what all keys and values may take, the rows' with their drafter's own and those of kept prefixes; None is
@@ -302,11 +302,13 @@ class Scheduler:
         return not any(r.decoding and not r.done for r in self.rows)
 
     def _short(self, budget: int) -> tuple[int, int]:
-        """What a prompt may have left to go together with others as short, and how many tokens that may be in all."""
+        """What a prompt may have left to go together with others as short, and how many tokens that may be in all: no
+        more than the longest chunk, for which memory is counted."""
         if not self._alone:
             return 0, budget
-        fits = self._pace.fits(self.limits.stall_s, 0) if self._pace.known else 0
-        return self.limits.alone_tok, max(budget, min(fits, self.limits.max_rows * self.limits.alone_tok))
+        limits = self.limits
+        fits = self._pace.fits(limits.stall_s, 0) if self._pace.known else 0
+        return limits.alone_tok, max(budget, min(fits, limits.chunk_tok))
 
     def _budget(self, start: int) -> int:
         """Prompt tokens in the coming pass, if most of them come behind `start` others."""
