@@ -17,7 +17,7 @@ from mlx_mtp.memory_budget import Budget, PairSize, Room, budget
 from mlx_mtp.pairs import BYTES_PER_PARAMETER, Offer
 from mlx_mtp.roofline import CEILING, MLX, Prediction, Roofline, Setting, tokens_per_round
 from mlx_mtp.rows import RequestError
-from mlx_mtp.shapes import SIZES, Shape, shape
+from mlx_mtp.shapes import ALL_SIZES, SIZES, Shape, shape
 from mlx_mtp.weights import bits_of, stored_dtype
 
 BITS = tuple(BYTES_PER_PARAMETER)
@@ -108,13 +108,24 @@ def check_wish(wish: Wish, found: Shape) -> None:
 
 @dataclass(frozen=True)
 class FilePair:
-    """A target and its drafter as their files describe them. stored_bytes: of the target, by how they are packed."""
+    """A target and its drafter as their files describe them. stored_bytes: of the target, by how they are packed.
+
+    shape: the published one with the same config and drafter, None if there is none.
+    """
 
     target: str
     drafter: str | None
     stored_bytes: dict[str, int]
     size: PairSize
+    shape: Shape | None
     notes: tuple[str, ...]
+
+    def setting(self, batch: int, context: int) -> Setting:
+        """What is decoded, with the mean bytes of a weight. Raises ValueError without a shape."""
+        if self.shape is None:
+            raise ValueError(f"{self.target} has no published shape")
+        target, drafter = self.shape.target_counts.total, self.shape.drafter_counts.total
+        return Setting(self.size.target_bytes / target, self.size.drafter_bytes / drafter, batch, context)
 
 
 def read_pair(model: str, drafter_bits: int = 16) -> FilePair:
@@ -126,7 +137,9 @@ def read_pair(model: str, drafter_bits: int = 16) -> FilePair:
     planned = plan_pair(model, "auto", None, quantize, described)
     name = planned.opened.folder.name if planned.opened else None
     size = planned.size(stored_dtype(planned.target.sources))
-    return FilePair(model, name, bits_of(planned.target), size, planned.notes)
+    configs = planned.target.folder.config, planned.opened and planned.opened.folder.config
+    known = next((found for found in map(shape, ALL_SIZES) if (found.target, found.drafter) == configs), None)
+    return FilePair(model, name, bits_of(planned.target), size, known, planned.notes)
 
 
 def memory_of(machine: Machine, wish: Wish, found: Shape) -> Memory:
@@ -175,9 +188,13 @@ def what_fits(usable_bytes: int) -> list[tuple[str, str, str]]:
     return lines
 
 
-def speed(chip: Chip, wish: Wish, found: Shape, acceptance: float) -> Speed:
+def setting_of(wish: Wish) -> Setting:
+    """What a wish decodes, as the roofline takes it."""
+    return Setting(BYTES_PER_PARAMETER[wish.bits], BYTES_PER_PARAMETER[wish.drafter_bits], wish.batch, wish.context)
+
+
+def speed(chip: Chip, setting: Setting, found: Shape, acceptance: float) -> Speed:
     """Predictions at every width up to PLANNED_WIDTH."""
-    setting = Setting(BYTES_PER_PARAMETER[wish.bits], BYTES_PER_PARAMETER[wish.drafter_bits], wish.batch, wish.context)
     model = Roofline(chip, found, MLX)
     widths = range(PLANNED_WIDTH + 1)
     by_width = tuple(model.predict(setting, k, tokens_per_round(acceptance, k)) for k in widths)

@@ -1,18 +1,21 @@
 """Finding a checkpoint: folders, the hub's cache, and a hub that answers in every unpleasant way."""
 
 import json
+import re
 import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import checkpoints as ck
 import pytest
 from checkpoints import FIXTURES
 from huggingface_hub import constants
 
 from mlx_mtp.hub import resolve
 from mlx_mtp.load import load_pair, load_target
+from mlx_mtp.plan import read_pair
 from mlx_mtp.rows import CheckpointError, DownloadError
 
 COMMIT = "0" * 39 + "1"
@@ -72,7 +75,9 @@ class Hub(BaseHTTPRequestHandler):
         if "/api/" not in self.path:
             name = self.path.split(f"{COMMIT}/" if COMMIT in self.path else "/main/")[1]
             tag = {"ETag": f'"{name.replace("/", "")}"', "X-Repo-Commit": COMMIT}
-            return self.reply(self.files[name], 200, tag)
+            part = re.fullmatch(r"bytes=0-(\d+)", self.headers.get("Range", ""))
+            body = self.files[name][: int(part[1]) + 1] if part else self.files[name]
+            return self.reply(body, 206 if part else 200, tag)
         rows = [{"type": "file", "path": k, "size": len(v), "oid": k} for k, v in self.files.items()]
         body = rows if "/tree/" in self.path else {"id": "o/ok", "sha": COMMIT, "siblings": []}
         return self.reply(json.dumps(body).encode(), 200, {"Content-Type": "application/json"})
@@ -123,6 +128,18 @@ def test_a_repository_is_downloaded_without_copies_in_other_formats(hub: list[st
     assert (folder / "model.safetensors").read_bytes() == b"12345678"
     assert folder.is_relative_to(cache)
     assert stages == [("fetching o/ok", 0, 0)]
+
+
+def test_plan_reads_a_repositorys_headers_and_downloads_no_weights(
+    hub: list[str], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = ck.quantised(ck.mlx_community(ck.read(FIXTURES / "edge" / "target")), ck.Quant(4, 32))
+    folder = ck.write(source, tmp_path / "here")
+    names = ("config.json", "model.safetensors")
+    monkeypatch.setattr(Hub, "files", {name: (folder / name).read_bytes() for name in names})
+    there, here = read_pair("o/ok"), read_pair(str(folder))
+    assert there.stored_bytes == here.stored_bytes and there.size.target_bytes == here.size.target_bytes
+    assert [p.name for p in cache.rglob("*.*") if p.is_symlink()] == ["config.json"]
 
 
 def test_a_cached_repository_is_used_without_network(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

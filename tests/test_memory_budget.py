@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import struct
 from pathlib import Path
 
 import checkpoints as ck
@@ -9,6 +10,7 @@ import pytest
 from checkpoints import FIXTURES
 from hypothesis import given
 from hypothesis import strategies as st
+from mlx.utils import tree_flatten
 from servers import EDGE, running
 
 from mlx_mtp import GREEDY, load
@@ -16,10 +18,12 @@ from mlx_mtp.chips import find_chip, usable_bytes
 from mlx_mtp.cli import main
 from mlx_mtp.memory_budget import MAX_NUM_SEQS, Budget, PairSize, Room, budget, check
 from mlx_mtp.models.config import PassSize
+from mlx_mtp.models.gemma4 import Gemma4
+from mlx_mtp.models.gemma4_assistant import Assistant
 from mlx_mtp.plan import Machine, Wish, memory_of, read_pair
 from mlx_mtp.rows import RequestError
 from mlx_mtp.scheduler import Limits
-from mlx_mtp.shapes import ALL_SIZES, shape
+from mlx_mtp.shapes import ALL_SIZES, read_configs, shape
 
 MACS = (8, 16, 18, 24, 32, 36, 48, 64, 96, 128, 192)
 SHAPES = {size: shape(size) for size in ALL_SIZES}
@@ -229,3 +233,42 @@ def test_a_plan_of_what_is_not_here_says_so_in_one_line_offline(capsys):
     assert main(["plan", "--chip", "M4", "--memory", "16", "-m", "mlx-community/gemma-4-12B-it-4bit"]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and "HF_HUB_OFFLINE is set" in err
+
+
+def test_a_plan_of_a_published_shape_says_how_fast_it_should_be(tmp_path, capsys):
+    """A 12B copy whose headers are written and whose weights are not: files with holes."""
+    folder = hollow_copy(tmp_path / "gemma-4-12B-it-4bit", "12B")
+    hollow_copy(tmp_path / "gemma-4-12B-it-assistant", "12B", drafter=True)
+    found = read_pair(str(folder))
+    assert found.shape is not None and found.shape.size == "12B"
+    assert found.size.target_bytes == pytest.approx(23.81e9, rel=0.001)
+    assert found.setting(4, 100).target_bytes == pytest.approx(2, rel=0.001)
+    assert main(["plan", "--chip", "M4 Max", "--memory", "64", "-m", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert "plain tok/s" in out and "total" in out
+
+
+def test_a_copy_of_a_published_size_that_does_not_fit_is_refused_without_reading_it(tmp_path, monkeypatch):
+    folder = hollow_copy(tmp_path / "gemma-4-12B-it", "12B")
+    monkeypatch.setattr("mlx_mtp.pair.memory_bytes", lambda: usable_bytes(32))
+    with pytest.raises(RequestError, match="use a copy in fewer bits or a smaller model"):
+        load(str(folder), None, dtype="bfloat16")
+
+
+def hollow_copy(folder: Path, size: str, drafter: bool = False) -> Path:
+    """A published size in bfloat16, whose file is as long as its header says and takes no space on the disk."""
+    config = read_configs(size)["drafter" if drafter else "target"]
+    model = Assistant(SHAPES[size].drafter) if drafter else Gemma4(SHAPES[size].target)
+    header, end = {}, 0
+    for name, value in tree_flatten(model.parameters()):
+        integer = name.endswith("token_ordering")
+        begin, end = end, end + value.size * (8 if integer else 2)
+        stored = name if drafter else f"model.language_model.{name}"
+        header[stored] = {"dtype": "I64" if integer else "BF16", "shape": value.shape, "data_offsets": [begin, end]}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    raw = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(raw)) + raw)
+        file.truncate(8 + len(raw) + end)
+    return folder

@@ -6,7 +6,7 @@ import pytest
 
 from mlx_mtp.chips import find_chip
 from mlx_mtp.cli import main
-from mlx_mtp.plan import ACCEPTANCE, Machine, Wish, check_wish, memory_of, speed
+from mlx_mtp.plan import ACCEPTANCE, Machine, Wish, check_wish, memory_of, setting_of, speed
 from mlx_mtp.rows import RequestError
 from mlx_mtp.shapes import ALL_SIZES, SIZES, shape
 
@@ -39,7 +39,7 @@ def test_speeds_are_of_a_sensible_order(chip, memory_gb, largest):
     found = find_chip(chip)
     for size in ALL_SIZES:
         wish = Wish(size, 4, 16, 1, 2048)
-        predicted = speed(found, wish, SHAPES[size], ACCEPTANCE["code"])
+        predicted = speed(found, setting_of(wish), SHAPES[size], ACCEPTANCE["code"])
         weights_s = SHAPES[size].target_counts.dense * 4.5 / 8 / (found.bandwidth_gb_s * 1e9)
         assert 1 <= predicted.plain.tok_s <= 1 / weights_s
         assert predicted.plain.tok_s <= predicted.best.tok_s <= predicted.ceiling.tok_s
@@ -50,7 +50,7 @@ def test_faster_chips_of_a_generation_are_faster():
     for names in (("M1", "M1 Pro", "M1 Max", "M1 Ultra"), ("M4", "M4 Pro", "M4 Max"), ("M5", "M5 Pro", "M5 Max")):
         for size in SIZES:
             wish = Wish(size, 4, 16, 1, 2048)
-            plain = [speed(find_chip(name), wish, SHAPES[size], 0.8).plain.tok_s for name in names]
+            plain = [speed(find_chip(name), setting_of(wish), SHAPES[size], 0.8).plain.tok_s for name in names]
             assert plain == sorted(plain)
 
 

@@ -14,6 +14,7 @@ from mlx_mtp.rows import RequestError
 if TYPE_CHECKING:
     from mlx_mtp.memory_budget import Budget
     from mlx_mtp.plan import Machine, Memory, Published, Wish
+    from mlx_mtp.roofline import Setting
     from mlx_mtp.shapes import Shape
 
 CAVEAT = (
@@ -133,6 +134,10 @@ def _show_model(machine: Machine, options: Plan) -> None:
     say(f"{found.target}, text stack: {parts}; drafter: {found.drafter or 'none'}")
     rows = [(f"{m.batch}", *_memory_row(m)) for m in memories]
     print_table(("batch", *_memory_header("batch", options.context)), rows)
+    if known := found.shape:
+        say(CAVEAT)
+        settings = [found.setting(m.batch, options.context) for m in memories if m.fits]
+        print_table(("batch", *SPEEDS), [(f"{s.batch}", *_speeds(machine, s, known)) for s in settings])
 
 
 def _memory_header(batch: int | str, context: int) -> tuple[str, ...]:
@@ -151,28 +156,34 @@ def _most(b: Budget) -> tuple[str, str, str]:
 
 
 def _show_speed(machine: Machine, wishes: list[tuple[Wish, Shape]]) -> None:
+    from mlx_mtp.plan import setting_of
+
+    rows = [(found.size, f"{w.bits}", f"{w.batch}", *_speeds(machine, setting_of(w), found)) for w, found in wishes]
+    print_table(("size", "bits", "batch", *SPEEDS), rows)
+
+
+SPEEDS = ("plain tok/s", "prose: width", "tok/s", "ceiling", "code: width", "tok/s", "ceiling")
+
+
+def _speeds(machine: Machine, setting: Setting, found: Shape) -> list[str]:
+    """The columns SPEEDS."""
     from mlx_mtp.plan import ACCEPTANCE, speed
 
-    rows = []
-    for wish, found in wishes:
-        prose, code = (speed(machine.chip, wish, found, ACCEPTANCE[kind]) for kind in ("prose", "code"))
-        row = [found.size, f"{wish.bits}", f"{wish.batch}", f"{prose.plain.tok_s:.0f}"]
-        for found_speed in (prose, code):
-            best = found_speed.best
-            row += [f"{best.width}", f"{best.tok_s:.0f} ({best.speedup:.2f}x)", f"{found_speed.ceiling.tok_s:.0f}"]
-        rows.append(tuple(row))
-    header = ("size", "bits", "batch", "plain tok/s", "prose: width", "tok/s", "ceiling")
-    print_table((*header, "code: width", "tok/s", "ceiling"), rows)
+    both = [speed(machine.chip, setting, found, ACCEPTANCE[kind]) for kind in ("prose", "code")]
+    row = [f"{both[0].plain.tok_s:.0f}"]
+    for s in both:
+        row += [f"{s.best.width}", f"{s.best.tok_s:.0f} ({s.best.speedup:.2f}x)", f"{s.ceiling.tok_s:.0f}"]
+    return row
 
 
 def _show_widths(machine: Machine, wishes: list[tuple[Wish, Shape]]) -> None:
     """Of one size: tok/s at every width."""
-    from mlx_mtp.plan import ACCEPTANCE, PLANNED_WIDTH, speed
+    from mlx_mtp.plan import ACCEPTANCE, PLANNED_WIDTH, setting_of, speed
 
     rows = []
     for wish, found in wishes:
         for kind in ("prose", "code"):
-            s = speed(machine.chip, wish, found, ACCEPTANCE[kind])
+            s = speed(machine.chip, setting_of(wish), found, ACCEPTANCE[kind])
             at = (f"{p.tok_s:.0f}" for p in s.by_width)
             best = f"{s.best.width} ({s.best.speedup:.2f}x)"
             row = (f"{wish.bits}", f"{wish.batch}", kind, *at, best, f"{s.ceiling.tok_s:.0f} at {s.ceiling.width}")
@@ -193,13 +204,13 @@ def _memory_json(memory: Memory) -> dict[str, Any]:
 
 def _entry(machine: Machine, wish: Wish, found: Shape) -> dict[str, Any]:
     """One wish as JSON."""
-    from mlx_mtp.plan import ACCEPTANCE, memory_of, speed
+    from mlx_mtp.plan import ACCEPTANCE, memory_of, setting_of, speed
 
     memory = memory_of(machine, wish, found)
     entry: dict[str, Any] = {**asdict(wish), **_memory_json(memory)}
     entry["speed"] = {}
     for kind in ("prose", "code"):
-        s = speed(machine.chip, wish, found, ACCEPTANCE[kind])
+        s = speed(machine.chip, setting_of(wish), found, ACCEPTANCE[kind])
         entry["speed"][kind] = {**asdict(s), "best_width": s.best.width}
     return entry
 
