@@ -125,6 +125,19 @@ no `max_tokens` may fill its fair share, the cache divided by the sequences that
 4,096 tokens after a long prompt. So as many default requests run at once as the table says. A request that names
 more takes more, and others wait until it fits. `generate` and `chat` run one sequence, which may take everything.
 
+## Measured
+
+Peaks on a CPU in float32 at published widths, with one sliding and one full layer and the whole vocabulary. Total:
+what `plan` counts over what MLX's peak was.
+
+| widths | weights | prompt chunk | sequences | drafts | counted / measured |
+|---|---|---|---|---|---|
+| E2B, bf16 file | 2.78 GB | 512 | 2 | 15 | 2.928 / 2.896 GB, +1.1 % |
+| E2B, bf16 file | 2.78 GB | 2,048 | 1 | 15 | 3.449 / 3.339 GB, +3.3 % |
+| 26B-A4B, 4 bits | 1.75 GB | 128 | 1 | 7 | 1.861 / 1.813 GB, +2.6 % |
+
+By `python bench/memory.py E2B --bits 16 --batch 2 --prompt-tok 520 --new-tok 17` and the like, 2026-12-01.
+
 ## What every Mac holds
 
 Sequences at once x thousands of tokens of each / thousands of tokens of one that runs alone. Drafters are bf16;

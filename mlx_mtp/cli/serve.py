@@ -36,7 +36,7 @@ class Serve(Choice):
         list[str] | None,
         typer.Option(rich_help_panel=LISTEN, help="Another id that requests may name, '*' for any; may be repeated."),
     ] = None
-    rows: Annotated[int, typer.Option(rich_help_panel=LIMIT, min=1, max=64, help="Texts that run at once.")] = 8
+    rows: Annotated[int, typer.Option(rich_help_panel=LIMIT, min=1, max=64, help="Sequences at once, or fewer.")] = 8
     queue: Annotated[
         int, typer.Option(rich_help_panel=LIMIT, min=0, help="Texts that may wait; beyond them 429 with Retry-After.")
     ] = 64
@@ -45,7 +45,7 @@ class Serve(Choice):
         typer.Option(
             rich_help_panel=LIMIT,
             min=0.01,
-            help="Memory for keys and values, a drafter's own included; unset = 85% less weights.",
+            help="KV cache in GB, drafter included; unset = what weights and passes leave of the GPU's memory.",
         ),
     ] = None
     prefix_gb: Annotated[
@@ -103,8 +103,8 @@ def serve(options: Serve) -> None:
     Requests: --max-tokens and the sampling options are defaults for those that
     name none. A field that cannot be honoured is a 400 that names it. Another
     model's name is a 404 (see --alias); nothing is ever loaded for a request.
-    Where a request sets no limit, its text may grow to the context's end, or
-    to its share of the memory for keys and values if that is less.
+    A request without max_tokens may fill its fair share of the KV cache, and
+    write at least 4,096 tokens after a long prompt if the cache holds them.
 
     Clients: one that goes away frees its place before the next round. stderr
     has one line of JSON a request, and the progress of loading.
